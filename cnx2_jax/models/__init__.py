@@ -1,0 +1,30 @@
+"""ConvNeXt V2 and FCMAE as flax.nnx modules."""
+
+from flax import nnx
+
+from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.models.convnextv2 import VARIANTS, ConvNeXtV2, Encoder, variant
+from cnx2_jax.models.fcmae import FCMAE
+
+__all__ = ["FCMAE", "VARIANTS", "ConvNeXtV2", "Encoder", "create_model", "variant"]
+
+FAMILIES = {"convnextv2": ConvNeXtV2, "fcmae": FCMAE}
+
+
+def create_model(name: str, *, rngs: nnx.Rngs, **options) -> ConvNeXtV2 | FCMAE:
+    """Creates a model with fresh weights, such as `create_model("convnextv2_tiny", rngs=nnx.Rngs(0))`.
+
+    Args:
+      name: `convnextv2_VARIANT` or `fcmae_VARIANT`; the variants are the keys of `VARIANTS`.
+      rngs: the `params` stream initialises.
+      **options: keyword arguments of ConvNeXtV2 or FCMAE, such as `num_classes` or `in_chans`.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    family, _, size = name.partition("_")
+    if family not in FAMILIES or size not in VARIANTS:
+        known = [f"{kind}_{v}" for kind in FAMILIES for v in VARIANTS]
+        raise UserError(f"unknown model '{name}'{nearest(name, known)} (known: {', '.join(known)})")
+    chosen = VARIANTS[size]
+    return FAMILIES[family](chosen.depths, chosen.dims, rngs=rngs, **options)

@@ -1,0 +1,241 @@
+"""ConvNeXt V2: the block, the encoder, the classifier and the table of variants.
+
+Keeps the behaviour and the module names of the official `models/convnextv2.py`.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.models.layers import (
+    GRN,
+    DepthwiseConv,
+    DropPath,
+    LayerNorm,
+    Linear,
+    PatchConv,
+)
+from cnx2_jax.models.layouts import Dense, Layout
+
+STAGES = 4
+STEM_PATCHES = (1, 2, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Blocks and channels of each of the four stages."""
+
+    depths: tuple[int, int, int, int]
+    dims: tuple[int, int, int, int]
+
+
+VARIANTS = {
+    # Paper, appendix A.1.
+    "atto": Variant((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": Variant((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": Variant((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": Variant((2, 2, 8, 2), (80, 160, 320, 640)),
+    "tiny": Variant((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": Variant((3, 3, 27, 3), (96, 192, 384, 768)),  # timm convnextv2_small; not in the paper
+    "base": Variant((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": Variant((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "huge": Variant((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+
+
+def variant(name: str) -> Variant:
+    """Looks a variant up by name; UserError names the nearest one."""
+    if name not in VARIANTS:
+        known = ", ".join(VARIANTS)
+        raise UserError(f"unknown variant '{name}'{nearest(name, VARIANTS)} (known: {known})")
+    return VARIANTS[name]
+
+
+class Block(nnx.Module):
+    """dwconv 7x7 -> LayerNorm -> Linear x4 -> GELU -> GRN -> Linear, plus the input (paper, figure 5)."""
+
+    def __init__(self, dim: int, *, drop_path: DropPath, dtype, rngs: nnx.Rngs):
+        self.dwconv = DepthwiseConv(7, dim, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(dim, dtype=dtype)
+        self.pwconv1 = Linear(dim, 4 * dim, dtype=dtype, rngs=rngs)
+        self.grn = GRN(4 * dim, dtype=dtype)
+        self.pwconv2 = Linear(4 * dim, dim, dtype=dtype, rngs=rngs)
+        self.drop_path = drop_path
+
+    def __call__(
+        self, x: Float[Array, "b *any c"], layout: Layout, keys: Key[Array, " b"] | None = None
+    ) -> Float[Array, "b *any c"]:
+        y = self.norm(self.dwconv(x, layout))
+        y = jax.nn.gelu(self.pwconv1(y), approximate=False)
+        y = self.pwconv2(self.grn(y, layout))
+        return x + self.drop_path(y, keys)
+
+
+class Encoder(nnx.Module):
+    """Stem, four stages and the down-sampling between them; no final norm, no head.
+
+    Args:
+      depths: blocks in each stage.
+      dims: channels of each stage.
+      in_chans: channels of the images.
+      patch_size: side of the stem's patches, 1, 2 or 4; the total stride is 8 times this.
+      drop_path: rate of stochastic depth at the last block; it grows linearly from 0 at the first.
+      dtype: compute dtype; parameters are float32 whatever it is.
+      rngs: the `params` stream initialises.
+
+    Raises:
+      UserError: four stages are not given, or the stem's patch size is none of 1, 2, 4.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        *,
+        in_chans: int = 3,
+        patch_size: int = 4,
+        drop_path: float = 0.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if len(depths) != STAGES or len(dims) != STAGES or min(*depths, *dims, in_chans) < 1:
+            raise UserError(
+                f"depths {tuple(depths)}, dims {tuple(dims)}, in_chans {in_chans}: "
+                "give four positive depths, four positive dims and at least one channel"
+            )
+        if patch_size not in STEM_PATCHES:
+            raise UserError(f"patch_size {patch_size} of the stem must be one of {STEM_PATCHES}")
+        if not 0 <= drop_path < 1:
+            raise UserError(f"drop_path {drop_path} must be at least 0 and less than 1")
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.dims = tuple(dims)
+
+        stem = nnx.List(
+            [
+                PatchConv(patch_size, in_chans, dims[0], dtype=dtype, rngs=rngs),
+                LayerNorm(dims[0], dtype=dtype),
+            ]
+        )
+        self.downsample_layers = nnx.List([stem])
+        for fine, coarse in itertools.pairwise(dims):
+            layers = [
+                LayerNorm(fine, dtype=dtype),
+                PatchConv(2, fine, coarse, dtype=dtype, rngs=rngs),
+            ]
+            self.downsample_layers.append(nnx.List(layers))
+
+        total, index = sum(depths), 0
+        self.stages = nnx.List([])
+        for depth, dim in zip(depths, dims, strict=True):
+            blocks = nnx.List([])
+            for _ in range(depth):
+                drop = DropPath(drop_path * index / max(total - 1, 1), index)
+                blocks.append(Block(dim, drop_path=drop, dtype=dtype, rngs=rngs))
+                index += 1
+            self.stages.append(blocks)
+
+    @property
+    def stride(self) -> int:
+        """Image pixels per position of the last stage, along one side."""
+        return self.patch_size * 2 ** (STAGES - 1)
+
+    def features(
+        self,
+        images: Float[Array, "b height width c"],
+        keys: Key[Array, " b"] | None = None,
+        layout: Layout | None = None,
+    ) -> list[Float[Array, "b _h _w _c"]]:
+        """Returns the four stage maps `[B, H / (p 2^i), W / (p 2^i), dims[i]]` in the compute dtype.
+
+        Args:
+          images: normalised images `[B, H, W, in_chans]`.
+          keys: one random key per sample switches stochastic depth on.
+          layout: where the pixels live at the stem's resolution; the plain map by default.
+
+        Raises:
+          UserError: the sides are not multiples of the stride, or the channels are not `in_chans`.
+        """
+        check_images(images.shape, self.stride, self.in_chans)
+        layout = layout or Dense()
+        x, maps = layout.enter(images, self.patch_size), []
+        for stage, (down, blocks) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            if stage > 0:
+                norm, conv = down
+                x = conv(layout.patches(norm(x)))
+                layout = layout.coarser()
+            else:
+                conv, norm = down
+                x = norm(conv(x))
+            for block in blocks:
+                x = block(x, layout, keys)
+            maps.append(layout.leave(x))
+        return maps
+
+
+class ConvNeXtV2(Encoder):
+    """The classifier: encoder, mean over positions, LayerNorm, linear head.
+
+    Args (besides the Encoder's):
+      num_classes: 0 leaves the head out, and the model returns the normalised mean `[B, dims[3]]`.
+      head_init_scale: factor on the head's initial weights.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        *,
+        num_classes: int = 1000,
+        head_init_scale: float = 1.0,
+        in_chans: int = 3,
+        patch_size: int = 4,
+        drop_path: float = 0.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            depths,
+            dims,
+            in_chans=in_chans,
+            patch_size=patch_size,
+            drop_path=drop_path,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        # The last layers run in float32 whatever the encoder's dtype: they cost nothing, and the loss
+        # sees logits that bfloat16 has not rounded.
+        dtype = jnp.promote_types(dtype, jnp.float32)
+        self.norm = LayerNorm(dims[-1], dtype=dtype)
+        self.num_classes = num_classes
+        if num_classes:
+            self.head = Linear(dims[-1], num_classes, dtype=dtype, rngs=rngs)
+            self.head.kernel[...] *= head_init_scale
+
+    def __call__(
+        self, images: Float[Array, "b height width c"], keys: Key[Array, " b"] | None = None
+    ) -> Float[Array, "b classes"]:
+        """Returns logits `[B, num_classes]` in float32; see `features` for the arguments and errors."""
+        x = self.features(images, keys)[-1]
+        x = self.norm(x.mean(axis=(1, 2), dtype=self.norm.dtype))
+        return self.head(x) if self.num_classes else x
+
+
+def check_images(shape: Sequence[int], stride: int, in_chans: int) -> None:
+    """Raises UserError unless images of `shape` `[B, H, W, C]` fit a network of this stride."""
+    _, height, width, channels = shape
+    if height % stride or width % stride or not height or not width:
+        near = [max(1, math.floor(side / stride + 0.5)) * stride for side in (height, width)]
+        raise UserError(
+            f"image size {height}x{width} is not a multiple of the stride {stride}; "
+            f"the nearest that is: {near[0]}x{near[1]}"
+        )
+    if channels != in_chans:
+        raise UserError(f"images have {channels} channels, the model takes {in_chans}")
