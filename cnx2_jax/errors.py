@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that end a command with one line instead of a traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,9 +7,13 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something the user can put right: a wrong key, path, size or file.
 
-    The command line prints its message as one line and exits with status 2, without a traceback. The
-    message says what is wrong, with the offending value, and what to do.
+    The command line prints its message as one line and exits with status 2. The message says what is
+    wrong, with the offending value, and what to do.
     """
+
+
+class RunError(Exception):
+    """A run that cannot go on though nothing was asked wrongly, such as a non-finite loss; exit status 1."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

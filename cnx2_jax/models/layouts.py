@@ -9,7 +9,7 @@ step later.
 """
 
 import dataclasses
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from cnx2_jax.kernels.depthwise import depthwise_conv
 
 
+@runtime_checkable  # the tests check annotations, this one too
 class Layout(Protocol):
     """What the blocks, the stem and the down-sampling layers ask of a map."""
 
@@ -42,7 +43,7 @@ class Layout(Protocol):
         """Cuts the map into 2x2 patches, for down-sampling: last axis (row, column, channel)."""
         ...
 
-    def coarser(self) -> Self:
+    def coarser(self) -> "Layout":
         """Returns the layout of the map that `patches` gives."""
         ...
 

@@ -1,0 +1,66 @@
+"""The command `cnx2 VERB`: a table of verbs."""
+
+import argparse
+import importlib
+import os
+import sys
+
+from cnx2_jax.errors import RunError, UserError
+
+# Modules are imported only when their verb runs: `--help` should not wait for JAX and TensorFlow.
+VERBS = {
+    "train": "train a model as a config says, or go on with the run in a workdir",
+    "evaluate": "evaluate a run's checkpoint on its validation images",
+    "predict": "name the top classes of image files",
+    "reconstruct": "mask images and draw what a pretrained model makes of them",
+    "export": "write a checkpoint's parameters for use elsewhere",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `cnx2` with these arguments (the process's by default) and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    # `--config.KEY=VALUE` is the config's to read; everything else is the verb's. Both `--config.KEY=VALUE`
+    # and `--config.KEY VALUE` are common, so the second form is joined into the first.
+    argv, overrides = _take_overrides(argv)
+    parser = argparse.ArgumentParser(
+        prog="cnx2", description="ConvNeXt V2 and FCMAE in JAX.", epilog="`cnx2 VERB --help` says more."
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    chosen = next((word for word in argv if word in VERBS), None)
+    command = None
+    for verb, line in VERBS.items():
+        verb_parser = verbs.add_parser(verb, help=line, description=f"{line[0].upper()}{line[1:]}.")
+        if verb == chosen:
+            command = importlib.import_module(f"cnx2_jax.commands.{verb}")
+            command.add_arguments(verb_parser)
+    args = parser.parse_args(argv)
+    assert command is not None
+    if overrides and not command.TAKES_OVERRIDES:
+        parser.error(f"{args.verb} takes no {overrides[0].partition('=')[0]}")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        command.run(args, overrides)
+    except UserError as error:
+        print(f"cnx2: error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"cnx2: stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    rest: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+        else:
+            overrides.append(word if "=" in word else f"{word}={next(words, '')}")
+    return rest, overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())

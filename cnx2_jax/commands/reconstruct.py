@@ -1,0 +1,51 @@
+"""`cnx2 reconstruct`."""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image
+
+from cnx2_jax.configuration import image_hw
+from cnx2_jax.data.pipeline import ImageData, preprocess_files
+from cnx2_jax.errors import UserError
+from cnx2_jax.tasks import base
+from cnx2_jax.tasks.pretrain import PICTURES, reconstruct
+
+TAKES_OVERRIDES = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workdir", required=True, type=Path, help="a pretraining run, or a checkpoint of one"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="GRID.png", help="the picture to write")
+    parser.add_argument("--seed", type=int, help="of the masks; the run's by default")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="JPEG, PNG or WebP files; by default some of the run's validation images",
+    )
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    model, config, _ = base.load(args.workdir)
+    if config.task != "pretrain":
+        raise UserError(f"'{args.workdir}' is no pretraining run but '{config.task}': it has no decoder")
+    if args.images:
+        images = preprocess_files(
+            args.images,
+            size=image_hw(config),
+            channels=config.model.in_chans,
+            eval_crop=config.data.eval_crop,
+        )
+    else:
+        images = next(iter(ImageData(config).eval_batches()))["image"][:PICTURES]
+    grid = reconstruct(model, config, images, args.seed)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grid).save(args.out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write '{args.out}': {error}") from None
+    print(args.out)

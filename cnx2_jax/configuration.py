@@ -1,0 +1,259 @@
+"""Configs: every key with its default, recipe arguments, overrides, and the record in a workdir."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from cnx2_jax.errors import UserError, nearest
+
+# A run may go on with other values of these: they change where and how often, not what is computed.
+FREE_KEYS = ("mesh.", "log_steps", "eval_epochs", "checkpoint_steps", "keep_checkpoints")
+
+
+def defaults(task: str) -> ConfigDict:
+    """Returns a config with every key that a run of this task reads; recipes change what they need to."""
+    config = ConfigDict()
+    config.task = task
+    config.seed = 0
+    config.batch_size = 256  # images per update, over all devices, hosts and accumulation steps
+    config.accumulation_steps = 1
+    config.image_size = (224, 224)  # height, width; one number makes a square
+    config.total_epochs = 100.0
+    config.total_steps = 0  # if not 0, instead of total_epochs
+    config.log_steps = 50
+    config.eval_epochs = 10.0
+    config.checkpoint_steps = 1000
+    config.keep_checkpoints = 2  # the latest ones; the best is kept besides
+
+    model = config.model = ConfigDict()
+    model.variant = "tiny"  # or "custom", with depths and dims
+    model.depths = ()
+    model.dims = ()
+    model.in_chans = 3
+    model.patch_size = 4  # of the stem; the total stride is 8 times this
+    model.drop_path = 0.0
+    model.dtype = "float32"  # of the computation; parameters are always float32
+
+    data = config.data = ConfigDict()
+    data.source = "folder"
+    data.root = ""
+    data.val_fraction = 0.1  # where the folder has no train/ and val/ of its own
+    data.train_per_class = 0  # if not 0, train on this many images of each class only
+    data.crop_scale = (0.08, 1.0)  # share of the area that a random crop covers
+    data.crop_ratio = (3 / 4, 4 / 3)
+    data.flip = True
+    data.eval_crop = 0.875
+    data.mean = (0.485, 0.456, 0.406)  # of ImageNet, as shares of the full range
+    data.std = (0.229, 0.224, 0.225)
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.base_learning_rate = 1.5e-4  # for 256 images; scales with batch_size
+    optimizer.min_learning_rate = 0.0
+    optimizer.warmup_epochs = 0.0
+    optimizer.weight_decay = 0.05
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.clip_norm = 0.0  # 0: no clipping
+
+    mesh = config.mesh = ConfigDict()
+    mesh.data = -1  # -1: all devices that are left
+    mesh.fsdp = 1
+
+    if task == "pretrain":
+        model.layout = "masked"
+        model.mask_ratio = 0.6
+        model.mask_patch = 0  # side of the hidden squares in pixels; 0: the total stride
+        model.decoder_dim = 512
+        model.decoder_depth = 1
+    elif task == "classify":
+        config.init_from = ""  # a checkpoint to start from; empty: from scratch
+        model.head_init_scale = 1.0
+        config.label_smoothing = 0.0
+    return config
+
+
+def use_digits(config: ConfigDict) -> None:
+    """Sets scikit-learn's embedded digits and a network small enough for a CPU, in place."""
+    config.image_size = (32, 32)
+    config.log_steps = 20
+    config.model.variant = "custom"
+    config.model.depths = (1, 1, 3, 1)
+    config.model.dims = (24, 48, 96, 192)
+    config.model.in_chans = 1
+    config.model.patch_size = 1
+    config.data.source = "digits"
+    config.data.crop_ratio = (0.9, 1.1)
+    config.data.flip = False  # a mirrored 2 is no 2
+    config.data.eval_crop = 1.0
+    config.data.mean = (0.3,)
+    config.data.std = (0.35,)
+
+
+def parse_argument(argument: str, names: Iterable[str], **options: float) -> tuple[str, dict]:
+    """Reads what follows the colon of `--config FILE:NAME,KEY=VALUE,...`.
+
+    Args:
+      argument: `NAME` or `NAME,KEY=VALUE,...`.
+      names: the recipes that the file knows.
+      **options: the keys it knows, with their defaults; values are read as the default's type.
+
+    Raises:
+      UserError: an unknown name or key, or a value of another type.
+    """
+    name, *pairs = argument.split(",")
+    names = list(names)
+    if name not in names:
+        raise UserError(f"unknown recipe '{name}'{nearest(name, names)} (known: {', '.join(names)})")
+    values = dict(options)
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key not in options:
+            known = ", ".join(options) or "none"
+            raise UserError(f"unknown config argument '{pair}'{nearest(key, options)} (known: {known})")
+        try:
+            values[key] = type(options[key])(value)
+        except ValueError:
+            kind = type(options[key]).__name__
+            raise UserError(f"config argument '{pair}': '{value}' is not of type {kind}") from None
+    return name, values
+
+
+def load_config(location: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Loads `FILE.py[:ARGUMENT]`, applies `--config.KEY=VALUE` overrides and locks the result.
+
+    Raises:
+      UserError: no such file, no `get_config` in it, an argument it does not know, or a bad override.
+    """
+    path, _, argument = location.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"config file '{path}' does not exist; give FILE.py:NAME, see configs/")
+    spec = importlib.util.spec_from_file_location("cnx2_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file '{path}' is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config file '{path}' has no function get_config")
+    config = module.get_config(argument) if argument else module.get_config()
+    return override(config, overrides)
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Applies `--config.KEY=VALUE` arguments in place, type-checked by the key's value; locks the config.
+
+    Raises:
+      UserError: an unknown key, with the nearest known one, or a value of another type.
+    """
+    known = _flatten(config.to_dict())
+    for argument in overrides:
+        key, equals, _ = argument.removeprefix("--config.").partition("=")
+        if key not in known:
+            raise UserError(f"unknown config key '{key}'{nearest(key, known)}")
+        if not equals:
+            raise UserError(f"config key '{key}' needs a value: --config.{key}=VALUE")
+    # absl keeps flags in a registry; a private one, so that commands can run one after another.
+    values = flags.FlagValues()
+    argv = ["cnx2", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            values(argv)
+    except flags.Error as error:
+        text = str(error).replace("flag --config.", "config key ").splitlines()[0]
+        raise UserError(text) from None
+    config.lock()
+    return config
+
+
+def image_hw(config: ConfigDict) -> tuple[int, int]:
+    """Returns (height, width) of `config.image_size`.
+
+    Raises:
+      UserError: it is not one or two positive numbers.
+    """
+    size = tuple(config.image_size)
+    if len(size) not in (1, 2) or min(size) < 1:
+        raise UserError(f"image_size {size} must be one or two positive numbers: height, width")
+    return size[0], size[-1]
+
+
+def total_steps(config: ConfigDict, num_train: int) -> int:
+    """Returns the length of the run in updates."""
+    return config.total_steps or in_steps(config.total_epochs, config, num_train)
+
+
+def in_steps(epochs: float, config: ConfigDict, num_train: int) -> int:
+    """Converts epochs over `num_train` images to updates; 0 stays 0, and anything more is at least 1."""
+    return max(1, round(epochs * num_train / config.batch_size)) if epochs else 0
+
+
+def record_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes `config.json` into the workdir, or checks that the one there is of the same run.
+
+    Raises:
+      UserError: the workdir cannot be written, or belongs to a run with another config.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        old, new = _flatten(read_config(workdir).to_dict()), _flatten(config.to_dict())
+        changed = [
+            f"{key} = {old.get(key, 'unset')} there, {new.get(key, 'unset')} here"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
+        ]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"workdir '{workdir}' holds another run ({'; '.join(changed[:3])}{more}); "
+                "use another workdir, or the same config to go on"
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        os.replace(partial, path)  # whole or not at all, whenever the process dies
+    except OSError as error:
+        raise UserError(f"cannot write to workdir '{workdir}': {error.strerror}") from None
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """Reads the config of the run in a workdir.
+
+    Raises:
+      UserError: there is none, or it is not readable as one.
+    """
+    path = workdir / "config.json"
+    try:
+        return from_json(json.loads(path.read_text()))
+    except OSError:
+        raise UserError(f"'{workdir}' is not a workdir: it has no config.json") from None
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged: {error}") from None
+
+
+def from_json(values: Mapping) -> ConfigDict:
+    """Returns the config whose JSON this is; lists become tuples again."""
+
+    def tuples(value):
+        if isinstance(value, Mapping):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(values))
+
+
+def _flatten(values: Mapping, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

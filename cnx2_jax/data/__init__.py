@@ -1,0 +1,13 @@
+"""Images in, NumPy batches out: the only room of the house that imports TensorFlow."""
+
+import os
+
+# Must be set before TensorFlow is imported. oneDNN is for matrix products, of which there are none
+# here; left on, TensorFlow announces it on standard error at every start.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import tensorflow as tf
+
+# The accelerators belong to JAX: TensorFlow would otherwise claim a GPU's whole memory.
+tf.config.set_visible_devices([], "GPU")

@@ -1,0 +1,269 @@
+"""From records to batches: order -> read -> decode -> augment -> batch, resumable at any step.
+
+The training stream is endless and each of its images has a number, its position: image i of global
+batch s is at position s * batch_size + i. Which record stands there and how it is augmented is a
+function of (seed, position) alone, so the stream can be entered at any step, on any number of hosts.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from jaxtyping import UInt8
+
+from cnx2_jax.configuration import image_hw
+from cnx2_jax.data import transforms
+from cnx2_jax.data.sources import Source, open_source
+from cnx2_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+_PREFETCHED_BATCHES = 2
+_END_OF_STREAM = 2**62
+
+
+class ImageData:
+    """The train and val images of one run, as batches of NumPy arrays."""
+
+    def __init__(self, config: Any):
+        """Opens both splits of `config.data`; see `open_source` for its keys and errors.
+
+        Args:
+          config: the run's config. Read here: `seed`, `batch_size` (global), `image_size`, `model.in_chans`
+            (1 or 3), and of `data`: `crop_scale`, `crop_ratio`, `flip`, `eval_crop` and what the
+            source needs.
+
+        Raises:
+          UserError: as `open_source`, or if images cannot have `model.in_chans` channels.
+        """
+        self._size = image_hw(config)
+        self._channels = _checked_channels(config.model.in_chans)
+        self._config = config
+        self._train = open_source(config.data, "train", config.seed)
+        self._val = open_source(config.data, "val", config.seed)
+
+    @property
+    def num_train(self) -> int:
+        return self._train.num_records
+
+    @property
+    def num_val(self) -> int:
+        return self._val.num_records
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Empty when the images carry no labels."""
+        return self._train.class_names
+
+    def train_batches(
+        self, start_step: int, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[Batch]:
+        """Yields the global batches from `start_step` on, without end: this host's slice of each.
+
+        Every epoch visits each record once; a batch may span two epochs.
+
+        Returns:
+          An iterator over {"image": uint8 [b, h, w, C], "label": int32 [b]}, where b is
+          `batch_size / process_count` and host 0 has the first b images of the global batch.
+
+        Raises:
+          UserError: at once if the batch does not divide over the hosts; from the iterator at the
+            batch that holds an unreadable image.
+        """
+        data, seed = self._config.data, self._config.seed
+
+        def image(encoded: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
+            return transforms.train_image(
+                encoded,
+                tf.stack([tf.constant(seed, tf.int64), position]),
+                size=self._size,
+                channels=self._channels,
+                crop_scale=tuple(data.crop_scale),
+                crop_ratio=tuple(data.crop_ratio),
+                flip=data.flip,
+            )
+
+        return _stream(
+            self._train,
+            lambda position: shuffled_record(position, self.num_train, seed),
+            image,
+            steps=(start_step, _END_OF_STREAM // self._config.batch_size),
+            positions=_Positions(self._config.batch_size, process_index, process_count),
+        )
+
+    def eval_batches(
+        self, *, process_index: int = 0, process_count: int = 1, batch_size: int | None = None
+    ) -> Iterator[Batch]:
+        """Yields the val images once over, in their order: this host's slice of each global batch.
+
+        Every host gets the same number of batches. Where the last ones run past the end they repeat
+        the last image with "mask" false; over all hosts each image is there once with mask true.
+
+        Args:
+          batch_size: global; the config's if None.
+
+        Returns:
+          An iterator over batches as in `train_batches`, with "mask": bool [b] added.
+
+        Raises:
+          UserError: as `train_batches`.
+        """
+        positions = _Positions(batch_size or self._config.batch_size, process_index, process_count)
+        batches = _stream(
+            self._val,
+            lambda position: tf.minimum(position, self.num_val - 1),
+            lambda encoded, _: transforms.eval_image(
+                encoded,
+                size=self._size,
+                channels=self._channels,
+                crop_fraction=self._config.data.eval_crop,
+            ),
+            steps=(0, -(-self.num_val // positions.batch_size)),
+            positions=positions,
+        )
+        return (
+            {**batch, "mask": positions.at_step(step) < self.num_val} for step, batch in enumerate(batches)
+        )
+
+
+def preprocess_files(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    size: tuple[int, int],
+    channels: int,
+    eval_crop: float,
+) -> UInt8[np.ndarray, "files height width channels"]:
+    """Reads image files the way evaluation does, in the order given.
+
+    Raises:
+      UserError: a file is missing or no readable image.
+    """
+    _checked_channels(channels)
+    images = np.empty((len(paths), *size, channels), np.uint8)
+    for index, path in enumerate(paths):
+        try:
+            encoded = tf.io.read_file(os.fspath(path))
+            images[index] = transforms.eval_image(
+                encoded, size=size, channels=channels, crop_fraction=eval_crop
+            )
+        except tf.errors.OpError as error:
+            raise _unreadable(os.fspath(path), error) from error
+    return images
+
+
+def shuffled_record(position: tf.Tensor, num_records: int, seed: int) -> tf.Tensor:
+    """Returns the record at a position (both scalar int64): a new permutation every epoch."""
+    epoch, place = position // num_records, position % num_records
+    # Given (seed, epoch) directly, as tf.random.experimental.index_shuffle passes it on, small sets
+    # have only 256 different orders: the cipher uses the key's low bits. Hence hashed keys, and more
+    # than the default 4 rounds, after which neighbours still come out correlated. Positions seed the
+    # augmentation and are never negative, which leaves the negative numbers to the epochs.
+    keys = tf.random.stateless_uniform(
+        [3], tf.stack([tf.constant(seed, tf.int64), -1 - epoch]), None, None, tf.uint32
+    )
+    return tf.raw_ops.RandomIndexShuffle(
+        index=place, seed=keys, max_index=tf.constant(num_records - 1, tf.int64), rounds=16
+    )
+
+
+class _Positions:
+    """Which positions of the global stream belong to one host: a contiguous slice of each batch."""
+
+    def __init__(self, batch_size: int, process_index: int, process_count: int):
+        if batch_size % process_count:
+            raise UserError(
+                f"batch_size {batch_size} does not divide over {process_count} hosts; "
+                f"use a multiple of {process_count}"
+            )
+        self.batch_size = batch_size
+        self.per_host = batch_size // process_count
+        self._offset = process_index * self.per_host
+
+    def at(self, index: tf.Tensor) -> tf.Tensor:
+        """The position of this host's image number `index`, counted from step 0."""
+        step, place = index // self.per_host, index % self.per_host
+        return step * self.batch_size + self._offset + place
+
+    def at_step(self, step: int) -> np.ndarray:
+        """The positions of this host's images at one step, int64 [per_host]."""
+        return step * self.batch_size + self._offset + np.arange(self.per_host)
+
+
+def _stream(
+    source: Source,
+    record_at: Callable[[tf.Tensor], tf.Tensor],
+    image_of: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    *,
+    steps: tuple[int, int],
+    positions: _Positions,
+) -> Iterator[Batch]:
+    """Yields the batches of `range(*steps)`, the host's share of each.
+
+    `record_at` maps a position to a record's index; `image_of` an encoded image and its position to
+    uint8 [h, w, C].
+    """
+
+    def example(position: tf.Tensor) -> dict[str, tf.Tensor]:
+        record = source.read(record_at(position))
+        return {"image": image_of(record["bytes"], position), "label": record["label"]}
+
+    threads = os.cpu_count() or 1
+    first, last = steps
+    dataset = tf.data.Dataset.range(first * positions.per_host, last * positions.per_host)
+    dataset = dataset.map(
+        lambda index: example(positions.at(index)), num_parallel_calls=threads, deterministic=True
+    )
+    dataset = dataset.batch(positions.per_host, drop_remainder=True).prefetch(_PREFETCHED_BATCHES)
+    options = tf.data.Options()
+    # Fixed widths instead of autotuning, whose buffers grow until the host's memory is full.
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = threads
+    options.threading.max_intra_op_parallelism = 1
+    return _guarded(dataset.with_options(options), source, record_at, example, first, positions)
+
+
+def _guarded(
+    dataset: tf.data.Dataset,
+    source: Source,
+    record_at: Callable[[tf.Tensor], tf.Tensor],
+    example: Callable[[tf.Tensor], dict[str, tf.Tensor]],
+    first_step: int,
+    positions: _Positions,
+) -> Iterator[Batch]:
+    """Iterates; when a batch fails, makes it again image by image to name the one at fault."""
+    step = first_step
+    iterator = dataset.as_numpy_iterator()
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except tf.errors.OpError:
+            for position in tf.constant(positions.at_step(step), tf.int64):
+                try:
+                    example(position)
+                except tf.errors.OpError as error:
+                    name = source.describe(int(record_at(position)))
+                    raise _unreadable(name, error) from error
+            raise  # It is readable now: not the image's fault, so say what TensorFlow said.
+        yield batch
+        step += 1
+
+
+def _unreadable(name: str, error: tf.errors.OpError) -> UserError:
+    if isinstance(error, tf.errors.NotFoundError):
+        return UserError(f"image '{name}' does not exist; check the path or restore it")
+    if isinstance(error, tf.errors.PermissionDeniedError):
+        return UserError(f"image '{name}' may not be read; change its permissions")
+    return UserError(
+        f"image '{name}' is not a readable JPEG, PNG or WebP image; it may be cut off or animated: "
+        "repair or remove it"
+    )
+
+
+def _checked_channels(channels: int) -> int:
+    if channels not in (1, 3):
+        raise UserError(f"model.in_chans {channels}: image files are read with 1 or 3 channels")
+    return channels

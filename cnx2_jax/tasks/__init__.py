@@ -1,0 +1,22 @@
+"""Tasks by name."""
+
+from ml_collections import ConfigDict
+
+from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.tasks.classify import Classify
+from cnx2_jax.tasks.pretrain import Pretrain
+
+TASKS = {"pretrain": Pretrain, "classify": Classify}
+
+
+def make_task(config: ConfigDict) -> Pretrain | Classify:
+    """Returns the task that `config.task` names, with its data opened.
+
+    Raises:
+      UserError: there is no such task; see the tasks.
+    """
+    if config.task not in TASKS:
+        raise UserError(
+            f"unknown task '{config.task}'{nearest(config.task, TASKS)} (known: {', '.join(TASKS)})"
+        )
+    return TASKS[config.task](config)

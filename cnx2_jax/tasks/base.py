@@ -1,0 +1,153 @@
+"""What the tasks share: models from configs and cards, normalisation, starting weights."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from cnx2_jax.configuration import from_json, image_hw
+from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.models import FCMAE, ConvNeXtV2, variant
+from cnx2_jax.models.convnextv2 import Variant, check_images
+from cnx2_jax.train import checkpoint
+from cnx2_jax.train.state import Params, merge, split
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def normalise(images: UInt8[Array, "b height width c"], data: ConfigDict) -> Float[Array, "b height width c"]:
+    """Maps uint8 images to float32: (x / 255 - mean) / std per channel."""
+    return (images.astype(jnp.float32) / 255 - jnp.array(data.mean)) / jnp.array(data.std)
+
+
+def denormalise(
+    images: Float[Array, "b height width c"], data: ConfigDict
+) -> UInt8[Array, "b height width c"]:
+    """Inverse of `normalise`, rounded and clipped to uint8."""
+    images = (images * jnp.array(data.std) + jnp.array(data.mean)) * 255
+    return jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8)
+
+
+def check(config: ConfigDict) -> None:
+    """Checks what a model can only refuse late: size, channels and normalisation against each other.
+
+    Raises:
+      UserError: the image size is no multiple of the stride, or a tuple has not one value per channel.
+    """
+    model, data = config.model, config.data
+    check_images((1, *image_hw(config), model.in_chans), 8 * model.patch_size, model.in_chans)
+    for name in ("mean", "std"):
+        if len(data[name]) != model.in_chans:
+            raise UserError(
+                f"data.{name} has {len(data[name])} value(s) for model.in_chans {model.in_chans}; give one "
+                "per channel"
+            )
+
+
+def build(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ConvNeXtV2 | FCMAE:
+    """Builds the model of a run: FCMAE for pretraining, else a classifier.
+
+    Raises:
+      UserError: see the models, and an unknown dtype.
+    """
+    model = config.model
+    chosen = _variant(model)
+    if model.dtype not in DTYPES:
+        hint = nearest(model.dtype, DTYPES)
+        raise UserError(f"unknown model.dtype '{model.dtype}'{hint} (known: {', '.join(DTYPES)})")
+    options = {
+        "in_chans": model.in_chans,
+        "patch_size": model.patch_size,
+        "drop_path": model.drop_path,
+        "dtype": DTYPES[model.dtype],
+        "rngs": rngs,
+    }
+    if config.task == "pretrain":
+        names = ("mask_ratio", "mask_patch", "decoder_dim", "decoder_depth", "layout")
+        return FCMAE(chosen.depths, chosen.dims, **{name: model[name] for name in names}, **options)
+    return ConvNeXtV2(
+        chosen.depths,
+        chosen.dims,
+        num_classes=num_classes,
+        head_init_scale=model.head_init_scale,
+        **options,
+    )
+
+
+def _variant(model: ConfigDict) -> Variant:
+    given = bool(model.depths or model.dims)
+    if (model.variant == "custom") != given:
+        raise UserError(
+            f"model.variant '{model.variant}' with depths {tuple(model.depths)}, dims {tuple(model.dims)}: "
+            "give both with model.variant=custom, and neither with a named variant"
+        )
+    if given:
+        return Variant(tuple(model.depths), tuple(model.dims))
+    return variant(model.variant)
+
+
+def make_card(config: ConfigDict, class_names: tuple[str, ...]) -> dict:
+    """Returns what travels with the weights, as JSON."""
+    return {"format": "cnx2_jax 1", "class_names": list(class_names), "config": config.to_dict()}
+
+
+def load(path: Path) -> tuple[ConvNeXtV2 | FCMAE, ConfigDict, tuple[str, ...]]:
+    """Loads a model with its config and class names from a checkpoint (see `checkpoint.find`).
+
+    Raises:
+      UserError: there is no checkpoint, or it cannot be read.
+    """
+    folder = checkpoint.find(path)
+    card = checkpoint.read_card(folder)
+    config, class_names = from_json(card["config"]), tuple(card["class_names"])
+    empty = nnx.eval_shape(lambda: build(config, len(class_names), nnx.Rngs(0)))
+    graph, like = split(empty)
+    params = checkpoint.read_params(folder)
+    check_params(params, like, str(path))
+    return merge(graph, params), config, class_names
+
+
+def check_params(params: Params, like: Params, source: str) -> None:
+    """Raises UserError unless every name of `like` is in `params` with the same shape."""
+    for name, leaf in like.items():
+        if name not in params:
+            raise UserError(f"checkpoint '{source}' has no parameter '{name}': it is of another model")
+        if params[name].shape != leaf.shape:
+            raise UserError(
+                f"checkpoint '{source}' is of another model: '{name}' is {params[name].shape} there and "
+                f"{leaf.shape} here; check model.variant, depths, dims, in_chans and patch_size"
+            )
+
+
+def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
+    """Returns `fresh` with the encoder's parameters taken from a checkpoint.
+
+    From an FCMAE checkpoint the encoder, the final norm and the head staying fresh; from a classifier
+    everything but a head of another class count.
+
+    Raises:
+      UserError: there is no checkpoint, or it is of another variant.
+    """
+    folder = checkpoint.find(path)
+    theirs, ours = checkpoint.read_card(folder)["config"]["model"]["variant"], config.model.variant
+    if theirs != ours:
+        raise UserError(
+            f"checkpoint '{path}' holds variant '{theirs}', the config asks for '{ours}'; "
+            f"set model.variant={theirs} or choose another init_from"
+        )
+    stored = checkpoint.read_params(folder)
+    pretrained = any(name.startswith("encoder.") for name in stored)
+    if pretrained:
+        prefix = "encoder."
+        stored = {n.removeprefix(prefix): value for n, value in stored.items() if n.startswith(prefix)}
+    own = {
+        name
+        for name in fresh
+        if (pretrained and name.startswith(("norm.", "head.")))
+        or (name.startswith("head.") and name in stored and stored[name].shape != fresh[name].shape)
+    }
+    check_params(stored, {name: leaf for name, leaf in fresh.items() if name not in own}, str(path))
+    return {name: leaf if name in own else jax.device_get(stored[name]) for name, leaf in fresh.items()}

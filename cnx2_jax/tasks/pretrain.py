@@ -1,0 +1,96 @@
+"""FCMAE pretraining: reconstruct the masked patches."""
+
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from cnx2_jax.data.pipeline import ImageData
+from cnx2_jax.models.fcmae import FCMAE, Output, paste
+from cnx2_jax.tasks import base
+from cnx2_jax.tasks.grid import draw_grid
+from cnx2_jax.train.evaluation import average
+from cnx2_jax.train.state import Params, merge, split
+from cnx2_jax.train.step import sample_keys
+from cnx2_jax.train.task import Batch, Metrics
+
+EVAL_STEP = 2**31 - 1  # masks of evaluation are drawn as at a step that no run reaches
+PICTURES = 8  # rows of the grid that an evaluation writes
+HIDDEN_GREY = 128
+
+
+class Pretrain:
+    """FCMAE on the images of a config; labels are not used.
+
+    Evaluation gives `loss`, on masks that are a function of the seed and the image's place alone.
+    """
+
+    best = ("loss", "min")
+
+    def __init__(self, config: ConfigDict):
+        base.check(config)
+        self.config = config
+        self.data = ImageData(config)
+
+    def init(self, rngs: nnx.Rngs) -> nnx.Module:
+        return base.build(self.config, 0, rngs)
+
+    def start(self, params: Params) -> Params:
+        return params
+
+    def loss(self, model: FCMAE, batch: Batch, keys: jax.Array):
+        images = base.normalise(batch["image"], self.config.data)
+        return model(images, keys).loss.mean(), {}
+
+    def evaluate(self, model: FCMAE, batches: Iterable[Batch]) -> Metrics:
+        return average(self._score, model, batches)
+
+    def _score(self, model: FCMAE, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
+        key = jax.random.fold_in(jax.random.key(self.config.seed), EVAL_STEP)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
+        images = base.normalise(batch["image"], self.config.data)
+        return {"loss": model(images, keys, train=False).loss}
+
+    def pictures(self, model: FCMAE) -> dict[str, np.ndarray]:
+        images = next(iter(self.data.eval_batches()))["image"][:PICTURES]
+        return {"reconstructions": reconstruct(model, self.config, images)}
+
+    def card(self) -> dict:
+        return base.make_card(self.config, ())
+
+
+def reconstruct(model: FCMAE, config: ConfigDict, images: np.ndarray, seed: int | None = None) -> np.ndarray:
+    """Masks images and draws what the model makes of them.
+
+    Args:
+      model: a pretrained model.
+      config: of its run.
+      images: uint8 `[N, H, W, C]`.
+      seed: of the masks; the run's by default.
+
+    Returns:
+      A uint8 grid `[H', W', 3]`, a row per image: original, masked, reconstruction, pasted.
+    """
+    keys = sample_keys(config.seed if seed is None else seed, jnp.int32(EVAL_STEP), len(images))
+    graph, params = split(model)
+    # One device is enough for a few rows, and it spares dividing them over a mesh.
+    normal = base.normalise(images, config.data)
+    output = _forward(graph, jax.device_get(params), normal, keys)
+    reconstruction, pasted = paste(normal, output.prediction, output.masked)
+    hidden = np.repeat(np.repeat(output.masked, model.encoder.stride, 1), model.encoder.stride, 2)
+    columns = {
+        "original": images,
+        "masked": np.where(hidden[..., None], np.uint8(HIDDEN_GREY), images),
+        "reconstruction": base.denormalise(reconstruction, config.data),
+        "pasted": base.denormalise(pasted, config.data),
+    }
+    return draw_grid({name: np.asarray(column) for name, column in columns.items()})
+
+
+@partial(jax.jit, static_argnames="graph")
+def _forward(graph: nnx.GraphDef, params: Params, images: jax.Array, keys: jax.Array) -> Output:
+    return merge(graph, params)(images, keys, train=False)

@@ -1,0 +1,159 @@
+"""Orbax checkpoints: save, restore, and find the parameters in what a user points at.
+
+A run's checkpoint is a folder `checkpoints/STEP` with `params` (arrays by dotted name), `card` (JSON: what
+a user of the parameters must know) and `opt_state`. An exported checkpoint is the same without `opt_state`,
+so one reader serves both.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from cnx2_jax.errors import UserError
+from cnx2_jax.train.state import Params, TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run. Saving is asynchronous, and a folder appears only when it is whole.
+
+    Args:
+      directory: `workdir/checkpoints`, created if need be.
+      keep: how many of the latest to keep; the best by `best` is kept besides.
+      best: evaluation metric and the end of it that is good.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, best: tuple[str, Literal["max", "min"]]):
+        metric, end = best
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(keep),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[metric],
+                    reverse=end == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self.directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, cleanup_tmp_directories=True, step_prefix=None
+            ),
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "opt_state": ocp.StandardCheckpointHandler(),
+                "card": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def latest(self) -> int | None:
+        """Returns the step of the latest whole checkpoint, if there is one."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, card: dict, metrics: dict[str, float] | None) -> None:
+        """Begins to save; the arrays may be donated as soon as this returns. `metrics` rank the best."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+                card=ocp.args.JsonSave(card),
+            ),
+            metrics=metrics,
+        )
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Restores a step onto the shapes, dtypes and shardings of `like`."""
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(like.params),
+                opt_state=ocp.args.StandardRestore(like.opt_state),
+            ),
+        )
+        count = jax.device_put(np.int32(step), like.step.sharding)
+        return TrainState(count, items["params"], items["opt_state"])
+
+    def close(self) -> None:
+        """Waits for what is being saved; an error in saving is raised here at the latest."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def find(path: Path) -> Path:
+    """Returns the folder with `params` and `card` that `path` means.
+
+    Args:
+      path: `checkpoints/STEP` of a run, a workdir (its latest), or an exported checkpoint.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    if not path.exists():
+        raise UserError(f"checkpoint '{path}' does not exist")
+    if (path / "params").is_dir():
+        return path
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise UserError(
+            f"no checkpoint in '{path}'; give a workdir, its checkpoints/STEP, or an exported checkpoint"
+        )
+    return folder / str(max(steps))
+
+
+def read_card(path: Path) -> dict:
+    """Returns the card of the checkpoint folder `path` (see `find`)."""
+    try:
+        return json.loads((path / "card" / "metadata").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"checkpoint '{path}' has no readable card; was it written by cnx2?") from None
+
+
+def read_params(path: Path) -> Params:
+    """Reads the parameters of the checkpoint folder `path` (see `find`) onto this process's first device.
+
+    Raises:
+      UserError: they cannot be read.
+    """
+    folder = (path / "params").absolute()
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(folder).item_metadata
+            like = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+                for name, leaf in dict(tree).items()
+            }
+            return checkpointer.restore(folder, like)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the parameters in '{path}' cannot be read: {reason}") from None
+
+
+def write(path: Path, params: Params, card: dict) -> None:
+    """Writes parameters and card as a new checkpoint folder, whole or not at all.
+
+    Raises:
+      UserError: something is there already, or it cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"'{path}' exists already; nothing was overwritten, choose another --out")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        (partial / "card").mkdir(parents=True)
+        (partial / "card" / "metadata").write_text(json.dumps(card))
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((partial / "params").absolute(), params)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror or error}") from None

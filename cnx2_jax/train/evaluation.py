@@ -1,0 +1,43 @@
+"""Means over padded batches."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cnx2_jax.train.state import merge, split
+from cnx2_jax.train.task import Batch, Metrics
+
+Score = Callable[[nnx.Module, Batch, jax.Array], dict[str, jax.Array]]
+
+
+def average(score: Score, model: nnx.Module, batches: Iterable[Batch]) -> Metrics:
+    """Averages each sample's scores over all samples that are not padding.
+
+    Args:
+      score: (model, batch, positions `[B]` of the samples in the pass) -> arrays `[B]` by name.
+      model: the model to score.
+      batches: batches with a boolean `mask` `[B]`, False on padding.
+
+    Returns:
+      Mean by name. Sums over batches are kept in Python floats, so counts such as accuracy's are exact.
+    """
+    graph, params = split(model)
+    totals: dict[str, float] = {}
+    count = seen = 0
+    for batch in batches:
+        sums, valid = _sums(score, graph, params, batch, seen)
+        seen += batch["mask"].shape[0]
+        count += int(valid)
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return {name: total / count for name, total in totals.items()}
+
+
+@partial(jax.jit, static_argnames=("score", "graph"))
+def _sums(score: Score, graph: nnx.GraphDef, params, batch: Batch, seen: int):
+    mask = batch["mask"]
+    scores = score(merge(graph, params), batch, seen + jnp.arange(mask.shape[0]))
+    return {n: jnp.where(mask, value, 0).sum() for n, value in scores.items()}, mask.sum()

@@ -1,0 +1,200 @@
+"""The one training loop; every task runs in it."""
+
+import collections
+import math
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cnx2_jax import configuration
+from cnx2_jax.errors import RunError
+from cnx2_jax.train import optimizer, sharding
+from cnx2_jax.train.checkpoint import Checkpoints
+from cnx2_jax.train.report import Report, say
+from cnx2_jax.train.state import Params, TrainState, merge, split
+from cnx2_jax.train.step import make_train_step
+from cnx2_jax.train.task import Metrics, Task
+
+STEPS_AHEAD = 2  # updates in flight: enough to hide the host's work, few enough to stop soon
+
+
+class _StopAskedError(Exception):
+    """Raised inside an evaluation when the run is asked to stop."""
+
+
+class _StopRequest:
+    """Turns SIGINT and SIGTERM into a flag; a second SIGINT ends the process at once, as usual."""
+
+    def __init__(self):
+        self.asked = False
+        self._old: dict = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number, frame):
+        self.asked = True
+        say(f"{signal.Signals(number).name}: saving and stopping; Ctrl-C again to stop without saving")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def check(self, batches: Iterable) -> Iterator:
+        for batch in batches:
+            if self.asked:
+                raise _StopAskedError
+            yield batch
+
+
+def fit(task: Task, workdir: Path) -> Metrics | None:
+    """Trains to the end of the run in `workdir`, from its latest checkpoint if it has one.
+
+    Returns:
+      The metrics of the last evaluation with its `step`, or None if a signal stopped the run before its
+      end; then everything is saved and the same call goes on.
+
+    Raises:
+      UserError: see `configuration.record_config`, `sharding.make_mesh` and `sharding.check_batch`.
+      RunError: the loss or the gradient is not finite.
+    """
+    config, data = task.config, task.data
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.batch_size, config.accumulation_steps, mesh)
+    total = configuration.total_steps(config, data.num_train)
+    eval_every = configuration.in_steps(config.eval_epochs, config, data.num_train)
+    schedule = optimizer.learning_rate_schedule(
+        config.optimizer,
+        config.batch_size,
+        configuration.in_steps(config.optimizer.warmup_epochs, config, data.num_train),
+        total,
+    )
+    transform = optimizer.make_optimizer(config.optimizer, schedule)
+
+    graph, like = _shapes(task, transform)
+    step_fn = make_train_step(task, graph, transform, like, mesh)
+    configuration.record_config(config, workdir)
+
+    with _StopRequest() as stop:
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=task.best)
+        state = _restore_or_start(task, transform, checkpoints, like, mesh)
+        step = saved = int(state.step)
+        report = Report(workdir, start_step=step, total_steps=total, batch_size=config.batch_size)
+        count = sum(math.prod(leaf.shape) for leaf in like.params.values())
+        say(
+            f"{config.task} {config.model.variant}, {count:,} parameters, on {mesh.size} "
+            f"{jax.devices()[0].platform} device(s): {data.num_train:,} images, {total:,} steps of "
+            f"{config.batch_size}" + (f", resuming after step {step:,}" if step else "")
+        )
+
+        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        batches = sharding.put_batches(data.train_batches(step, **hosts), mesh)
+        flying: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        try:
+            while True:
+                last = step == total
+                due = step > 0 and (last or (eval_every > 0 and step % eval_every == 0))
+                if due and report.evaluation(step) is None and not stop.asked:
+                    _land(flying, 0)
+                    with report.paused():
+                        _evaluate(task, graph, state.params, mesh, hosts, stop, report, step)
+                due = last or due or stop.asked
+                if step > saved and (due or step % config.checkpoint_steps == 0):
+                    # Nothing is saved before every update in it is known to be finite.
+                    _land(flying, 0)
+                    with report.paused():
+                        checkpoints.save(step, state, task.card(), report.evaluation(step))
+                    saved = step
+                if last or stop.asked:
+                    break
+
+                state, metrics = step_fn(state, next(batches))
+                step += 1
+                flying.append((step, metrics))
+                _land(flying, STEPS_AHEAD)
+                report.progress(step)
+                if step % config.log_steps == 0 or step == total:
+                    _land(flying, 0)
+                    values = {name: float(value) for name, value in metrics.items()}
+                    values["learning_rate"] = float(schedule(step - 1))
+                    values["images_per_sec"] = round(report.images_per_sec(step), 1)
+                    report.log(step, "train", values)
+        finally:
+            report.close()
+            checkpoints.close()
+    if step < total:
+        say(f"stopped after step {step:,} of {total:,}; the same command goes on from there")
+        return None
+    return {"step": step, **(report.evaluation(step) or {})}
+
+
+def _shapes(task: Task, transform) -> tuple[nnx.GraphDef, TrainState]:
+    """Returns the model's structure and the shapes of a state, without making an array."""
+    graph = None
+
+    def build(key):
+        nonlocal graph
+        graph, params = split(task.init(nnx.Rngs(key)))
+        return TrainState(jnp.int32(0), params, transform.init(params))
+
+    like = jax.eval_shape(build, jax.random.key(0))
+    assert graph is not None
+    return graph, like
+
+
+def _restore_or_start(task: Task, transform, checkpoints: Checkpoints, like, mesh) -> TrainState:
+    """Resumes in this order: the run's latest checkpoint; else what the task starts from; else fresh."""
+    places = sharding.state_sharding(like, mesh)
+    latest = checkpoints.latest()
+    if latest is not None:
+        shapes = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, places
+        )
+        return checkpoints.restore(latest, shapes)
+
+    def fresh(key) -> Params:
+        return split(task.init(nnx.Rngs(key)))[1]
+
+    params = jax.jit(fresh, out_shardings=places.params)(jax.random.key(task.config.seed))
+    params = jax.device_put(task.start(params), places.params)
+    opt_state = jax.jit(transform.init, out_shardings=places.opt_state)(params)
+    return TrainState(jax.device_put(jnp.int32(0), places.step), params, opt_state)
+
+
+def _land(flying: collections.deque, most: int) -> None:
+    """Waits until at most `most` updates are in flight.
+
+    Raises:
+      RunError: an update that landed was not finite.
+    """
+    while len(flying) > most:
+        step, metrics = flying.popleft()
+        for name in ("loss", "grad_norm"):
+            value = float(metrics[name])
+            if not math.isfinite(value):
+                raise RunError(
+                    f"{name} is {value} at step {step}; stopped, and no checkpoint holds that update: "
+                    "lower optimizer.base_learning_rate or set optimizer.clip_norm, and start again in "
+                    "another workdir"
+                )
+
+
+def _evaluate(task: Task, graph, params, mesh, hosts, stop, report: Report, step: int) -> None:
+    model = merge(graph, params)
+    batches = stop.check(sharding.put_batches(task.data.eval_batches(**hosts), mesh))
+    try:
+        metrics = task.evaluate(model, batches)
+    except _StopAskedError:
+        return  # done when the run goes on, before its next update
+    report.log(step, "val", metrics)
+    for name, picture in task.pictures(model).items():
+        report.picture(step, name, picture)

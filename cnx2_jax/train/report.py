@@ -1,0 +1,136 @@
+"""What a run tells: progress on standard error, metrics.jsonl, TensorBoard."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+from tqdm import tqdm
+
+from cnx2_jax.train.task import Metrics
+
+LINE_SECONDS = 10.0  # between progress lines where standard error is no terminal
+
+
+def say(text: str) -> None:
+    """Prints a line to standard error, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class Report:
+    """Reports one run; rows after the step that it resumes from are dropped, as they come again.
+
+    `metrics.jsonl` holds one JSON object per logged step and split: `{"step": ..., "split": "train" or
+    "val", ...}`. Every metric but `images_per_sec` is a function of the config and the step.
+
+    Args:
+      workdir: where `metrics.jsonl`, `tensorboard/` and `reconstructions/` go.
+      start_step: the step that the run resumes from, 0 for a new one.
+      total_steps: the step that it ends with.
+      batch_size: images per step, for throughput.
+    """
+
+    def __init__(self, workdir: Path, *, start_step: int, total_steps: int, batch_size: int):
+        self._workdir = workdir
+        self._batch_size = batch_size
+        self._total = total_steps
+        self._path = workdir / "metrics.jsonl"
+        rows = [row for row in read_metrics(self._path) if row["step"] <= start_step]
+        self._rewrite(rows)
+        self._evaluated = {row["step"]: row for row in rows if row["split"] == "val"}
+        self._file = self._path.open("a")
+        self._board = tf.summary.create_file_writer(str(workdir / "tensorboard"))
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", disable=not terminal, dynamic_ncols=True
+        )
+        self._lines = not terminal
+        self._said = time.monotonic()
+        self._start_step = start_step
+        self._speed_step = -1  # the first step compiles: throughput counts from the one after it
+        self._speed_time = 0.0
+        self._rate = 0.0
+
+    def _rewrite(self, rows: list[dict]) -> None:
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(partial, self._path)
+
+    def evaluation(self, step: int) -> Metrics | None:
+        """Returns the metrics of the evaluation at this step, if it was done."""
+        row = self._evaluated.get(step)
+        return {k: v for k, v in row.items() if k not in ("step", "split")} if row else None
+
+    def progress(self, step: int) -> None:
+        """Moves the progress bar to `step` updates done."""
+        self._bar.update(step - self._bar.n)
+        if self._speed_step < 0:
+            self._speed_step, self._speed_time = step, time.monotonic()
+
+    def images_per_sec(self, step: int) -> float:
+        """Returns throughput since the last call, without compilation, evaluation and saving."""
+        now = time.monotonic()
+        if step > self._speed_step >= 0:
+            self._rate = (step - self._speed_step) * self._batch_size / (now - self._speed_time)
+            self._speed_step, self._speed_time = step, now
+        return self._rate
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what happens inside out of the throughput."""
+        begin = time.monotonic()
+        yield
+        self._speed_time += time.monotonic() - begin
+
+    def log(self, step: int, split: str, metrics: Metrics) -> None:
+        """Writes one row; it is on disk when this returns, so a checkpoint never runs ahead of its rows."""
+        row = {"step": step, "split": split, **metrics}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        with self._board.as_default():
+            for name, value in metrics.items():
+                tf.summary.scalar(f"{split}/{name}", value, step=step)
+        if split == "val":
+            self._evaluated[step] = row
+            say(f"step {step}: {', '.join(f'val {k} {v:.4g}' for k, v in metrics.items())}")
+            return
+        self._bar.set_postfix_str(f"loss {metrics['loss']:.4g}, {self._rate:.0f} images/s")
+        if self._lines and (step == self._total or time.monotonic() - self._said > LINE_SECONDS):
+            self._said = time.monotonic()
+            left = (self._total - step) * self._batch_size / self._rate if self._rate else 0
+            say(
+                f"step {step}/{self._total} ({100 * step / self._total:.0f}%), loss {metrics['loss']:.4g}, "
+                f"{self._rate:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} left"
+            )
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes a uint8 image `[H, W, 3]` to `NAME/STEP.png` and to TensorBoard."""
+        path = self._workdir / name / f"{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+        with self._board.as_default():
+            tf.summary.image(name, image[None], step=step)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Returns the rows of a metrics.jsonl; a last line that a killed process left unfinished is dropped."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows

@@ -1,0 +1,89 @@
+"""The device mesh, and where parameters and batches live on it."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from cnx2_jax.errors import UserError
+from cnx2_jax.train.state import Params
+
+AXES = ("data", "fsdp")
+BATCH = PartitionSpec(AXES)  # a batch is spread over both axes
+
+# First match wins. An axis that the device count does not divide stays whole.
+PARTITION_RULES = (
+    (r"\.kernel$", -1),  # the output channels, over fsdp
+    (r"", None),  # biases, norms and the like are small: everywhere
+)
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """Returns the mesh that `config.data` by `config.fsdp` asks for; -1 takes what is left.
+
+    Raises:
+      UserError: the product is not the number of devices.
+    """
+    count = jax.device_count()
+    shape = [config.data, config.fsdp]
+    if shape.count(-1) == 1:
+        rest = int(np.prod([n for n in shape if n != -1]))
+        shape[shape.index(-1)] = count // rest if rest > 0 else 0
+    if min(shape) < 1 or int(np.prod(shape)) != count:
+        raise UserError(
+            f"mesh data={config.data}, fsdp={config.fsdp} does not fit {count} device(s); "
+            "their product must be the number of devices (-1 takes what is left)"
+        )
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
+    """Raises UserError unless the global batch divides over devices and accumulation steps."""
+    parts = mesh.size * accumulation_steps
+    if accumulation_steps < 1 or batch_size < 1 or batch_size % parts:
+        raise UserError(
+            f"batch_size {batch_size} does not divide over {mesh.size} device(s) x "
+            f"{accumulation_steps} accumulation step(s); use a multiple of {max(parts, 1)}"
+        )
+
+
+def param_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Returns where the parameter of this dotted name lives, by `PARTITION_RULES`."""
+    axis = next(axis for pattern, axis in PARTITION_RULES if re.search(pattern, name))
+    spec: list[str | None] = [None] * len(shape)
+    if axis is not None and shape[axis] % mesh.shape["fsdp"] == 0:
+        spec[axis] = "fsdp"
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def state_sharding(state, mesh: Mesh):
+    """Returns the shardings of a TrainState of arrays or shapes.
+
+    Whatever hangs under a parameter's name (the optimizer's moments) lives where the parameter does.
+    """
+
+    def place(path, leaf):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return param_sharding(names[-1] if names else "", leaf.shape, mesh)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def put_params(params: Params, mesh: Mesh) -> Params:
+    """Moves parameters to where they live on the mesh."""
+    return {n: jax.device_put(leaf, param_sharding(n, leaf.shape, mesh)) for n, leaf in params.items()}
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of every array in a batch: split along its first axis."""
+    return NamedSharding(mesh, BATCH)
+
+
+def put_batches(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+    """Moves this host's share of each batch to the devices, as parts of global arrays."""
+    sharding = batch_sharding(mesh)
+    for batch in batches:
+        yield {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

@@ -1,0 +1,39 @@
+"""What a run carries from step to step, and the way between a module and its named parameters."""
+
+import dataclasses
+
+import jax
+import optax
+from flax import nnx
+
+Params = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The pytree that the train step maps to the next one.
+
+    Attributes:
+      step: int32 scalar, the number of updates done.
+      params: float32 arrays by official dotted name, such as `stages.2.5.dwconv.kernel`. Flat, so that a
+        checkpoint reads like the paper's code and sharding rules are patterns over names.
+      opt_state: the optimizer's.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """Splits a module into its structure and its parameters by dotted name."""
+    graph, state = nnx.split(model)
+    return graph, {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
+    """Inverse of `split`; the module shares the arrays."""
+    paths = {tuple(int(p) if p.isdigit() else p for p in name.split(".")): name for name in params}
+    state = nnx.from_flat_state({path: nnx.Param(params[name]) for path, name in paths.items()})
+    return nnx.merge(graph, state)

@@ -1,0 +1,79 @@
+"""The train step: one update, as a pure function of state and batch."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cnx2_jax.train.sharding import BATCH, batch_sharding, state_sharding
+from cnx2_jax.train.state import Params, TrainState, merge
+from cnx2_jax.train.task import Batch, Task
+
+
+def sample_keys(seed: int, step: jax.Array, batch_size: int) -> jax.Array:
+    """Returns one random key per sample, a function of the seed, the step and the position in the batch.
+
+    So what is drawn depends neither on the device count nor on accumulation, nor on what came before.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
+
+
+def make_train_step(
+    task: Task,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    like: TrainState,
+    mesh: Mesh,
+):
+    """Returns the jitted (state, batch) -> (state, metrics); the state is donated.
+
+    Metrics hold `loss`, `grad_norm` (before clipping) and the task's own, as float32 scalars.
+
+    Args:
+      task: gives the loss.
+      graph: the model's structure.
+      optimizer: makes updates of gradients.
+      like: the state's shapes.
+      mesh: where it all lives.
+    """
+    config = task.config
+    parts = config.accumulation_steps
+
+    def loss(params: Params, batch: Batch, keys: jax.Array):
+        return task.loss(merge(graph, params), batch, keys)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def accumulated(params: Params, batch: Batch, keys: jax.Array):
+        # Every part takes each `parts`-th sample, so that no sample moves to another device.
+        def divide(x: jax.Array) -> jax.Array:
+            x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+        divided = jax.tree.map(divide, (batch, keys))
+        first = jax.tree.map(lambda x: x[0], divided)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *first))
+        total, _ = jax.lax.scan(add, zeros, divided)
+        return jax.tree.map(lambda x: x / parts, total)
+
+    def train_step(state: TrainState, batch: Batch):
+        keys = sample_keys(config.seed, state.step, config.batch_size)
+        compute = gradient if parts == 1 else accumulated
+        (value, metrics), gradients = compute(state.params, batch, keys)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": value, "grad_norm": optax.global_norm(gradients), **metrics}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    states = state_sharding(like, mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(states, batch_sharding(mesh)),
+        out_shardings=(states, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )

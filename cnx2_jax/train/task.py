@@ -1,0 +1,74 @@
+"""What the loop asks of a task. A new task is one new file that provides this."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, float]
+
+
+class Data(Protocol):
+    """Where a task's batches come from. A batch is a dict of arrays with the batch as first axis."""
+
+    num_train: int
+
+    def train_batches(
+        self, start_step: int, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields this host's share of the global batches of steps `start_step`, `start_step + 1`, ..."""
+        ...
+
+    def eval_batches(
+        self, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterable[dict[str, np.ndarray]]:
+        """Yields this host's share of one pass; `mask` is False on padding."""
+        ...
+
+
+class Task(Protocol):
+    """A model, its loss and its evaluation.
+
+    Attributes:
+      config: the run's.
+      data: its batches.
+      best: the evaluation metric by which checkpoints are ranked, and which end of it is good.
+    """
+
+    config: ConfigDict
+    data: Data
+    best: tuple[str, Literal["max", "min"]]
+
+    def init(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Returns the model with fresh weights; traced, so that each device makes only its share."""
+        ...
+
+    def start(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns the parameters that step 0 begins with, given the fresh ones."""
+        ...
+
+    def loss(
+        self, model: nnx.Module, batch: Batch, keys: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the mean loss of a batch, and metrics that are means over the batch too.
+
+        `keys` holds one random key per sample, a function of the seed, the step and the sample's position
+        in the global batch: draw from nothing else.
+        """
+        ...
+
+    def evaluate(self, model: nnx.Module, batches: Iterable[Batch]) -> Metrics:
+        """Returns metrics over one pass of padded batches."""
+        ...
+
+    def pictures(self, model: nnx.Module) -> dict[str, np.ndarray]:
+        """Returns named uint8 images `[H, W, 3]` that show how the model does; often none."""
+        ...
+
+    def card(self) -> dict:
+        """Returns what a user of the weights must know, as JSON: it travels in every checkpoint."""
+        ...
