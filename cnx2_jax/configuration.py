@@ -84,8 +84,8 @@ def use_digits(config: ConfigDict) -> None:
     config.image_size = (32, 32)
     config.log_steps = 20
     config.model.variant = "custom"
-    config.model.depths = (1, 1, 3, 1)
-    config.model.dims = (24, 48, 96, 192)
+    config.model.depths = (1, 1, 2, 1)
+    config.model.dims = (16, 32, 64, 128)
     config.model.in_chans = 1
     config.model.patch_size = 1
     config.data.source = "digits"

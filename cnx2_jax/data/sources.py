@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -64,13 +64,16 @@ def open_source(data: Any, split: str, seed: int) -> Source:
       seed: the run's seed.
 
     Raises:
-      UserError: unknown source, or a folder that is missing, empty or laid out inconsistently.
+      UserError: unknown source, a number out of range, or a folder that is missing, empty or laid
+        out inconsistently.
     """
     if data.source not in _OPENERS:
         raise UserError(
             f"unknown data.source '{data.source}'{nearest(data.source, _OPENERS)}; "
             f"known: {', '.join(_OPENERS)}"
         )
+    if data.train_per_class < 0:
+        raise UserError(f"data.train_per_class {data.train_per_class} is negative; 0 keeps all")
     records = _OPENERS[data.source](data, split)
     if split == "train" and data.train_per_class:
         ranks = np.random.default_rng(seed % 2**64).random(len(records.labels))
@@ -101,11 +104,11 @@ def _open_digits(data: Any, split: str) -> _Records:
     digits = load_digits()
     labels = digits.target.astype(np.int32)
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    names = [f"digits/{index}" for index in range(len(labels))]
+    names = np.array([f"digits/{index}" for index in range(len(labels))], np.bytes_)
     records = _Records(
         class_names=tuple(str(name) for name in digits.target_names),
         labels=labels,
-        names=np.array(names, np.bytes_),
+        names=names,
         contents=np.array([_png(image) for image in pixels], object),
     )
     held_out = _held_out(names, labels, _DIGITS_VAL_FRACTION)
@@ -150,7 +153,8 @@ def _open_folder(data: Any, split: str) -> _Records:
     if not 0 <= data.val_fraction < 1:
         raise UserError(f"data.val_fraction {data.val_fraction} is not in [0, 1)")
     # Relative names, so that a data set that moves to another disk keeps its split.
-    names = [os.path.relpath(os.fsdecode(name), base) for name in records.names]
+    start = len(os.fsencode(os.path.join(base, "")))
+    names = (path[start:] for path in records.names)
     held_out = _held_out(names, records.labels, data.val_fraction)
     return records.only(held_out if split == "val" else ~held_out)
 
@@ -175,7 +179,8 @@ def _list_records(folder: str, class_names: tuple[str, ...]) -> _Records:
         labels = np.fromiter((label_of[name.split("/", 1)[0]] for name in names), np.int32)
     else:
         labels = np.zeros(len(names), np.int32)
-    paths = np.array([os.fsencode(f"{folder}/{name}") for name in names], np.bytes_)
+    top = os.path.join(folder, "")
+    paths = np.array([os.fsencode(top + name) for name in names], np.bytes_)
     return _Records(class_names, labels, paths, contents=None)
 
 
@@ -200,16 +205,16 @@ def _kinds() -> str:
     return f"images ({', '.join(_ENDINGS)})"
 
 
-def _held_out(names: list[str], labels: np.ndarray, fraction: float) -> np.ndarray:
+def _held_out(names: Iterable[bytes], labels: np.ndarray, fraction: float) -> np.ndarray:
     """Which records are val, boolean [n]: about `fraction` of each class, by a hash of the name.
 
     A class of two or more gets at least one val record and keeps at least one for training. With a
     hash, adding files to a folder hardly moves the others between train and val.
     """
     if not fraction:
-        return np.zeros(len(names), bool)
-    digests = (hashlib.blake2b(os.fsencode(n), digest_size=8, key=b"cnx2 val").digest() for n in names)
-    ranks = np.fromiter((int.from_bytes(digest) for digest in digests), np.uint64)
+        return np.zeros(len(labels), bool)
+    digests = [hashlib.blake2b(name, digest_size=8, key=b"cnx2 val").digest() for name in names]
+    ranks = np.frombuffer(b"".join(digests), ">u8")
     counts = np.bincount(labels)
     share = np.where(counts < 2, 0, np.clip(np.round(fraction * counts), 1, counts - 1))
     return _first_of_each_class(labels, ranks, share)

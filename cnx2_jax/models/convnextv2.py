@@ -8,12 +8,12 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.kernels.pointwise import gelu
 from cnx2_jax.models.layers import (
     GRN,
     DepthwiseConv,
@@ -73,7 +73,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "b *any c"], layout: Layout, keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b *any c"]:
         y = self.norm(self.dwconv(x, layout))
-        y = jax.nn.gelu(self.pwconv1(y), approximate=False)
+        y = gelu(self.pwconv1(y))
         y = self.pwconv2(self.grn(y, layout))
         return x + self.drop_path(y, keys)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from cnx2_jax.kernels.pointwise import mean_channels
 from cnx2_jax.models.layouts import Layout
 
 EPSILON = 1e-6  # LayerNorm and GRN, everywhere (official convnextv2.py, utils.py)
@@ -60,7 +61,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*any c"]) -> Float[Array, "*any c"]:
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
-        x = x - x.mean(axis=-1, keepdims=True)
+        x = x - mean_channels(x)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + EPSILON)
         return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
 

@@ -1,0 +1,59 @@
+"""The number of devices, and how parameters are spread over them, changes nothing but rounding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+SMALL = [
+    "--config.model.depths=(1,1,1,1)",
+    "--config.model.dims=(8,8,16,16)",
+    "--config.model.drop_path=0.2",
+    "--config.image_size=16",
+    "--config.batch_size=16",
+    f"--config.total_steps={STEPS}",
+    "--config.log_steps=1",
+    "--config.optimizer.warmup_epochs=0.05",
+]
+TASKS = {"pretrain": "configs/pretrain.py:digits", "classify": "configs/finetune.py:digits"}
+
+
+def train(task, workdir, devices, *overrides):
+    command = [sys.executable, "-m", "cnx2_jax.cli", "train", "--config", TASKS[task], "--workdir", workdir]
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run(
+        [*map(str, command), *SMALL, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"on {devices} cpu device(s)" in done.stderr
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == STEPS + 1
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore((workdir / "checkpoints" / str(STEPS) / "params").absolute())
+    rows = [{k: v for k, v in row.items() if k not in ("images_per_sec", "split")} for row in rows]
+    return rows, {name: np.asarray(value) for name, value in params.items()}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_metrics_and_parameters_do_not_depend_on_the_devices(task, tmp_path):
+    expected_rows, expected = train(task, tmp_path / "1", 1)
+    runs = {
+        "2": (2,),
+        "8": (8,),
+        "2x4": (8, "--config.mesh.data=2", "--config.mesh.fsdp=4"),
+        "accumulated": (2, "--config.accumulation_steps=4"),
+    }
+    for name, arguments in runs.items():
+        rows, params = train(task, tmp_path / name, *arguments)
+        assert params.keys() == expected.keys()
+        for row, other in zip(rows, expected_rows, strict=True):
+            assert row == pytest.approx(other, rel=1e-5, abs=1e-5), name
+        for path, value in expected.items():
+            np.testing.assert_allclose(params[path], value, rtol=0, atol=1e-5, err_msg=f"{name} {path}")
