@@ -4,6 +4,9 @@ import argparse
 import importlib
 import os
 import sys
+from typing import NoReturn
+
+from absl import logging
 
 from cnx2_jax.errors import RunError, UserError
 
@@ -17,28 +20,42 @@ VERBS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all errors are said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.split()[0]}: error: {message}; see `{self.prog} --help`\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs `cnx2` with these arguments (the process's by default) and returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     # `--config.KEY=VALUE` is the config's to read; everything else is the verb's. Both `--config.KEY=VALUE`
     # and `--config.KEY VALUE` are common, so the second form is joined into the first.
     argv, overrides = _take_overrides(argv)
-    parser = argparse.ArgumentParser(
-        prog="cnx2", description="ConvNeXt V2 and FCMAE in JAX.", epilog="`cnx2 VERB --help` says more."
+    width = max(map(len, VERBS))
+    parser = _Parser(
+        prog="cnx2",
+        description="ConvNeXt V2 and FCMAE in JAX.",
+        # A list of our own: argparse would wrap it.
+        epilog="verbs:\n" + "\n".join(f"  {verb:<{width}}  {line}" for verb, line in VERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(
+        dest="verb", metavar="VERB", required=True, help="see below; `cnx2 VERB --help` says more"
+    )
     chosen = next((word for word in argv if word in VERBS), None)
     command = None
     for verb, line in VERBS.items():
-        verb_parser = verbs.add_parser(verb, help=line, description=f"{line[0].upper()}{line[1:]}.")
+        verb_parser = verbs.add_parser(verb, description=f"{line[0].upper()}{line[1:]}.")
         if verb == chosen:
+            _silence_libraries()
             command = importlib.import_module(f"cnx2_jax.commands.{verb}")
             command.add_arguments(verb_parser)
     args = parser.parse_args(argv)
     assert command is not None
     if overrides and not command.TAKES_OVERRIDES:
         parser.error(f"{args.verb} takes no {overrides[0].partition('=')[0]}")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         command.run(args, overrides)
     except UserError as error:
@@ -48,6 +65,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cnx2: stopped: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _silence_libraries() -> None:
+    """Keeps what TensorFlow and Orbax note for themselves off standard error; errors still come through."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow is imported
+    logging.set_verbosity(logging.ERROR)
 
 
 def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -194,6 +194,14 @@ def in_steps(epochs: float, config: ConfigDict, num_train: int) -> int:
     return max(1, round(epochs * num_train / config.batch_size)) if epochs else 0
 
 
+def passes(epochs: float, step: int, config: ConfigDict, num_train: int) -> bool:
+    """Says whether update number `step` completes another `epochs` epochs; never, if that is 0."""
+    if not epochs:
+        return False
+    per_update = config.batch_size / (epochs * num_train)
+    return int(step * per_update) > int((step - 1) * per_update)
+
+
 def record_config(config: ConfigDict, workdir: Path) -> None:
     """Writes `config.json` into the workdir, or checks that the one there is of the same run.
 

@@ -32,6 +32,7 @@ def main() -> None:
     out.mkdir(parents=True)
     # Runs of one program share what was compiled for it.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out.absolute() / "compiled"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
     pretrain = f"{ROOT}/configs/pretrain.py:digits"
     finetune = f"{ROOT}/configs/finetune.py:digits"

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from cnx2_jax.configuration import image_hw
-from cnx2_jax.data.pipeline import ImageData, preprocess_files
+from cnx2_jax.data.pipeline import preprocess_files
 from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import base
 from cnx2_jax.tasks.pretrain import PICTURES, reconstruct
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             eval_crop=config.data.eval_crop,
         )
     else:
-        images = next(iter(ImageData(config).eval_batches()))["image"][:PICTURES]
+        images = next(iter(base.open_images(config).eval_batches()))["image"][:PICTURES]
     grid = reconstruct(model, config, images, args.seed)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)

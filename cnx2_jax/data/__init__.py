@@ -2,9 +2,10 @@
 
 import os
 
-# Must be set before TensorFlow is imported. oneDNN is for matrix products, of which there are none
-# here; left on, TensorFlow announces it on standard error at every start.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Must be set before TensorFlow is imported. Its errors reach the user as exceptions, so its log, which
+# repeats a broken image's several times over, may be silent. oneDNN is for matrix products, of which
+# there are none here; left on, TensorFlow announces it on standard error at every start.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import tensorflow as tf

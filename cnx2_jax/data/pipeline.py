@@ -181,6 +181,7 @@ class _Positions:
         self.per_host = batch_size // process_count
         self._offset = process_index * self.per_host
 
+    @tf.autograph.experimental.do_not_convert
     def at(self, index: tf.Tensor) -> tf.Tensor:
         """The position of this host's image number `index`, counted from step 0."""
         step, place = index // self.per_host, index % self.per_host
@@ -205,6 +206,8 @@ def _stream(
     uint8 [h, w, C].
     """
 
+    # No Python control flow here depends on a tensor; converting it anyway takes seconds of every start.
+    @tf.autograph.experimental.do_not_convert
     def example(position: tf.Tensor) -> dict[str, tf.Tensor]:
         record = source.read(record_at(position))
         return {"image": image_of(record["bytes"], position), "label": record["label"]}
@@ -212,9 +215,7 @@ def _stream(
     threads = os.cpu_count() or 1
     first, last = steps
     dataset = tf.data.Dataset.range(first * positions.per_host, last * positions.per_host)
-    dataset = dataset.map(
-        lambda index: example(positions.at(index)), num_parallel_calls=threads, deterministic=True
-    )
+    dataset = dataset.map(positions.at).map(example, num_parallel_calls=threads, deterministic=True)
     dataset = dataset.batch(positions.per_host, drop_remainder=True).prefetch(_PREFETCHED_BATCHES)
     options = tf.data.Options()
     # Fixed widths instead of autotuning, whose buffers grow until the host's memory is full.

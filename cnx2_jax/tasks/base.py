@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import from_json, image_hw
+from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models import FCMAE, ConvNeXtV2, variant
 from cnx2_jax.models.convnextv2 import Variant, check_images
@@ -45,6 +46,21 @@ def check(config: ConfigDict) -> None:
                 f"data.{name} has {len(data[name])} value(s) for model.in_chans {model.in_chans}; give one "
                 "per channel"
             )
+
+
+def open_images(config: ConfigDict) -> ImageData:
+    """Opens the images of a config.
+
+    Raises:
+      UserError: they cannot be opened (see ImageData), or there are none to evaluate on.
+    """
+    images = ImageData(config)
+    if not images.num_val:
+        raise UserError(
+            f"no validation images with data.val_fraction {config.data.val_fraction}; raise it, or put some "
+            "into a folder val/ beside train/"
+        )
+    return images
 
 
 def build(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ConvNeXtV2 | FCMAE:

@@ -11,7 +11,6 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.tasks import base
@@ -36,7 +35,7 @@ class Classify:
         if not 0 <= config.label_smoothing < 1:
             raise UserError(f"label_smoothing {config.label_smoothing} must be at least 0 and below 1")
         self.config = config
-        self.data = ImageData(config)
+        self.data = base.open_images(config)
         self.class_names = self.data.class_names
         if len(self.class_names) < 2:
             raise UserError(

@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.models.fcmae import FCMAE, Output, paste
 from cnx2_jax.tasks import base
 from cnx2_jax.tasks.grid import draw_grid
@@ -34,7 +33,7 @@ class Pretrain:
     def __init__(self, config: ConfigDict):
         base.check(config)
         self.config = config
-        self.data = ImageData(config)
+        self.data = base.open_images(config)
 
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
         return base.build(self.config, 0, rngs)

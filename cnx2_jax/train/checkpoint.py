@@ -30,11 +30,15 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int, best: tuple[str, Literal["max", "min"]]):
         metric, end = best
+
+        def value(metrics: dict[str, float]) -> float:
+            return metrics[metric]
+
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
                 checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[metric],
+                    get_metric_fn=value,
                     reverse=end == "min",
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -45,7 +49,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, cleanup_tmp_directories=True, step_prefix=None
+                preservation_policy=policy,
+                best_fn=value,  # unused beside the policy, but without it metrics are not written
+                best_mode=end,
+                cleanup_tmp_directories=True,
+                step_prefix=None,
             ),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),

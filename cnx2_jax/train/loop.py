@@ -71,7 +71,6 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.accumulation_steps, mesh)
     total = configuration.total_steps(config, data.num_train)
-    eval_every = configuration.in_steps(config.eval_epochs, config, data.num_train)
     schedule = optimizer.learning_rate_schedule(
         config.optimizer,
         config.batch_size,
@@ -102,7 +101,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         try:
             while True:
                 last = step == total
-                due = step > 0 and (last or (eval_every > 0 and step % eval_every == 0))
+                due = last or configuration.passes(config.eval_epochs, step, config, data.num_train)
                 if due and report.evaluation(step) is None and not stop.asked:
                     _land(flying, 0)
                     with report.paused():

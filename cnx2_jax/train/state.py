@@ -29,7 +29,7 @@ class TrainState:
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """Splits a module into its structure and its parameters by dotted name."""
     graph, state = nnx.split(model)
-    return graph, {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    return graph, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
