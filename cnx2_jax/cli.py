@@ -12,7 +12,7 @@ from cnx2_jax.errors import RunError, UserError
 
 # Modules are imported only when their verb runs: `--help` should not wait for JAX and TensorFlow.
 VERBS = {
-    "train": "train a model as a config says, or go on with the run in a workdir",
+    "train": "train a model as a config says, or go on with a workdir's run",
     "evaluate": "evaluate a run's checkpoint on its validation images",
     "predict": "name the top classes of image files",
     "reconstruct": "mask images and draw what a pretrained model makes of them",

@@ -16,6 +16,15 @@ from cnx2_jax.errors import UserError, nearest
 # A run may go on with other values of these: they change where and how often, not what is computed.
 FREE_KEYS = ("mesh.", "log_steps", "eval_epochs", "checkpoint_steps", "keep_checkpoints")
 
+LEAST = {
+    "total_epochs": 0,
+    "total_steps": 0,
+    "log_steps": 1,
+    "eval_epochs": 0,
+    "checkpoint_steps": 1,
+    "keep_checkpoints": 1,
+}
+
 
 def defaults(task: str) -> ConfigDict:
     """Returns a config with every key that a run of this task reads; recipes change what they need to."""
@@ -168,8 +177,22 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     except flags.Error as error:
         text = str(error).replace("flag --config.", "config key ").splitlines()[0]
         raise UserError(text) from None
+    for key, value in _flatten(config.to_dict()).items():
+        if isinstance(value, tuple):  # which absl fills with anything
+            # Tuples that are empty by default, such as dims, are of whole numbers.
+            kinds = (int,) if all(isinstance(item, int) for item in known[key]) else (int, float)
+            if not all(type(item) in kinds for item in value):
+                kind = "whole numbers" if kinds == (int,) else "numbers"
+                raise UserError(f"config key {key}={value} must be {kind}, such as {key}=(1,2)")
     config.lock()
     return config
+
+
+def check_lengths(config: ConfigDict) -> None:
+    """Raises UserError if a number of steps, epochs or checkpoints is out of range."""
+    for key, least in LEAST.items():
+        if config[key] < least:
+            raise UserError(f"{key} {config[key]} must be at least {least}")
 
 
 def image_hw(config: ConfigDict) -> tuple[int, int]:
@@ -196,23 +219,23 @@ def in_steps(epochs: float, config: ConfigDict, num_train: int) -> int:
 
 def passes(epochs: float, step: int, config: ConfigDict, num_train: int) -> bool:
     """Says whether update number `step` completes another `epochs` epochs; never, if that is 0."""
-    if not epochs:
+    if not epochs or not step:
         return False
-    per_update = config.batch_size / (epochs * num_train)
-    return int(step * per_update) > int((step - 1) * per_update)
+    # Divided last: 49 * (1 / 49) is less than 1.
+    done, before = ((n * config.batch_size) // (epochs * num_train) for n in (step, step - 1))
+    return done > before
 
 
-def record_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes `config.json` into the workdir, or checks that the one there is of the same run.
+def make_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Makes the workdir, or checks that the `config.json` of the one there is of the same run.
 
     Raises:
-      UserError: the workdir cannot be written, or belongs to a run with another config.
+      UserError: the workdir cannot be made, or belongs to a run with another config.
     """
-    path = workdir / "config.json"
-    if path.exists():
+    if (workdir / "config.json").exists():
         old, new = _flatten(read_config(workdir).to_dict()), _flatten(config.to_dict())
         changed = [
-            f"{key} = {old.get(key, 'unset')} there, {new.get(key, 'unset')} here"
+            f"{key} = {_shown(old, key)} there, {_shown(new, key)} here"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
         ]
@@ -224,11 +247,28 @@ def record_config(config: ConfigDict, workdir: Path) -> None:
             )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(workdir, error) from None
+
+
+def record_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes `config.json` into the workdir.
+
+    Raises:
+      UserError: see `make_workdir`.
+    """
+    make_workdir(config, workdir)
+    path = workdir / "config.json"
+    try:
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         os.replace(partial, path)  # whole or not at all, whenever the process dies
     except OSError as error:
-        raise UserError(f"cannot write to workdir '{workdir}': {error.strerror}") from None
+        raise _cannot_write(workdir, error) from None
+
+
+def _cannot_write(workdir: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to workdir '{workdir}': {error.strerror}; choose another --workdir")
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -239,7 +279,10 @@ def read_config(workdir: Path) -> ConfigDict:
     """
     path = workdir / "config.json"
     try:
-        return from_json(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict) or "task" not in values:
+            raise ValueError("it is no config of a run")
+        return from_json(values)
     except OSError:
         raise UserError(f"'{workdir}' is not a workdir: it has no config.json") from None
     except ValueError as error:
@@ -255,6 +298,10 @@ def from_json(values: Mapping) -> ConfigDict:
         return tuple(value) if isinstance(value, list) else value
 
     return ConfigDict(tuples(values))
+
+
+def _shown(values: Mapping, key: str) -> str:
+    return str(values.get(key, "unset")) or "''"
 
 
 def _flatten(values: Mapping, prefix: str = "") -> dict:

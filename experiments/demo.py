@@ -7,16 +7,17 @@ are of scikit-learn's digits, on the 359 that no training sees.
 """
 
 import argparse
+import contextlib
+import io
 import json
-import os
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from PIL import Image
 
+from cnx2_jax import cli
 from cnx2_jax.configuration import load_config
 from cnx2_jax.data.pipeline import ImageData
 
@@ -30,9 +31,6 @@ def main() -> None:
     out = parser.parse_args().out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     begin = time.monotonic()
     out.mkdir(parents=True)
-    # Runs of one program share what was compiled for it.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out.absolute() / "compiled"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
     pretrain = f"{ROOT}/configs/pretrain.py:digits"
     finetune = f"{ROOT}/configs/finetune.py:digits"
@@ -46,9 +44,10 @@ def main() -> None:
     result: dict[str, object] = {}
     for metric, (name, config, pretrained) in runs.items():
         start = [f"--config.init_from={out / 'pretrained'}"] if pretrained else []
-        cnx2("train", "--config", config, *start, "--workdir", out / name)
-        result[metric] = json.loads(cnx2("evaluate", "--workdir", out / name).splitlines()[-1])["accuracy"]
+        trained = cnx2("train", "--config", config, *start, "--workdir", out / name)
+        result[metric] = json.loads(trained.splitlines()[-1])["accuracy"]
 
+    cnx2("evaluate", "--workdir", out / "finetuned")
     picture, exported = out / "reconstructions.png", out / "exported"
     cnx2("reconstruct", "--workdir", out / "pretrained", "--out", picture)
     cnx2("export", "--checkpoint", out / "finetuned", "--format", "orbax", "--out", exported)
@@ -64,14 +63,19 @@ def main() -> None:
 
 
 def cnx2(*words: object) -> str:
-    """Runs `cnx2 WORDS`, shows the command and its progress, and returns its standard output."""
+    """Runs `cnx2 WORDS`, shows the command and its progress, and returns its standard output.
+
+    In this process: starting Python, JAX and TensorFlow anew for each of them would take a minute in all.
+    """
     arguments = [str(word) for word in words]
     print(f"\n$ cnx2 {shlex.join(arguments)}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "cnx2_jax.cli", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)  # it has said why
-    return done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        status = cli.main(arguments)
+    if status:
+        sys.exit(status)  # it has said why
+    if not output.getvalue():
+        sys.exit(1)  # a signal stopped it, and it has said so
+    return output.getvalue()
 
 
 def digit_files(config: str, folder: Path) -> list[Path]:

@@ -1,8 +1,15 @@
 """Shared by all tests: JAX on the CPU, shape annotations checked, deterministic weights."""
 
+# ruff: noqa: E402 - the environment and the hook must be there before the imports
+
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one test has compiled, the others and the processes that they start need not compile again.
+_compiled = tempfile.TemporaryDirectory(prefix="cnx2-compiled-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from jaxtyping import install_import_hook
@@ -10,12 +17,18 @@ from jaxtyping import install_import_hook
 # Before anything imports the models: every shape annotation there is checked at each call and trace.
 install_import_hook(["cnx2_jax.models", "cnx2_jax.kernels"], "beartype.beartype")
 
+import dataclasses
+import functools
 import math
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
+from cnx2_jax.models import create_model
 
 
 def parameter_paths(model: nnx.Module) -> dict[str, nnx.Param]:
@@ -47,8 +60,7 @@ def fill_randomly(model: nnx.Module, seed: int, dtype=np.float32) -> nnx.Module:
     """
     rng = np.random.default_rng(seed)
     values = {
-        name: random_value(name, variable.shape, rng)
-        for name, variable in parameter_paths(model).items()
+        name: random_value(name, variable.shape, rng) for name, variable in parameter_paths(model).items()
     }
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     filled = [
@@ -59,26 +71,102 @@ def fill_randomly(model: nnx.Module, seed: int, dtype=np.float32) -> nnx.Module:
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_params():
     """The function `fill_randomly(model, seed, dtype=float32)`."""
     return fill_randomly
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def parameters():
     """The function `parameter_paths(model)`."""
     return parameter_paths
 
 
+def build_randomly(kind, *arguments, seed: int = 0, fill_dtype=np.float32, **options) -> nnx.Module:
+    """Builds `kind(*arguments, **options)` without initialising it, and fills it by `fill_randomly`.
+
+    Much faster than an eager initialisation, which compiles a sampler for every shape.
+    """
+    model = nnx.eval_shape(lambda: kind(*arguments, rngs=nnx.Rngs(0), **options))
+    return fill_randomly(model, seed, fill_dtype)
+
+
+@pytest.fixture(scope="session")
+def build():
+    """The function `build_randomly(kind, *arguments, seed=0, fill_dtype=float32, **options)`."""
+    return build_randomly
+
+
 def relative_error(actual, expected) -> float:
-    """Largest absolute difference over the largest absolute expected value; NaN where shapes differ."""
+    """Largest absolute difference over the largest absolute expected value; fails on another shape."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def error():
     """The function `relative_error(actual, expected)`."""
     return relative_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A network that is compared with Hugging Face's, by tests/parity and by tests/golden."""
+
+    variant: str
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.variant}_{self.height}x{self.width}"
+
+    @property
+    def golden(self) -> Path:
+        """Where make_golden.py keeps what Hugging Face's model gives."""
+        return Path(__file__).parent / "golden" / f"{self}.npz"
+
+    def model(self):
+        """The network, with weights by `fill_randomly`."""
+        create = functools.partial(create_model, f"convnextv2_{self.variant}")
+        return build_randomly(create, seed=1)
+
+    def images(self) -> np.ndarray:
+        """Two images `[2, H, W, 3]`: squares of colour and noise, the second of less contrast."""
+        rng = np.random.default_rng(2)
+        noise = rng.standard_normal((2, self.height, self.width, 3))
+        squares = rng.standard_normal((2, self.height // 32, self.width // 32, 3))
+        images = 0.5 * noise + squares.repeat(32, axis=1).repeat(32, axis=2)
+        return (images * np.array([1, 0.3]).reshape(2, 1, 1, 1)).astype(np.float32)
+
+    @functools.cache  # noqa: B019 - four small results, for the whole session
+    def outputs(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """This package's logits and stage maps."""
+        apply = jax.jit(lambda model, x: (model(x), model.features(x)))
+        logits, maps = apply(self.model(), jnp.asarray(self.images()))
+        return np.asarray(logits), [np.asarray(x) for x in maps]
+
+    @staticmethod
+    def stored(logits: np.ndarray, maps: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """What is kept of outputs: the logits, and some positions and channels of every map."""
+        steps = (14, 7, 4, 2)
+        samples = {
+            f"stage{i}": x[:, ::step, ::step, ::5]
+            for i, (x, step) in enumerate(zip(maps, steps, strict=True))
+        }
+        return {"logits": logits, **samples}
+
+
+REFERENCES = [
+    Reference("atto", 224, 224),
+    Reference("atto", 160, 224),
+    Reference("tiny", 224, 224),
+    Reference("tiny", 224, 160),
+]
+
+
+@pytest.fixture(scope="session", params=REFERENCES, ids=str)
+def reference(request) -> Reference:
+    """Each of the networks that are compared with Hugging Face's."""
+    return request.param

@@ -94,28 +94,32 @@ def _shifts(x: Array, kernel: Array, pads: Pads) -> Array:
 def _kernel_gradient_native(x: Array, gradient: Array, size: tuple[int, int]) -> Array:
     kernel = jnp.zeros((*size, x.shape[-1]), x.dtype)
     (kernel_gradient,) = jax.linear_transpose(lambda k: _native(x, k, _same_pads(kernel)), kernel)(gradient)
-    return kernel_gradient
+    return kernel_gradient.astype(_accumulator(x))  # as the other form has it
 
 
 def _kernel_gradient_by_rows(x: Array, gradient: Array, size: tuple[int, int]) -> Array:
-    """Loops over image rows with `[KW][KH, W, C]` sums that stay in cache; reduces over W once.
+    """Loops over image rows with `[KW][KH, W * C]` sums that stay in cache; reduces over W once.
 
-    XLA's CPU backend reduces leading axes badly, which is what 49 plain reductions to `[C]` would be.
+    XLA's CPU backend reduces leading axes badly, which is what 49 plain reductions to `[C]` would be. W and
+    C are one axis, along which a step of one column is a step of C: few channels still fill vectors.
     """
     batch, height, width, channels = x.shape
     rows, columns = size
     dtype = _accumulator(x)
     padded = jnp.pad(x, ((0, 0), *_same_pads(jnp.zeros((*size, 1))), (0, 0)))
+    padded = padded.reshape(batch, height + rows - 1, -1)
+    gradient = gradient.reshape(batch, height, -1)
+    length = width * channels
 
     def add_row(index, sums):
         image, row = index // height, index % height
-        window = lax.dynamic_slice(padded, (image, row, 0, 0), (1, rows, padded.shape[2], channels))[
-            0
-        ].astype(dtype)
-        line = lax.dynamic_slice(gradient, (image, row, 0, 0), (1, 1, width, channels))[0]
-        line = line.astype(dtype)
-        return tuple(total + window[:, column : column + width] * line for column, total in enumerate(sums))
+        window = lax.dynamic_slice(padded, (image, row, 0), (1, rows, padded.shape[2]))[0].astype(dtype)
+        line = lax.dynamic_slice(gradient, (image, row, 0), (1, 1, length))[0].astype(dtype)
+        return tuple(
+            total + window[:, column * channels : column * channels + length] * line
+            for column, total in enumerate(sums)
+        )
 
-    zeros = tuple(jnp.zeros((rows, width, channels), dtype) for _ in range(columns))
+    zeros = tuple(jnp.zeros((rows, length), dtype) for _ in range(columns))
     sums = lax.fori_loop(0, batch * height, add_row, zeros)
-    return jnp.stack([total.sum(axis=1) for total in sums], axis=1)
+    return jnp.stack([total.reshape(rows, width, channels).sum(axis=1) for total in sums], axis=1)

@@ -1,5 +1,6 @@
 """What the tasks share: models from configs and cards, normalisation, starting weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from cnx2_jax.configuration import from_json, image_hw
 from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models import FCMAE, ConvNeXtV2, variant
-from cnx2_jax.models.convnextv2 import Variant, check_images
+from cnx2_jax.models.convnextv2 import check_images
 from cnx2_jax.train import checkpoint
 from cnx2_jax.train.state import Params, merge, split
 
@@ -46,6 +47,9 @@ def check(config: ConfigDict) -> None:
                 f"data.{name} has {len(data[name])} value(s) for model.in_chans {model.in_chans}; give one "
                 "per channel"
             )
+    for name in ("crop_scale", "crop_ratio"):
+        if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1]:
+            raise UserError(f"data.{name} {tuple(data[name])} must be two numbers above 0, the smaller first")
 
 
 def open_images(config: ConfigDict) -> ImageData:
@@ -70,7 +74,7 @@ def build(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ConvNeXtV2 | 
       UserError: see the models, and an unknown dtype.
     """
     model = config.model
-    chosen = _variant(model)
+    depths, dims = _sizes(model)
     if model.dtype not in DTYPES:
         hint = nearest(model.dtype, DTYPES)
         raise UserError(f"unknown model.dtype '{model.dtype}'{hint} (known: {', '.join(DTYPES)})")
@@ -83,17 +87,18 @@ def build(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ConvNeXtV2 | 
     }
     if config.task == "pretrain":
         names = ("mask_ratio", "mask_patch", "decoder_dim", "decoder_depth", "layout")
-        return FCMAE(chosen.depths, chosen.dims, **{name: model[name] for name in names}, **options)
+        return FCMAE(depths, dims, **{name: model[name] for name in names}, **options)
     return ConvNeXtV2(
-        chosen.depths,
-        chosen.dims,
+        depths,
+        dims,
         num_classes=num_classes,
         head_init_scale=model.head_init_scale,
         **options,
     )
 
 
-def _variant(model: ConfigDict) -> Variant:
+def _sizes(model: ConfigDict) -> tuple[Sequence[int], Sequence[int]]:
+    """Returns depths and dims."""
     given = bool(model.depths or model.dims)
     if (model.variant == "custom") != given:
         raise UserError(
@@ -101,8 +106,9 @@ def _variant(model: ConfigDict) -> Variant:
             "give both with model.variant=custom, and neither with a named variant"
         )
     if given:
-        return Variant(tuple(model.depths), tuple(model.dims))
-    return variant(model.variant)
+        return model.depths, model.dims
+    named = variant(model.variant)
+    return named.depths, named.dims
 
 
 def make_card(config: ConfigDict, class_names: tuple[str, ...]) -> dict:

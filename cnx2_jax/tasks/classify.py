@@ -67,8 +67,9 @@ class Classify:
         logits, labels = model(base.normalise(batch["image"], self.config.data)), batch["label"]
         # The label's rank is the number of classes above it; ties go to the lower index, as in argmax.
         label_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
-        earlier = jnp.arange(logits.shape[1]) < labels[:, None]
-        rank = ((logits > label_logit) | ((logits == label_logit) & earlier)).sum(axis=1)
+        # Counted as those it does not beat, so that a NaN is never right.
+        later = jnp.arange(logits.shape[1]) >= labels[:, None]
+        rank = (~((logits < label_logit) | ((logits == label_logit) & later))).sum(axis=1)
         return {
             "accuracy": rank < 1,
             "top5_accuracy": rank < 5,

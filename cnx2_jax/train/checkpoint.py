@@ -110,7 +110,8 @@ def find(path: Path) -> Path:
     if (path / "params").is_dir():
         return path
     folder = path if path.name == "checkpoints" else path / "checkpoints"
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()] if folder.is_dir() else []
+    found = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()] if folder.is_dir() else []
+    steps = [int(p.name) for p in found]
     if not steps:
         raise UserError(
             f"no checkpoint in '{path}'; give a workdir, its checkpoints/STEP, or an exported checkpoint"
@@ -121,8 +122,11 @@ def find(path: Path) -> Path:
 def read_card(path: Path) -> dict:
     """Returns the card of the checkpoint folder `path` (see `find`)."""
     try:
-        return json.loads((path / "card" / "metadata").read_text())
-    except (OSError, ValueError):
+        card = json.loads((path / "card" / "metadata").read_text())
+        if not {"config", "class_names"} <= card.keys():
+            raise ValueError("another program's card")
+        return card
+    except (OSError, ValueError, AttributeError):
         raise UserError(f"checkpoint '{path}' has no readable card; was it written by cnx2?") from None
 
 

@@ -64,10 +64,12 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
       end; then everything is saved and the same call goes on.
 
     Raises:
-      UserError: see `configuration.record_config`, `sharding.make_mesh` and `sharding.check_batch`.
+      UserError: see `configuration.check_lengths`, `configuration.make_workdir`, `sharding.make_mesh`,
+        `sharding.check_batch` and the task.
       RunError: the loss or the gradient is not finite.
     """
     config, data = task.config, task.data
+    configuration.check_lengths(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.accumulation_steps, mesh)
     total = configuration.total_steps(config, data.num_train)
@@ -81,11 +83,13 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
 
     graph, like = _shapes(task, transform)
     step_fn = make_train_step(task, graph, transform, like, mesh)
-    configuration.record_config(config, workdir)
+    configuration.make_workdir(config, workdir)
 
     with _StopRequest() as stop:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=task.best)
         state = _restore_or_start(task, transform, checkpoints, like, mesh)
+        # Not before: a run that could not start, for a wrong init_from, leaves the workdir to the next.
+        configuration.record_config(config, workdir)
         step = saved = int(state.step)
         report = Report(workdir, start_step=step, total_steps=total, batch_size=config.batch_size)
         count = sum(math.prod(leaf.shape) for leaf in like.params.values())
@@ -177,7 +181,7 @@ def _land(flying: collections.deque, most: int) -> None:
     """
     while len(flying) > most:
         step, metrics = flying.popleft()
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "update_norm"):
             value = float(metrics[name])
             if not math.isfinite(value):
                 raise RunError(

@@ -3,6 +3,7 @@
 import optax
 from ml_collections import ConfigDict
 
+from cnx2_jax.errors import UserError
 from cnx2_jax.train.state import Params
 
 BASE_BATCH = 256  # recipes give the learning rate for this batch; it grows linearly with the batch
@@ -23,7 +24,12 @@ def learning_rate_schedule(
     """Returns step -> learning rate: linear warmup from 0, then half a cosine down to the minimum.
 
     Both are set per step. The peak is `base_learning_rate * batch_size / 256`.
+
+    Raises:
+      UserError: the base learning rate is not positive.
     """
+    if not optimizer.base_learning_rate > 0:
+        raise UserError(f"optimizer.base_learning_rate {optimizer.base_learning_rate} must be above 0")
     peak = optimizer.base_learning_rate * batch_size / BASE_BATCH
     warmup_steps = min(warmup_steps, total_steps)
     cosine_steps = max(total_steps - warmup_steps, 1)

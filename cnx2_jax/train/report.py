@@ -52,7 +52,6 @@ class Report:
         )
         self._lines = not terminal
         self._said = time.monotonic()
-        self._start_step = start_step
         self._speed_step = -1  # the first step compiles: throughput counts from the one after it
         self._speed_time = 0.0
         self._rate = 0.0

@@ -29,7 +29,7 @@ def make_train_step(
 ):
     """Returns the jitted (state, batch) -> (state, metrics); the state is donated.
 
-    Metrics hold `loss`, `grad_norm` (before clipping) and the task's own, as float32 scalars.
+    Metrics hold `loss`, `grad_norm` (before clipping), `update_norm` and the task's own, as float32 scalars.
 
     Args:
       task: gives the loss.
@@ -67,7 +67,8 @@ def make_train_step(
         (value, metrics), gradients = compute(state.params, batch, keys)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(gradients), **metrics}
+        norms = {"grad_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
+        metrics = {"loss": value, **norms, **metrics}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     states = state_sharding(like, mesh)

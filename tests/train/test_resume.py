@@ -33,19 +33,9 @@ SMALL = [
 TASKS = {"pretrain": "configs/pretrain.py:digits", "classify": "configs/finetune.py:digits"}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
-def start(task, workdir, cache):
+def start(task, workdir):
     command = [sys.executable, "-m", "cnx2_jax.cli", "train", "--config", TASKS[task], "--workdir", workdir]
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "",
-    }
+    environment = {**os.environ, "XLA_FLAGS": ""}
     return subprocess.Popen(
         [*map(str, command), *SMALL],
         cwd=ROOT,
@@ -104,9 +94,9 @@ def assert_same_run(workdir, reference):
 
 
 @pytest.fixture(scope="module", params=TASKS)
-def reference(request, cache, tmp_path_factory):
+def reference(request, tmp_path_factory):
     workdir = tmp_path_factory.mktemp(f"{request.param}_alone") / "run"
-    out, _ = finish(start(request.param, workdir, cache))
+    out, _ = finish(start(request.param, workdir))
     assert json.loads(out.splitlines()[-1])["step"] == STEPS
     found = rows(workdir)
     assert [row["step"] for row in found if row["split"] == "train"] == list(range(1, STEPS + 1))
@@ -115,7 +105,7 @@ def reference(request, cache, tmp_path_factory):
     return request.param, workdir
 
 
-def test_kill_nine_at_any_moment(reference, cache, tmp_path):
+def test_kill_nine_at_any_moment(reference, tmp_path):
     task, alone = reference
     workdir = tmp_path / "run"
 
@@ -127,19 +117,19 @@ def test_kill_nine_at_any_moment(reference, cache, tmp_path):
 
     # In the middle of training, of a save, and between the last update and the end.
     for moment in (lambda: step() >= 4, saving, lambda: step() >= STEPS):
-        process = start(task, workdir, cache)
+        process = start(task, workdir)
         wait_until(moment, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    finish(start(task, workdir, cache))
+    finish(start(task, workdir))
     assert_same_run(workdir, alone)
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(reference, cache, tmp_path):
+def test_a_signal_saves_and_the_same_command_goes_on(reference, tmp_path):
     task, alone = reference
     workdir = tmp_path / "run"
     for number, moment in ((signal.SIGTERM, 3), (signal.SIGINT, 11)):
-        process = start(task, workdir, cache)
+        process = start(task, workdir)
         wait_until(lambda moment=moment: len(rows(workdir)) >= moment, process)
         process.send_signal(number)
         out, err = finish(process)
@@ -149,13 +139,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(reference, cache, tmp_path)
         stopped = max(row["step"] for row in rows(workdir))
         assert stopped < STEPS
         assert (workdir / "checkpoints" / str(stopped)).is_dir()
-    out, err = finish(start(task, workdir, cache))
+    out, err = finish(start(task, workdir))
     assert f"resuming after step {stopped}" in err
     assert_same_run(workdir, alone)
 
     # Once more, the run being at its end: nothing is trained, the same metrics are printed.
     before = sorted(workdir.glob("checkpoints/*"))
-    again, _ = finish(start(task, workdir, cache))
+    again, _ = finish(start(task, workdir))
     assert again == out
     assert sorted(workdir.glob("checkpoints/*")) == before
     assert_same_run(workdir, alone)

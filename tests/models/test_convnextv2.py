@@ -1,0 +1,242 @@
+"""The encoder and classifier: shapes, options, stochastic depth, dtypes, initial weights, errors."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cnx2_jax.errors import UserError
+from cnx2_jax.models import ConvNeXtV2, Encoder
+from cnx2_jax.models.convnextv2 import Block
+from cnx2_jax.models.layers import DropPath
+from cnx2_jax.models.layouts import Dense
+
+DEPTHS, DIMS = (1, 1, 2, 1), (4, 6, 8, 10)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def shapes(images, **options):
+    """Shapes of the logits and of the stage maps, without computing them."""
+    model = nnx.eval_shape(lambda: ConvNeXtV2(DEPTHS, DIMS, rngs=nnx.Rngs(0), **options))
+    both = jax.eval_shape(lambda m, x: (m(x), m.features(x)), model, images)
+    return both[0].shape, [m.shape for m in both[1]]
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3), (5, 1)])
+def test_shapes(patch_size, rows, columns):
+    stride = 8 * patch_size
+    images = jnp.zeros((3, stride * rows, stride * columns, 3))
+    logits, maps = shapes(images, patch_size=patch_size, num_classes=7)
+    assert logits == (3, 7)
+    assert maps == [(3, rows * 8 >> i, columns * 8 >> i, dim) for i, dim in enumerate(DIMS)]
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_channels_of_the_images(channels):
+    logits, _ = shapes(jnp.zeros((2, 8, 8, channels)), patch_size=1, in_chans=channels)
+    assert logits == (2, 1000)
+
+
+def test_logits_follow_from_the_last_map(build, error):
+    """Mean over positions, LayerNorm, head; with no classes, the same without the head."""
+    images = normal(2, 16, 24, 3)
+    options = {"patch_size": 1, "num_classes": 7}
+    model = build(ConvNeXtV2, DEPTHS, DIMS, **options)
+    logits, last = jax.jit(lambda m, x: (m(x), m.features(x)[-1]))(model, images)
+    pooled = np.asarray(last, np.float64).mean(axis=(1, 2))
+    pooled -= pooled.mean(axis=1, keepdims=True)
+    pooled /= np.sqrt((pooled**2).mean(axis=1, keepdims=True) + 1e-6)
+    pooled = pooled * np.asarray(model.norm.scale[...]) + np.asarray(model.norm.bias[...])
+    expected = pooled @ np.asarray(model.head.kernel[...]) + np.asarray(model.head.bias[...])
+    assert error(logits, expected) < 1e-5
+
+    headless = nnx.eval_shape(
+        lambda: ConvNeXtV2(DEPTHS, DIMS, rngs=nnx.Rngs(0), **(options | {"num_classes": 0}))
+    )
+    assert not hasattr(headless, "head")
+    nnx.update(headless, {k: v for k, v in nnx.state(model).items() if k != "head"})
+    assert error(jax.jit(lambda m, x: m(x))(headless, images), pooled) < 1e-5
+
+
+def test_block_is_the_formula(build, error):
+    """A block on one position and with a delta as depthwise kernel, by hand; GELU exact."""
+    block = build(Block, 5, drop_path=DropPath(0.0, 0), dtype=jnp.float32, seed=3)
+    x = normal(1, 1, 1, 5)
+    v = np.asarray(x, np.float64)[0, 0, 0]
+    get = lambda variable: np.asarray(variable[...], np.float64)  # noqa: E731
+    y = v * get(block.dwconv.kernel)[3, 3] + get(block.dwconv.bias)
+    y = (y - y.mean()) / np.sqrt(y.var() + 1e-6)
+    y = y * get(block.norm.scale) + get(block.norm.bias)
+    y = y @ get(block.pwconv1.kernel) + get(block.pwconv1.bias)
+    y = np.array([0.5 * u * (1 + math.erf(u / math.sqrt(2))) for u in y])
+    norm = np.sqrt(y**2 + 1e-6)
+    norm /= norm.mean() + 1e-6
+    y = get(block.grn.gamma) * (y * norm) + get(block.grn.beta) + y
+    expected = v + y @ get(block.pwconv2.kernel) + get(block.pwconv2.bias)
+    assert error(block(x, Dense())[0, 0, 0], expected) < 1e-6
+
+
+def test_gelu_is_exact(build):
+    """The tanh form differs by up to 5e-4: far more than float32 rounding."""
+    block = build(Block, 1, drop_path=DropPath(0.0, 0), dtype=jnp.float32)
+    # LayerNorm of one channel gives its bias: what follows is a function of pwconv1's bias alone.
+    block.norm.bias[...] = jnp.zeros(1)
+    block.grn.gamma[...] = block.grn.beta[...] = jnp.zeros(4)
+    block.pwconv2.bias[...] = jnp.zeros(1)
+    block.pwconv2.kernel[...] = jnp.asarray([[1.0], [0], [0], [0]])
+    for u in np.linspace(-4, 4, 33):
+        block.pwconv1.bias[...] = jnp.asarray([u, 0, 0, 0], jnp.float32)
+        found = float(block(jnp.zeros((1, 1, 1, 1)), Dense())[0, 0, 0, 0])
+        assert found == pytest.approx(0.5 * u * (1 + math.erf(u / math.sqrt(2))), abs=1e-6)
+
+
+# Stochastic depth.
+
+
+def test_drop_rates_grow_linearly_over_depth():
+    model = nnx.eval_shape(lambda: Encoder((2, 1, 3, 2), DIMS, drop_path=0.35, rngs=nnx.Rngs(0)))
+    drops = [block.drop_path for stage in model.stages for block in stage]
+    assert [d.rate for d in drops] == pytest.approx([0.05 * i for i in range(8)])
+    assert [d.index for d in drops] == list(range(8))
+
+
+def test_drop_path_in_the_network(build):
+    """Each sample is one of the 16 networks with some of four branches dropped, as often as it should.
+
+    So a draw is per sample and block, kept branches are divided by their rate, and blocks are
+    independent; the first block's rate is 0. Without keys nothing is dropped.
+    """
+    model = build(Encoder, DEPTHS, DIMS, patch_size=1, drop_path=0.6)
+    rates = (0.15, 0.3, 0.45, 0.6)
+    samples = 2048
+    one = normal(1, 8, 8, 3)
+    images, keys = jnp.tile(one, (samples, 1, 1, 1)), jax.random.split(jax.random.key(0), samples)
+
+    run = jax.jit(lambda m, x, k: m.features(x, k)[-1][:, 0, 0])
+    found = np.asarray(run(model, images, keys))
+    without_keys = run(model, one, None)
+
+    blocks = [block for stage in model.stages for block in stage]
+    assert blocks[0].drop_path.rate == 0
+
+    class Factor(nnx.Module):
+        def __init__(self, value):
+            self.value = value
+
+        def __call__(self, y, keys):
+            return y * self.value
+
+    for block in blocks[1:]:
+        block.drop_path = Factor(nnx.Variable(jnp.ones(())))
+
+    def network(model, factors):
+        for block, factor in zip([b for s in model.stages for b in s][1:], factors, strict=True):
+            block.drop_path.value[...] = factor
+        return model.features(one)[-1][:, 0, 0]
+
+    masks = list(itertools.product((0, 1), repeat=4))
+    factors = jnp.asarray([[k / (1 - r) for k, r in zip(m, rates, strict=True)] for m in masks])
+    apply = jax.jit(network)
+    candidates = np.concatenate([np.asarray(apply(model, f)) for f in factors])
+    np.testing.assert_allclose(without_keys, apply(model, jnp.ones(4)), atol=1e-5)
+    distance = np.abs(found[:, None] - candidates).max(axis=-1)
+    assert (np.sort(distance, axis=1)[:, 0] < 1e-4).all()
+    assert (np.sort(distance, axis=1)[:, 1] > 1e-3).all()
+    frequencies = np.bincount(distance.argmin(axis=1), minlength=16) / samples
+    for mask, frequency in zip(masks, frequencies, strict=True):
+        share = math.prod(1 - r if k else r for k, r in zip(mask, rates, strict=True))
+        assert abs(frequency - share) < 4.5 * math.sqrt(share * (1 - share) / samples), mask
+
+
+# Initial weights.
+
+
+def test_initial_weights(parameters):
+    """Kernels: truncated normal 0.02; biases and GRN 0; LayerNorm 1 and 0. The blocks start alike."""
+    model = ConvNeXtV2((1, 1, 1, 1), (32, 32, 32, 32), num_classes=50, rngs=nnx.Rngs(0))
+    seen = []
+    for name, variable in parameters(model).items():
+        value = np.asarray(variable[...], np.float64)
+        match name.split(".")[-1]:
+            case "kernel":
+                error_of_std = 0.02 / math.sqrt(2 * value.size)
+                assert abs(value.std() - 0.02) < 5 * error_of_std, name
+                assert abs(value.mean()) < 5 * 0.02 / math.sqrt(value.size), name
+                seen.append(value.ravel()[:50])
+            case "scale":
+                assert (value == 1).all(), name
+            case _:
+                assert (value == 0).all(), name
+    assert len(np.unique(seen, axis=0)) == len(seen), "no two kernels are from the same key"
+
+
+def test_head_init_scale():
+    def head(scale):
+        options = {"num_classes": 5, "head_init_scale": scale, "patch_size": 1}
+        make = lambda: ConvNeXtV2((1,) * 4, (2,) * 4, rngs=nnx.Rngs(3), **options)  # noqa: E731
+        return jax.jit(lambda: make().head.kernel[...])()
+
+    np.testing.assert_allclose(head(0.001), 0.001 * head(1.0), rtol=1e-6)
+    assert np.abs(head(1.0)).max() > 0.01
+
+
+# Dtypes.
+
+
+def test_bfloat16_tracks_float32(build, parameters, error):
+    images = normal(2, 32, 32, 3)
+    options = {"patch_size": 2, "num_classes": 7}
+    narrow = build(ConvNeXtV2, DEPTHS, (16, 24, 32, 40), dtype=jnp.bfloat16, **options)
+    wide = build(ConvNeXtV2, DEPTHS, (16, 24, 32, 40), **options)
+    assert {v.dtype for v in parameters(narrow).values()} == {jnp.dtype("float32")}
+    apply = jax.jit(lambda m, x: (m(x), m.features(x)))
+    logits, maps = apply(narrow, images)
+    expected, expected_maps = apply(wide, images)
+    assert logits.dtype == expected.dtype == jnp.float32
+    assert {m.dtype for m in maps} == {jnp.dtype("bfloat16")}
+    assert {m.dtype for m in expected_maps} == {jnp.dtype("float32")}
+    for a, b in zip([logits, *maps], [expected, *expected_maps], strict=True):
+        assert 0 < error(a.astype(jnp.float32), b) < 0.03
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "near"), [(30, 32, "32x32"), (32, 50, "32x48"), (3, 16, "16x16")]
+)
+def test_size_must_be_a_multiple_of_the_stride(height, width, near):
+    with pytest.raises(UserError) as raised:
+        shapes(jnp.zeros((1, height, width, 3)), patch_size=2)
+    message = str(raised.value)
+    assert f"{height}x{width}" in message and "stride 16" in message and near in message
+
+
+def test_channels_must_match():
+    with pytest.raises(UserError, match="4 channels, the model takes 3"):
+        shapes(jnp.zeros((1, 8, 8, 4)), patch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 3}, "patch_size 3"),
+        ({"drop_path": 1.0}, "drop_path 1.0"),
+        ({"drop_path": -0.1}, "drop_path -0.1"),
+        ({"in_chans": 0}, "in_chans 0"),
+        ({"depths": (1, 1, 1)}, r"depths \(1, 1, 1\)"),
+        ({"dims": (1, 1, 0, 1)}, r"dims \(1, 1, 0, 1\)"),
+    ],
+)
+def test_impossible_options(options, message):
+    arguments = {"depths": DEPTHS, "dims": DIMS} | options
+    with pytest.raises(UserError, match=message):
+        nnx.eval_shape(lambda: Encoder(**arguments, rngs=nnx.Rngs(0)))

@@ -1,0 +1,86 @@
+"""The same network twice: ours, and Hugging Face's with our weights. Imports torch only when called."""
+
+import numpy as np
+import pytest
+
+from cnx2_jax.models import ConvNeXtV2
+
+
+def hugging_face_twin(model: ConvNeXtV2, parameters: dict):
+    """Returns `ConvNextV2ForImageClassification` with the weights of `model`, in evaluation mode."""
+    import torch
+    from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
+
+    config = ConvNextV2Config(
+        depths=[len(stage) for stage in model.stages],
+        hidden_sizes=list(model.dims),
+        patch_size=model.patch_size,
+        num_channels=model.in_chans,
+        num_labels=model.num_classes,
+        layer_norm_eps=1e-6,  # of the final norm; theirs is 1e-12, the official one 1e-6
+    )
+    twin = ConvNextV2ForImageClassification(config).eval()
+    weights = dict(twin.named_parameters())
+    for path, variable in parameters.items():
+        name, value = hugging_face_name(path), np.asarray(variable[...])
+        if path.endswith("kernel"):
+            if value.ndim == 3:  # depthwise [rows, columns, channels] -> [channels, 1, rows, columns]
+                value = value.transpose(2, 0, 1)[:, None]
+            elif value.ndim == 4:  # [rows, columns, in, out] -> [out, in, rows, columns]
+                value = value.transpose(3, 2, 0, 1)
+            else:
+                value = value.T
+        weight = weights.pop(name)
+        value = value.reshape(weight.shape) if "grn" in name else value  # [1, 1, 1, C] there
+        assert tuple(weight.shape) == value.shape, name
+        weight.data = torch.tensor(value)
+    assert not weights, f"not set: {sorted(weights)}"
+    return twin
+
+
+def hugging_face_name(path: str) -> str:
+    """Our parameter path to theirs, such as `stages.0.1.pwconv1.kernel` to
+    `convnextv2.encoder.stages.0.layers.1.pwconv1.weight`."""
+    *modules, leaf = path.split(".")
+    leaf = {"kernel": "weight", "scale": "weight", "gamma": "weight", "beta": "bias"}.get(leaf, leaf)
+    match modules:
+        case ["downsample_layers", "0", index]:
+            modules = ["embeddings", ["patch_embeddings", "layernorm"][int(index)]]
+        case ["downsample_layers", stage, index]:
+            modules = ["encoder", "stages", stage, "downsampling_layer", index]
+        case ["stages", stage, block, *rest]:
+            rest = ["layernorm" if name == "norm" else name for name in rest]
+            modules = ["encoder", "stages", stage, "layers", block, *rest]
+        case ["norm"]:
+            modules = ["layernorm"]
+        case ["head"]:
+            return f"classifier.{leaf}"
+    return ".".join(["convnextv2", *modules, leaf])
+
+
+def run_twin(twin, images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns the twin's logits and its four stage maps, channels last."""
+    import torch
+
+    maps = []
+    hooks = [
+        stage.register_forward_hook(lambda _, __, out: maps.append(out.permute(0, 2, 3, 1).numpy()))
+        for stage in twin.convnextv2.encoder.stages
+    ]
+    with torch.no_grad():
+        logits = twin(torch.tensor(images.transpose(0, 3, 1, 2))).logits.numpy()
+    for hook in hooks:
+        hook.remove()
+    return logits, maps
+
+
+@pytest.fixture(scope="session")
+def twin_of():
+    """The function `hugging_face_twin(model, parameters)`."""
+    return hugging_face_twin
+
+
+@pytest.fixture(scope="session")
+def run_of_twin():
+    """The function `run_twin(twin, images)`."""
+    return run_twin

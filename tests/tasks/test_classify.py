@@ -1,0 +1,123 @@
+"""Classification: loss and scores against the formulas written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from cnx2_jax.configuration import defaults, override, use_digits
+from cnx2_jax.errors import UserError
+from cnx2_jax.tasks import make_task
+from cnx2_jax.tasks.classify import probabilities
+
+
+class Given(nnx.Module):
+    """Any module that maps images to logits will do: this one has its logits in a parameter."""
+
+    def __init__(self, logits):
+        self.logits = nnx.Param(jnp.float32(logits))
+
+    def __call__(self, images, keys=None):
+        return self.logits[...]
+
+
+def classify(*arguments):
+    config = defaults("classify")
+    use_digits(config)
+    return make_task(override(config, [f"--config.{argument}" for argument in arguments]))
+
+
+def batch_of(labels, **more):
+    labels = np.int32(labels)
+    return {"image": np.zeros((len(labels), 8, 8, 1), np.uint8), "label": labels, **more}
+
+
+def log_softmax(logits):
+    logits = logits - logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_loss_is_smoothed_cross_entropy(smoothing):
+    rng = np.random.default_rng(0)
+    logits, labels = 3 * rng.standard_normal((6, 10)), np.array([0, 9, 3, 3, 5, 1])
+    # The true class gets 1 - s + s / K, every other s / K.
+    targets = np.full((6, 10), smoothing / 10)
+    targets[np.arange(6), labels] += 1 - smoothing
+    expected = -(targets * log_softmax(logits)).sum(axis=1).mean()
+
+    task = classify(f"label_smoothing={smoothing}")
+    loss, metrics = task.loss(Given(logits), batch_of(labels), jax.random.split(jax.random.key(0), 6))
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["accuracy"]) == pytest.approx((logits.argmax(axis=1) == labels).mean())
+
+
+def test_evaluation_is_without_smoothing_and_without_padding():
+    rng = np.random.default_rng(1)
+    logits, labels = 3 * rng.standard_normal((40, 10)), rng.integers(0, 10, 40)
+    mask = np.arange(40) < 33
+    metrics = classify("label_smoothing=0.3").evaluate(Given(logits), [batch_of(labels, mask=mask)])
+    order = np.argsort(-logits, axis=1)
+    real = np.arange(33)
+    assert metrics == {
+        "accuracy": (order[:33, 0] == labels[:33]).mean(),
+        "top5_accuracy": (order[:33, :5] == labels[:33, None]).any(axis=1).mean(),
+        "loss": pytest.approx(-log_softmax(logits)[real, labels[:33]].mean(), rel=1e-5),
+    }
+    assert 0 < metrics["accuracy"] < metrics["top5_accuracy"] < 1
+
+
+def test_ties_go_to_the_lower_index():
+    mask = np.ones(10, bool)
+    metrics = classify().evaluate(Given(np.zeros((10, 10))), [batch_of(np.arange(10), mask=mask)])
+    # Of ten equal logits the first is the answer and the first five are the top five.
+    assert metrics["accuracy"] == 1 / 10
+    assert metrics["top5_accuracy"] == 5 / 10
+
+    logits = np.zeros((10, 10))
+    logits[:, 7] = 1
+    logits[:, 9] = 1
+    metrics = classify().evaluate(Given(logits), [batch_of(np.arange(10), mask=mask)])
+    assert metrics["accuracy"] == 1 / 10  # 7
+    assert metrics["top5_accuracy"] == 5 / 10  # 7, 9, 0, 1, 2
+
+
+def test_a_logit_that_is_no_number_is_no_answer():
+    logits = np.full((2, 10), np.nan)
+    metrics = classify().evaluate(Given(logits), [batch_of([0, 3], mask=np.array([True, True]))])
+    assert metrics["accuracy"] == metrics["top5_accuracy"] == 0
+    assert np.isnan(metrics["loss"])
+
+
+def test_probabilities_are_a_softmax():
+    logits = np.random.default_rng(0).standard_normal((4, 10))
+    config = classify().config
+    shares = probabilities(Given(logits), config, np.zeros((4, 32, 32, 1), np.uint8))
+    np.testing.assert_allclose(shares, np.exp(log_softmax(logits)), rtol=1e-5)
+
+
+def test_card_carries_what_prediction_needs():
+    task = classify("image_size=16")
+    card = task.card()
+    assert card["class_names"] == [str(digit) for digit in range(10)]
+    assert card["config"]["model"]["dims"] == task.config.model.dims
+    assert card["config"]["image_size"] == (16,)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_label_smoothing_out_of_range(smoothing):
+    with pytest.raises(UserError, match=f"label_smoothing {smoothing}"):
+        classify(f"label_smoothing={smoothing}")
+
+
+@pytest.mark.parametrize("folders", [[""], ["only"]])
+def test_one_class_or_none(tmp_path, folders):
+    for folder in folders:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in "abcd":
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / folder / f"{name}.png")
+    with pytest.raises(UserError, match="at least two classes") as raised:
+        classify("data.source=folder", f"data.root={tmp_path}")
+    assert str(tmp_path) in str(raised.value)

@@ -1,0 +1,106 @@
+"""The rooms of the house: imports point one way, the loop knows no task, files stay short."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "cnx2_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What each room may import, besides itself; errors and configuration are at the bottom, for all but models.
+TRAINING = {"train", "data", "interop"}
+MAY_IMPORT = {
+    "errors": set(),
+    "configuration": {"errors"},
+    "kernels": {"errors"},
+    "models": {"errors", "kernels"},
+    "data": {"errors", "configuration", "models", "kernels"},
+    "interop": {"errors", "configuration", "models", "kernels"},
+    "train": {"errors", "configuration", "models", "kernels"},
+    "tasks": {"errors", "configuration", "models", "kernels", *TRAINING},
+    "commands": {"errors", "configuration", "models", "kernels", "tasks", *TRAINING},
+    "cli": {"errors", "configuration", "commands"},
+    "__init__": set(),
+}
+
+
+def room(path):
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def package_imports(path):
+    """The rooms of cnx2_jax that a file imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where they go"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, *rest = name.split(".")
+            if package in ("configs", "experiments", "tests"):
+                yield package
+            elif package == "cnx2_jax":
+                yield rest[0]
+
+
+def test_every_file_is_seen():
+    rooms = {room(path) for path in FILES}
+    assert {"cli", "commands", "tasks", "train", "data", "models", "kernels"} <= rooms <= MAY_IMPORT.keys()
+    assert {"errors", "models"} <= set(package_imports(PACKAGE / "tasks" / "base.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    here = room(path)
+    assert set(package_imports(path)) - {here} <= MAY_IMPORT[here]
+
+
+@pytest.mark.parametrize("folder", ["kernels", "models"])
+def test_models_know_neither_configs_nor_data(folder):
+    for path in (PACKAGE / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                )
+                roots = {name.split(".")[0] for name in names}
+                assert not roots & {"ml_collections", "tensorflow", "optax", "orbax", "absl"}, path
+
+
+def test_experiments_and_configs_use_the_package_not_each_other():
+    for folder in ("configs", "experiments"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert not set(package_imports(path)) & {"configs", "experiments", "tests"}, path
+
+
+def test_the_loop_knows_no_task_by_name():
+    for path in (PACKAGE / "train").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        documentation = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
+        }
+        for node in ast.walk(tree):
+            if id(node) in documentation:
+                continue
+            words = [
+                value
+                for value in (getattr(node, field, None) for field in ("id", "attr", "name", "arg", "value"))
+                if isinstance(value, str)
+            ]
+            for word in words:
+                pattern = "pretrain|classif|fcmae|convnext|reconstruct|accuracy|segment|detect"
+                assert not re.search(pattern, word, re.IGNORECASE), (path, word)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 400

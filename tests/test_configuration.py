@@ -1,0 +1,478 @@
+"""Configs: overrides, recipe arguments, the named recipes against the paper, the record in a workdir."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+from PIL import Image
+
+from cnx2_jax import configuration
+from cnx2_jax.configuration import FREE_KEYS, defaults, load_config, override
+from cnx2_jax.errors import UserError
+from cnx2_jax.tasks import make_task
+from cnx2_jax.train.loop import fit
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+VARIANTS = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge")
+RECIPES = [f"{file}.py:{name}" for file in ("pretrain", "finetune") for name in (*VARIANTS, "digits")]
+
+
+def flat(config, prefix=""):
+    """The config's leaves by dotted key."""
+    values = config.to_dict() if isinstance(config, ConfigDict) else config
+    result = {}
+    for key, value in values.items():
+        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return result
+
+
+def changed(task="pretrain", *arguments):
+    """The defaults with overrides."""
+    return override(defaults(task), [f"--config.{argument}" for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("batch_size=64", 64),
+        ("seed=-1", -1),
+        ("total_epochs=3", 3.0),
+        ("optimizer.base_learning_rate=1e-3", 1e-3),
+        ("data.flip=false", False),
+        ("data.flip=1", True),
+        ("image_size=(160,224)", (160, 224)),
+        ("image_size=64,96", (64, 96)),
+        ("image_size=64", (64,)),
+        ("model.dims=(8, 16, 24, 32)", (8, 16, 24, 32)),
+        ("data.mean=(0, 0.5, 1)", (0, 0.5, 1)),
+        ("data.root=/some/where=odd", "/some/where=odd"),
+        ("data.root=123", "123"),
+        ("data.root=", ""),
+    ],
+)
+def test_override_has_the_type_of_its_key(argument, value):
+    key = argument.partition("=")[0]
+    found = flat(changed("pretrain", argument))[key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_override_leaves_everything_else():
+    before, after = flat(defaults("pretrain")), flat(changed("pretrain", "model.mask_ratio=0.75"))
+    assert {key for key in before if before[key] != after[key]} == {"model.mask_ratio"}
+    assert before.keys() == after.keys()
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("batchsize=3", ["batchsize", "did you mean 'batch_size'"]),
+        ("model.mask_ration=0.5", ["model.mask_ration", "did you mean 'model.mask_ratio'"]),
+        ("optimizer=3", ["unknown config key 'optimizer'"]),
+        ("zzz", ["unknown config key 'zzz'"]),
+        ("batch_size", ["'batch_size' needs a value", "--config.batch_size=VALUE"]),
+        ("batch_size=many", ["batch_size=many"]),
+        ("batch_size=1.5", ["batch_size=1.5"]),
+        ("batch_size=", ["batch_size="]),
+        ("total_epochs=long", ["total_epochs=long"]),
+        ("data.flip=maybe", ["data.flip=maybe"]),
+        ("image_size=nine", ["image_size", "nine", "whole numbers"]),
+        ("image_size=16.5", ["image_size", "16.5", "whole numbers"]),
+        ("model.dims=(8,8,8,x)", ["model.dims", "whole numbers"]),
+        ("data.mean=(a,b,c)", ["data.mean", "numbers"]),
+    ],
+)
+def test_wrong_override_is_one_line_that_names_it(argument, parts):
+    with pytest.raises(UserError) as raised:
+        changed("pretrain", argument)
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_task_knows_its_own_keys_only():
+    with pytest.raises(UserError, match="mask_ratio"):
+        changed("classify", "model.mask_ratio=0.5")
+    with pytest.raises(UserError, match="label_smoothing"):
+        changed("pretrain", "label_smoothing=0.1")
+
+
+def test_locked_after_overriding():
+    config = changed("pretrain", "model.variant=atto")
+    with pytest.raises(AttributeError):
+        config.new = 1
+    with pytest.raises(AttributeError):
+        config.model.new = 1
+    config.batch_size = 8  # a known key may still be set
+    assert config.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("tinny", ["'tinny'", "did you mean 'tiny'", "atto"]),
+        ("tiny,epoch=3", ["'epoch=3'", "did you mean 'epochs'"]),
+        ("tiny,epochs=many", ["'epochs=many'", "float"]),
+        ("tiny,epochs", ["'epochs'", "float"]),
+        ("digits,labels=1.5", ["'labels=1.5'", "int"]),
+        ("tiny,", ["unknown config argument ''"]),
+    ],
+)
+def test_wrong_recipe_argument(argument, parts):
+    with pytest.raises(UserError) as raised:
+        load_config(f"{CONFIGS}/finetune.py:{argument}")
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_recipe_arguments_are_read_as_their_types():
+    config = load_config(f"{CONFIGS}/finetune.py:digits,epochs=3,labels=10")
+    assert (config.total_epochs, config.data.train_per_class) == (3.0, 10)
+    assert load_config(f"{CONFIGS}/pretrain.py:base,epochs=1600").total_epochs == 1600.0
+
+
+def test_recipe_without_a_name_is_the_default():
+    assert load_config(f"{CONFIGS}/pretrain.py").model.variant == "tiny"
+
+
+def test_config_file_missing_or_without_get_config(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.py' does not exist"):
+        load_config(f"{tmp_path}/nowhere.py:tiny")
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(str(tmp_path))  # a folder
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(UserError, match="has no function get_config"):
+        load_config(f"{tmp_path}/empty.py:tiny")
+    (tmp_path / "config.txt").write_text("")
+    with pytest.raises(UserError, match="is not a Python file"):
+        load_config(f"{tmp_path}/config.txt")
+
+
+def test_config_files_of_ones_own_load(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from cnx2_jax.configuration import defaults\n"
+        "def get_config():\n  config = defaults('classify')\n  config.seed = 7\n  return config\n"
+    )
+    assert load_config(f"{tmp_path}/mine.py", ["--config.batch_size=2"]).seed == 7
+
+
+@pytest.mark.parametrize(("size", "expected"), [((32, 48), (32, 48)), ((32,), (32, 32)), ([16, 8], (16, 8))])
+def test_image_hw(size, expected):
+    assert configuration.image_hw(ConfigDict({"image_size": size})) == expected
+
+
+@pytest.mark.parametrize("size", [(), (1, 2, 3), (0,), (32, -32)])
+def test_image_hw_of_no_size(size):
+    with pytest.raises(UserError, match="image_size"):
+        configuration.image_hw(ConfigDict({"image_size": size}))
+
+
+def test_epochs_become_steps():
+    config = ConfigDict({"batch_size": 64, "total_steps": 0, "total_epochs": 2.5})
+    assert configuration.in_steps(1, config, 640) == 10
+    assert configuration.in_steps(1, config, 670) == 10  # rounded
+    assert configuration.in_steps(1, config, 680) == 11
+    assert configuration.in_steps(0, config, 640) == 0
+    assert configuration.in_steps(0.001, config, 640) == 1
+    assert configuration.total_steps(config, 640) == 25
+    config.total_steps = 7
+    assert configuration.total_steps(config, 640) == 7
+
+
+def test_passes_at_the_update_that_completes_the_epochs():
+    config = ConfigDict({"batch_size": 3})
+    # Seven images: epochs end within updates 3, 5, 7 (at image 7, 14, 21), 10 (28), ...
+    assert [s for s in range(12) if configuration.passes(1, s, config, 7)] == [3, 5, 7, 10]
+    assert [s for s in range(12) if configuration.passes(2, s, config, 7)] == [5, 10]
+    assert not any(configuration.passes(0, s, config, 7) for s in range(12))
+    config.batch_size = 1  # 49 * (1 / 49) is less than 1 in floating point
+    assert [s for s in range(120) if configuration.passes(1, s, config, 49)] == [49, 98]
+    config.batch_size = 32  # more than an epoch in each update, but none before the first
+    assert [s for s in range(3) if configuration.passes(1, s, config, 7)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "total_steps=-1",
+        "total_epochs=-1",
+        "log_steps=0",
+        "checkpoint_steps=0",
+        "keep_checkpoints=0",
+        "eval_epochs=-1",
+    ],
+)
+def test_lengths_out_of_range(argument):
+    key, _, value = argument.partition("=")
+    with pytest.raises(UserError, match=f"{key} {value}"):
+        configuration.check_lengths(changed("pretrain", argument))
+    configuration.check_lengths(changed("pretrain"))
+
+
+# The record in a workdir.
+
+
+def test_workdir_is_recorded_and_recognised(tmp_path):
+    workdir = tmp_path / "runs" / "a"
+    config = changed("classify", "image_size=(32,48)", "data.root=x")
+    configuration.record_config(config, workdir)
+    text = (workdir / "config.json").read_text()
+    assert flat(json.loads(text))["data.root"] == "x"
+    configuration.record_config(changed("classify", "image_size=(32,48)", "data.root=x"), workdir)
+    assert (workdir / "config.json").read_text() == text
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+def test_workdir_of_another_run_is_refused_and_kept(tmp_path):
+    configuration.record_config(changed("pretrain"), tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError) as raised:
+        configuration.record_config(changed("pretrain", "model.mask_ratio=0.75", "seed=3"), tmp_path)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert "model.mask_ratio = 0.6 there, 0.75 here" in message
+    assert "seed = 0 there, 3 here" in message
+    with pytest.raises(UserError, match=r"init_from = unset there, '' here.* and .* more"):
+        configuration.record_config(changed("classify"), tmp_path)
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_free_keys_may_change_and_are_recorded(tmp_path):
+    configuration.record_config(changed("pretrain"), tmp_path)
+    new = {
+        "mesh.data": 2,
+        "mesh.fsdp": 4,
+        "log_steps": 1,
+        "eval_epochs": 2.0,
+        "checkpoint_steps": 3,
+        "keep_checkpoints": 5,
+    }
+    # All keys that are free, and no others, are in this test.
+    assert set(new) == {key for key in flat(defaults("pretrain")) if key.startswith(FREE_KEYS)}
+    configuration.record_config(changed("pretrain", *[f"{k}={v}" for k, v in new.items()]), tmp_path)
+    recorded = flat(json.loads((tmp_path / "config.json").read_text()))
+    assert {key: recorded[key] for key in new} == new
+
+
+def test_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="cannot write to workdir"):
+            configuration.record_config(changed("pretrain"), workdir)
+        with pytest.raises(UserError, match="cannot write to workdir"):
+            configuration.make_workdir(changed("pretrain"), workdir)
+    (tmp_path / "run" / "config.tmp").mkdir(parents=True)  # where the file would be written
+    with pytest.raises(UserError, match="cannot write to workdir"):
+        configuration.record_config(changed("pretrain"), tmp_path / "run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_make_workdir_records_nothing(tmp_path):
+    configuration.make_workdir(changed("pretrain"), tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ['{"task": "pretr', "[1, 2]", "{}", ""])
+def test_damaged_config_json(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json' is damaged"):
+        configuration.read_config(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json' is damaged"):
+        configuration.record_config(changed("pretrain"), tmp_path)
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_no_workdir(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"is not a workdir: it has no config\.json"):
+            configuration.read_config(path)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_loads_and_survives_json(recipe, tmp_path):
+    config = load_config(f"{CONFIGS}/{recipe}")
+    assert config.model.variant == (recipe.split(":")[1] if "digits" not in recipe else "custom")
+    configuration.record_config(config, tmp_path)
+    again = configuration.read_config(tmp_path)
+    assert flat(again) == flat(config)
+    assert {k: type(v) for k, v in flat(again).items()} == {k: type(v) for k, v in flat(config).items()}
+
+
+def test_the_test_knows_every_recipe():
+    for file in CONFIGS.glob("*.py"):
+        with pytest.raises(UserError) as raised:
+            load_config(f"{file}:?")
+        known = re.search(r"\(known: (.*)\)", str(raised.value)).group(1).split(", ")
+        assert {f"{file.name}:{name}" for name in known} <= set(RECIPES)
+
+
+# Recipes, copied once more from the paper and TRAINING.md (shared/reference/recipes.md).
+
+IMAGENET = {"data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225), "data.flip": True}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pretraining_is_as_published(name):
+    values = flat(load_config(f"{CONFIGS}/pretrain.py:{name}"))
+    expected = {
+        "task": "pretrain",
+        "optimizer.base_learning_rate": 1.5e-4,
+        "optimizer.min_learning_rate": 0.0,
+        "optimizer.weight_decay": 0.05,
+        "optimizer.b1": 0.9,
+        "optimizer.b2": 0.95,
+        "optimizer.warmup_epochs": 40.0,
+        "batch_size": 4096,
+        "total_epochs": 800.0,
+        "total_steps": 0,
+        "image_size": (224, 224),
+        "model.variant": name,
+        "model.mask_ratio": 0.6,
+        "model.decoder_dim": 512,
+        "model.decoder_depth": 1,
+        "model.in_chans": 3,
+        "data.crop_scale": (0.2, 1.0),
+        **IMAGENET,
+    }
+    assert {key: values[key] for key in expected} == expected
+    # Patches of 32 x 32 pixels.
+    assert (values["model.mask_patch"] or 8 * values["model.patch_size"]) == 32
+
+
+FINETUNING = """
+                  A     F     P     N     T     B        L        H
+base lr           2e-4  2e-4  2e-4  2e-4  8e-4  6.25e-4  6.25e-4  1.25e-3
+wd                .3    .05   .3    .3    .05   .05      .05      .05
+warmup            0     0     0     0     40    20       20       10
+epochs            600   600   600   600   300   100      100      50
+label smoothing   .2    .2    .2    .2    .1    .1       .1       .1
+drop path         .1    0     0     .1    .2    .1       .2       .3
+"""
+
+
+@pytest.mark.parametrize("column", range(8))
+def test_finetuning_is_as_published(column):
+    rows = [line for line in FINETUNING.splitlines() if line.strip()][1:]
+    table = {line[:18].strip(): float(line[18:].split()[column]) for line in rows}
+    name = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")[column]
+    values = flat(load_config(f"{CONFIGS}/finetune.py:{name}"))
+    expected = {
+        "task": "classify",
+        "optimizer.base_learning_rate": table["base lr"],
+        "optimizer.weight_decay": table["wd"],
+        "optimizer.warmup_epochs": table["warmup"],
+        "total_epochs": table["epochs"],
+        "label_smoothing": table["label smoothing"],
+        "model.drop_path": table["drop path"],
+        "model.variant": name,
+        "optimizer.b1": 0.9,
+        "optimizer.b2": 0.999,
+        "optimizer.min_learning_rate": 1e-6,
+        "batch_size": 1024,
+        "model.head_init_scale": 0.001,
+        "total_steps": 0,
+        "data.train_per_class": 0,
+        "image_size": (224, 224),
+        "model.patch_size": 4,
+        **IMAGENET,
+    }
+    assert {key: values[key] for key in expected} == expected
+
+
+# Every key is read by something.
+
+
+class Counter(nnx.Module):
+    def __init__(self):
+        self.kernel = nnx.Param(np.zeros((2, 2), np.float32))
+
+
+class CheapTask:
+    """A task over another one's data, with a model that compiles at once."""
+
+    best = ("loss", "min")
+
+    def __init__(self, task):
+        self.config, self.data = task.config, task.data
+
+    def init(self, rngs):
+        return Counter()
+
+    def start(self, params):
+        return params
+
+    def loss(self, model, batch, keys):
+        return (model.kernel[...].sum() - 1) ** 2, {}
+
+    def evaluate(self, model, batches):
+        return {"loss": float(sum(batch["mask"].sum() for batch in batches))}
+
+    def pictures(self, model):
+        return {}
+
+    def card(self):
+        return {}
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Keys read from ConfigDicts as (id of the dict, key), but not by copying a whole config."""
+    seen, copying = set(), []
+    get, copy = ConfigDict.__getitem__, ConfigDict.to_dict
+
+    def __getitem__(self, key):  # noqa: N807
+        if not copying:
+            seen.add((id(self), key))
+        return get(self, key)
+
+    def to_dict(self, *arguments, **options):
+        copying.append(True)
+        try:
+            return copy(self, *arguments, **options)
+        finally:
+            copying.pop()
+
+    monkeypatch.setattr(ConfigDict, "__getitem__", __getitem__)
+    monkeypatch.setattr(ConfigDict, "to_dict", to_dict)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["pretrain", "classify"])
+def test_every_key_is_read(name, tmp_path, reads):
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for index in range(4):
+            image = Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8))
+            image.save(tmp_path / "images" / label / f"{index}.png")
+    config = defaults(name)
+    config.update(image_size=(32, 32), batch_size=4, total_epochs=1.0, log_steps=1, checkpoint_steps=1)
+    config.data.root = str(tmp_path / "images")
+    config.model.variant = "atto"
+    config.model.patch_size = 2
+    config.model.nobody_reads_this = 1
+    prefixes = {
+        id(config): "",
+        **{id(v): f"{k}." for k, v in config.items() if isinstance(v, ConfigDict)},
+    }
+    reads.clear()
+
+    task = make_task(config)
+    task.start({})
+    batch = next(task.data.train_batches(0))
+    next(task.data.eval_batches())
+    model = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))
+    keys = jax.random.split(jax.random.key(0), 4)
+    nnx.eval_shape(lambda m, b, k: task.loss(m, b, k)[0], model, batch, keys)
+    fit(CheapTask(task), tmp_path / "run")
+
+    read = {prefixes[place] + key for place, key in reads if place in prefixes}
+    assert set(flat(config)) - read == {"model.nobody_reads_this"}

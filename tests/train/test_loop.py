@@ -1,0 +1,92 @@
+"""Runs in this process: what a run leaves behind, and what stops it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnx2_jax.configuration import load_config
+from cnx2_jax.errors import RunError
+from cnx2_jax.tasks import make_task
+from cnx2_jax.train import checkpoint
+from cnx2_jax.train.loop import fit
+from cnx2_jax.train.report import read_metrics
+
+SMALL = [
+    "--config.model.depths=(1,1,1,1)",
+    "--config.model.dims=(4,8,8,16)",
+    "--config.image_size=16",
+    "--config.batch_size=16",
+    "--config.total_steps=8",
+    "--config.log_steps=3",
+    "--config.checkpoint_steps=2",
+    "--config.eval_epochs=0",
+]
+
+
+def small(recipe, *overrides):
+    return make_task(load_config(f"configs/{recipe}", [*SMALL, *overrides]))
+
+
+def test_a_pretraining_run_leaves_what_the_readme_says(tmp_path, capsys):
+    metrics = fit(small("pretrain.py:digits"), tmp_path)
+    assert metrics["step"] == 8
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["split"]) for row in rows] == [
+        (3, "train"), (6, "train"), (8, "train"), (8, "val"),
+    ]  # fmt: skip
+    assert rows[0].keys() == {
+        "step", "split", "loss", "grad_norm", "update_norm", "learning_rate", "images_per_sec"
+    }  # fmt: skip
+    assert metrics["loss"] == rows[-1]["loss"]
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 16
+    # The latest two; the best is the last, for it alone was evaluated.
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
+    assert Image.open(tmp_path / "reconstructions" / "00000008.png").size[0] > 300
+    assert list((tmp_path / "tensorboard").iterdir())
+    said = capsys.readouterr().err
+    assert "1,438 images" in said
+    assert "step 8/8 (100%)" in said
+
+
+def test_the_best_checkpoint_outlives_later_ones(tmp_path):
+    # A rate that grows until the loss does: the first evaluations are the best.
+    task = small(
+        "pretrain.py:digits",
+        "--config.eval_epochs=0.022",  # every 2 steps
+        "--config.keep_checkpoints=1",
+        "--config.optimizer.warmup_epochs=0.1",
+        "--config.optimizer.base_learning_rate=60",
+    )
+    fit(task, tmp_path)
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["split"] == "val"]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    best = min(rows, key=lambda row: row["loss"])["step"]
+    assert best < 8, rows
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [best, 8]
+
+
+@pytest.mark.parametrize("recipe", ["pretrain.py:digits", "finetune.py:digits"])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpoint(recipe, tmp_path):
+    overrides = [
+        "--config.optimizer.base_learning_rate=1e39",
+        "--config.optimizer.warmup_epochs=0",
+        "--config.total_steps=20",
+        "--config.checkpoint_steps=1",
+    ]
+    with pytest.raises(RunError, match=r"(loss|grad_norm|update_norm) is (nan|inf) at step (\d+)") as stopped:
+        fit(small(recipe, *overrides), tmp_path)
+    step = int(str(stopped.value).partition("at step ")[2].partition(";")[0])
+    assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path / "metrics.jsonl"))
+    for folder in (tmp_path / "checkpoints").iterdir():
+        assert int(folder.name) < step
+        params = checkpoint.read_params(folder)
+        assert all(np.isfinite(value).all() for value in params.values())
+
+    # The same command meets the same end, and leaves what is there alone.
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(RunError):
+        fit(small(recipe, *overrides), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before

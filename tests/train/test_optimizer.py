@@ -1,0 +1,144 @@
+"""AdamW, its schedule, its decay mask and clipping, each against the formula written out."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from cnx2_jax.configuration import defaults
+from cnx2_jax.errors import UserError
+from cnx2_jax.models import create_model
+from cnx2_jax.train.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from cnx2_jax.train.state import split
+
+
+def settings(**values):
+    config = defaults("pretrain").optimizer
+    config.update(values)
+    return config
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", "fcmae_atto"])
+def test_only_kernels_decay(name):
+    _, params = split(nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0))))
+    mask = decay_mask(params)
+    assert mask.keys() == params.keys()
+    endings = {name.rsplit(".", 1)[-1] for name in params}
+    decayed = {name.rsplit(".", 1)[-1] for name, decays in mask.items() if decays}
+    assert decayed == {"kernel"}
+    assert {name.rsplit(".", 1)[-1] for name, decays in mask.items() if not decays} == endings - {"kernel"}
+    # By name, so that a parameter renamed out of the rule does not pass unseen.
+    prefix = "encoder." if name.startswith("fcmae") else ""
+    for layer, parameter, decays in [
+        ("downsample_layers.0.0", "kernel", True),
+        ("downsample_layers.0.1", "scale", False),
+        ("downsample_layers.1.1", "bias", False),
+        ("stages.2.5.dwconv", "kernel", True),
+        ("stages.2.5.dwconv", "bias", False),
+        ("stages.2.5.norm", "scale", False),
+        ("stages.2.5.pwconv1", "kernel", True),
+        ("stages.2.5.grn", "gamma", False),
+        ("stages.2.5.grn", "beta", False),
+    ]:
+        assert mask[f"{prefix}{layer}.{parameter}"] is decays
+    if prefix:
+        assert mask["mask_token"] is False
+        assert mask["pred.kernel"] is True
+        assert mask["decoder.0.grn.gamma"] is False
+    else:
+        assert mask["head.kernel"] is True
+        assert mask["norm.scale"] is False
+
+
+@pytest.mark.parametrize(("batch", "peak"), [(256, 1e-3), (64, 2.5e-4), (4096, 1.6e-2)])
+def test_schedule_is_linear_warmup_then_half_a_cosine(batch, peak):
+    schedule = learning_rate_schedule(
+        settings(base_learning_rate=1e-3, min_learning_rate=1e-5), batch, warmup_steps=10, total_steps=110
+    )
+
+    def expected(step):
+        if step < 10:
+            return peak * step / 10
+        return 1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * (step - 10) / 100)) / 2
+
+    assert float(schedule(0)) == 0
+    assert float(schedule(10)) == pytest.approx(peak, rel=1e-6)
+    assert float(schedule(60)) == pytest.approx((peak + 1e-5) / 2, rel=1e-5)
+    assert float(schedule(110)) == pytest.approx(1e-5, rel=1e-3)
+    for step in (5, 9, 11, 35, 60, 85, 109):
+        assert float(schedule(step)) == pytest.approx(expected(step), rel=1e-4), step
+
+
+def test_schedule_without_warmup_starts_at_the_peak():
+    schedule = learning_rate_schedule(settings(base_learning_rate=1e-3), 256, 0, 100)
+    assert float(schedule(0)) == pytest.approx(1e-3)
+    assert float(schedule(100)) == pytest.approx(0, abs=1e-9)
+
+
+def test_schedule_shorter_than_its_warmup():
+    schedule = learning_rate_schedule(settings(base_learning_rate=1e-3), 256, 50, 10)
+    assert [float(schedule(s)) for s in (0, 5, 10)] == pytest.approx([0, 5e-4, 1e-3])
+
+
+@pytest.mark.parametrize("rate", [0.0, -1e-3, math.nan])
+def test_learning_rate_must_be_positive(rate):
+    with pytest.raises(UserError, match="base_learning_rate"):
+        learning_rate_schedule(settings(base_learning_rate=rate), 256, 0, 100)
+
+
+def literal_adamw(params, gradients, rates, *, b1, b2, decay, clip):
+    """AdamW with decoupled decay on kernels, clipping of the whole gradient, in float64."""
+    params = {name: value.astype(np.float64) for name, value in params.items()}
+    first = {name: np.zeros_like(value) for name, value in params.items()}
+    second = {name: np.zeros_like(value) for name, value in params.items()}
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        norm = math.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in gradient.values()))
+        factor = min(1, clip / norm) if clip else 1
+        for name in params:
+            g = gradient[name] * factor
+            first[name] = b1 * first[name] + (1 - b1) * g
+            second[name] = b2 * second[name] + (1 - b2) * g * g
+            direction = first[name] / (1 - b1**step) / (np.sqrt(second[name] / (1 - b2**step)) + 1e-8)
+            if name.endswith("kernel"):
+                direction = direction + decay * params[name]
+            params[name] = params[name] - rate * direction
+    return params
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_updates_equal_adamw_written_out(clip):
+    rng = np.random.default_rng(0)
+    shapes = {"a.kernel": (3, 4), "a.bias": (4,), "grn.gamma": (4,), "mask_token": (5,)}
+    params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    # Norms from far below to far above the clipping norm.
+    gradients = [
+        {name: (scale * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+        for scale in (0.01, 10.0, 0.3, 3.0)
+    ]
+    config = settings(base_learning_rate=0.1, b1=0.8, b2=0.95, weight_decay=0.3, clip_norm=clip)
+    schedule = learning_rate_schedule(config, 256, 2, 8)
+    transform = make_optimizer(config, schedule)
+
+    @jax.jit
+    def step(params, state, gradient):
+        updates, state = transform.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    ours = {name: jnp.asarray(value) for name, value in params.items()}
+    state = transform.init(ours)
+    for gradient in gradients:
+        ours, state = step(ours, state, gradient)
+
+    rates = [float(schedule(s)) for s in range(4)]
+    expected = literal_adamw(params, gradients, rates, b1=0.8, b2=0.95, decay=0.3, clip=clip)
+    for name in params:
+        np.testing.assert_allclose(ours[name], expected[name], rtol=2e-5, atol=1e-6)
+    # The expected value would notice if clipping or decay did nothing.
+    other = literal_adamw(params, gradients, rates, b1=0.8, b2=0.95, decay=0.3, clip=1.0 - clip)
+    assert np.abs(other["a.bias"] - expected["a.bias"]).max() > 1e-3
+    other = literal_adamw(params, gradients, rates, b1=0.8, b2=0.95, decay=0.0, clip=clip)
+    assert np.abs(other["a.kernel"] - expected["a.kernel"]).max() > 1e-3

@@ -1,0 +1,154 @@
+"""One update: independent of accumulation, donated, the same in bfloat16; keys by sample."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from cnx2_jax.configuration import defaults, override, use_digits
+from cnx2_jax.tasks import make_task
+from cnx2_jax.train import sharding
+from cnx2_jax.train.state import TrainState, merge, split
+from cnx2_jax.train.step import make_train_step, sample_keys
+
+BATCH = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Compiling is nearly all of the time here, and nothing runs long enough to earn it back."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def small_task(*arguments):
+    """FCMAE with drop path, on digits."""
+    config = defaults("pretrain")
+    use_digits(config)
+    config.batch_size = BATCH
+    config.image_size = (16, 16)
+    config.model.depths = (1, 1, 1, 1)
+    config.model.dims = (8, 8, 16, 16)
+    config.model.decoder_dim = 16
+    config.model.drop_path = 0.5
+    return make_task(override(config, [f"--config.{argument}" for argument in arguments]))
+
+
+@functools.cache
+def first_params():
+    """Parameters of useful size, as NumPy arrays: at the usual ones every gradient is tiny."""
+    task = small_task()
+    shapes = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))[1]
+    rng = np.random.default_rng(0)
+
+    def draw(name, shape):
+        if name.endswith("kernel"):
+            inputs = 49 if len(shape) == 3 else math.prod(shape[:-1])
+            return rng.standard_normal(shape) / math.sqrt(inputs)
+        return float(name.endswith("scale")) + 0.3 * rng.standard_normal(shape)
+
+    return {name: draw(name, leaf.shape).astype(np.float32) for name, leaf in sorted(shapes.items())}
+
+
+@functools.cache
+def some_batches(count):
+    return list(itertools.islice(small_task().data.train_batches(0), count))
+
+
+@functools.cache
+def compiled(parts=1, dtype="float32"):
+    """Returns the train step and a function that makes its first state."""
+    task = small_task(f"accumulation_steps={parts}", f"model.dtype={dtype}")
+    # The large epsilon keeps Adam from turning the rounding of a gradient near zero into whole steps.
+    transform = optax.adam(1e-2, eps=1e-2)
+    graph, _ = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
+    mesh = sharding.make_mesh(task.config.mesh)
+
+    def first():
+        params = {name: jnp.array(value) for name, value in first_params().items()}
+        return TrainState(jnp.int32(0), params, transform.init(params))
+
+    like = jax.eval_shape(first)
+    step = make_train_step(task, graph, transform, like, mesh)
+    return step, lambda: jax.device_put(first(), sharding.state_sharding(like, mesh))
+
+
+@functools.cache
+def run(steps, **options):
+    """Returns the state after some steps, on the host, and the metrics of each."""
+    step, first = compiled(**options)
+    state, seen = first(), []
+    for batch in some_batches(50)[:steps]:
+        state, metrics = step(state, batch)
+        seen.append({name: float(value) for name, value in metrics.items()})
+    return jax.device_get(state), seen
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_changes_nothing(parts):
+    state, metrics = run(2)
+    other_state, other_metrics = run(2, parts=parts)
+    assert metrics[0].keys() == {"loss", "grad_norm"}
+    for ours, theirs in zip(metrics, other_metrics, strict=True):
+        assert theirs == pytest.approx(ours, rel=3e-6)  # sums of many terms, in another order
+    assert int(other_state.step) == int(state.step) == 2
+    for name, value in state.params.items():
+        np.testing.assert_allclose(other_state.params[name], value, rtol=0, atol=1e-6, err_msg=name)
+    moved = [np.abs(value - first_params()[name]).max() for name, value in state.params.items()]
+    assert np.median(moved) > 1e-3  # the tolerance is a small part of what was learned
+
+
+def test_loss_is_the_mean_over_samples_each_with_its_own_key():
+    task = small_task()
+    graph, _ = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
+    batch = some_batches(50)[0]
+    keys = sample_keys(task.config.seed, jnp.int32(0), BATCH)
+
+    @jax.jit
+    def one(params, image, key):
+        return task.loss(merge(graph, params), {"image": image[None]}, key[None])[0]
+
+    losses = [float(one(first_params(), batch["image"][i], keys[i])) for i in range(BATCH)]
+    assert np.std(losses) > 0.01
+    assert run(2)[1][0]["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_bfloat16_tracks_float32():
+    state, metrics = run(50, dtype="bfloat16")
+    losses = [row["loss"] for row in metrics]
+    expected = [row["loss"] for row in run(50)[1]]
+    assert {value.dtype for value in state.params.values()} == {np.dtype("float32")}
+    assert losses != expected  # bfloat16 was used
+    assert np.mean(expected[-10:]) < 0.9 * np.mean(expected[:10])  # and something was learned
+    assert losses[-1] == pytest.approx(expected[-1], rel=0.02)
+    assert np.mean(losses[-10:]) == pytest.approx(np.mean(expected[-10:]), rel=0.02)
+
+
+def test_state_is_donated():
+    step, first = compiled()
+    state = first()
+    after, _ = step(state, some_batches(50)[0])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def key_data(seed, step, size):
+    return np.asarray(jax.random.key_data(sample_keys(seed, jnp.int32(step), size)))
+
+
+def test_sample_keys_depend_on_seed_step_and_position_alone():
+    keys = key_data(0, 5, 8)
+    np.testing.assert_array_equal(keys[:4], key_data(0, 5, 4))  # not on the batch size
+    np.testing.assert_array_equal(keys, key_data(0, 5, 8))  # not on what was drawn before
+    traced = jax.jit(lambda step: jax.random.key_data(sample_keys(0, step, 8)))(5)
+    np.testing.assert_array_equal(keys, traced)
+    others = [key_data(0, 5, 8), key_data(0, 6, 8), key_data(1, 5, 8), key_data(5, 0, 8), key_data(-1, 5, 8)]
+    assert len(np.unique(np.concatenate(others), axis=0)) == 8 * len(others)
