@@ -26,7 +26,9 @@ PREDICTED = 3  # images
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="a new folder; runs/demo-DATE-TIME by default")
     out = parser.parse_args().out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     begin = time.monotonic()

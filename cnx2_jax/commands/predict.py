@@ -6,6 +6,7 @@ from pathlib import Path
 from cnx2_jax.configuration import image_hw
 from cnx2_jax.data.pipeline import preprocess_files
 from cnx2_jax.errors import UserError
+from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.tasks import base
 from cnx2_jax.tasks.classify import probabilities
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     model, config, class_names = base.load(args.checkpoint)
-    if not class_names:
+    if not isinstance(model, ConvNeXtV2):
         raise UserError(
             f"checkpoint '{args.checkpoint}' is of pretraining and names no classes; fine-tune it first"
         )

@@ -8,6 +8,7 @@ from PIL import Image
 from cnx2_jax.configuration import image_hw
 from cnx2_jax.data.pipeline import preprocess_files
 from cnx2_jax.errors import UserError
+from cnx2_jax.models import FCMAE
 from cnx2_jax.tasks import base
 from cnx2_jax.tasks.pretrain import PICTURES, reconstruct
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     model, config, _ = base.load(args.workdir)
-    if config.task != "pretrain":
+    if not isinstance(model, FCMAE):
         raise UserError(f"'{args.workdir}' is no pretraining run but '{config.task}': it has no decoder")
     if args.images:
         images = preprocess_files(

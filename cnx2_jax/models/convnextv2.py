@@ -133,9 +133,9 @@ class Encoder(nnx.Module):
             self.downsample_layers.append(nnx.List(layers))
 
         total, index = sum(depths), 0
-        self.stages = nnx.List([])
+        self.stages: nnx.List = nnx.List([])
         for depth, dim in zip(depths, dims, strict=True):
-            blocks = nnx.List([])
+            blocks: nnx.List = nnx.List([])
             for _ in range(depth):
                 drop = DropPath(drop_path * index / max(total - 1, 1), index)
                 blocks.append(Block(dim, drop_path=drop, dtype=dtype, rngs=rngs))

@@ -6,7 +6,7 @@ from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.tasks.classify import Classify
 from cnx2_jax.tasks.pretrain import Pretrain
 
-TASKS = {"pretrain": Pretrain, "classify": Classify}
+TASKS: dict[str, type[Pretrain] | type[Classify]] = {"pretrain": Pretrain, "classify": Classify}
 
 
 def make_task(config: ConfigDict) -> Pretrain | Classify:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ class Classify:
       UserError: the images have fewer than two classes; see `base.check` and `base.starting_params`.
     """
 
-    best = ("accuracy", "max")
+    best: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
 
     def __init__(self, config: ConfigDict):
         base.check(config)
@@ -86,7 +87,7 @@ class Classify:
 def probabilities(model: ConvNeXtV2, config: ConfigDict, images: np.ndarray) -> np.ndarray:
     """Returns class probabilities `[N, classes]` in float32 of uint8 images `[N, H, W, C]`."""
     graph, params = split(model)
-    return np.asarray(_probabilities(graph, params, base.normalise(images, config.data)))
+    return np.asarray(_probabilities(graph, params, base.normalise(jnp.asarray(images), config.data)))
 
 
 @partial(jax.jit, static_argnames="graph")

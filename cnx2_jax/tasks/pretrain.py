@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ class Pretrain:
     Evaluation gives `loss`, on masks that are a function of the seed and the image's place alone.
     """
 
-    best = ("loss", "min")
+    best: tuple[str, Literal["max", "min"]] = ("loss", "min")
 
     def __init__(self, config: ConfigDict):
         base.check(config)
@@ -92,7 +93,7 @@ def reconstruct(model: FCMAE, config: ConfigDict, images: np.ndarray, seed: int 
     keys = sample_keys(config.seed if seed is None else seed, jnp.int32(EVAL_STEP), len(images))
     graph, params = split(model)
     # One device is enough for a few rows, and it spares dividing them over a mesh.
-    normal = base.normalise(images, config.data)
+    normal = base.normalise(jnp.asarray(images), config.data)
     output = _forward(graph, jax.device_get(params), normal, keys)
     reconstruction, pasted = paste(normal, output.prediction, output.masked)
     hidden = np.repeat(np.repeat(output.masked, model.encoder.stride, 1), model.encoder.stride, 2)

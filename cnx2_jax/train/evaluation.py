@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 from cnx2_jax.train.state import merge, split
 from cnx2_jax.train.task import Batch, Metrics
 
-Score = Callable[[nnx.Module, Batch, jax.Array], dict[str, jax.Array]]
+Score = Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]
 
 
 def average(score: Score, model: nnx.Module, batches: Iterable[Batch]) -> Metrics:

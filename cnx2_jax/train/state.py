@@ -1,6 +1,7 @@
 """What a run carries from step to step, and the way between a module and its named parameters."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -32,8 +33,9 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     return graph, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
-def merge(graph: nnx.GraphDef, params: Params) -> nnx.Module:
-    """Inverse of `split`; the module shares the arrays."""
+def merge(graph: nnx.GraphDef, params: Params) -> Any:
+    """Inverse of `split`: the module of that class, which shares the arrays."""
     paths = {tuple(int(p) if p.isdigit() else p for p in name.split(".")): name for name in params}
-    state = nnx.from_flat_state({path: nnx.Param(params[name]) for path, name in paths.items()})
+    variables: dict = {path: nnx.Param(params[name]) for path, name in paths.items()}
+    state = nnx.from_flat_state(variables)
     return nnx.merge(graph, state)

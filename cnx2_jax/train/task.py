@@ -1,7 +1,7 @@
 """What the loop asks of a task. A new task is one new file that provides this."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -15,7 +15,10 @@ Metrics = dict[str, float]
 class Data(Protocol):
     """Where a task's batches come from. A batch is a dict of arrays with the batch as first axis."""
 
-    num_train: int
+    @property
+    def num_train(self) -> int:
+        """How many images an epoch has."""
+        ...
 
     def train_batches(
         self, start_step: int, *, process_index: int = 0, process_count: int = 1
@@ -31,17 +34,22 @@ class Data(Protocol):
 
 
 class Task(Protocol):
-    """A model, its loss and its evaluation.
+    """A model, its loss and its evaluation."""
 
-    Attributes:
-      config: the run's.
-      data: its batches.
-      best: the evaluation metric by which checkpoints are ranked, and which end of it is good.
-    """
+    @property
+    def config(self) -> ConfigDict:
+        """The run's."""
+        ...
 
-    config: ConfigDict
-    data: Data
-    best: tuple[str, Literal["max", "min"]]
+    @property
+    def data(self) -> Data:
+        """Its batches."""
+        ...
+
+    @property
+    def best(self) -> tuple[str, Literal["max", "min"]]:
+        """The evaluation metric by which checkpoints are ranked, and which end of it is good."""
+        ...
 
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
         """Returns the model with fresh weights; traced, so that each device makes only its share."""
@@ -51,9 +59,7 @@ class Task(Protocol):
         """Returns the parameters that step 0 begins with, given the fresh ones."""
         ...
 
-    def loss(
-        self, model: nnx.Module, batch: Batch, keys: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, model: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the mean loss of a batch, and metrics that are means over the batch too.
 
         `keys` holds one random key per sample, a function of the seed, the step and the sample's position
@@ -61,11 +67,11 @@ class Task(Protocol):
         """
         ...
 
-    def evaluate(self, model: nnx.Module, batches: Iterable[Batch]) -> Metrics:
+    def evaluate(self, model: Any, batches: Iterable[Batch]) -> Metrics:
         """Returns metrics over one pass of padded batches."""
         ...
 
-    def pictures(self, model: nnx.Module) -> dict[str, np.ndarray]:
+    def pictures(self, model: Any) -> dict[str, np.ndarray]:
         """Returns named uint8 images `[H, W, 3]` that show how the model does; often none."""
         ...
 

@@ -132,13 +132,15 @@ def test_nothing_is_the_latest_of_a_new_run(tmp_path):
 def test_unfinished_checkpoints_are_ignored_and_removed(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
-    unfinished = checkpoints / "20.orbax-checkpoint-tmp"
-    shutil.copytree(checkpoints / "12", unfinished)
-    (unfinished / "commit_success.txt").unlink(missing_ok=True)
+    unfinished = [checkpoints / f"{step}.orbax-checkpoint-tmp" for step in (15, 20)]
+    for folder in unfinished:
+        shutil.copytree(checkpoints / "12", folder)
+        (folder / "commit_success.txt").unlink(missing_ok=True)
 
     assert checkpoint.find(tmp_path / "run") == checkpoints / "12"
     ours = Checkpoints(checkpoints, keep=2, best=MAX)
     assert ours.latest() == 12
+    assert not any(folder.exists() for folder in unfinished)
     ours.save(20, make_state(20, 20), CARD, None)
     ours.close()
     assert steps_in(checkpoints) == [12, 20]
