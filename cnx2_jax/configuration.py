@@ -90,7 +90,7 @@ def defaults(task: str) -> ConfigDict:
 
 def use_digits(config: ConfigDict) -> None:
     """Sets scikit-learn's embedded digits and a network small enough for a CPU, in place."""
-    config.image_size = (32, 32)
+    config.image_size = (24, 24)
     config.log_steps = 20
     config.model.variant = "custom"
     config.model.depths = (1, 1, 2, 1)

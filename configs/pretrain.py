@@ -25,8 +25,8 @@ def get_config(argument="tiny"):
     if name == "digits":
         use_digits(config)
         config.batch_size = 128
-        config.total_epochs = options["epochs"] or 40.0
-        config.eval_epochs = 20.0
+        config.total_epochs = options["epochs"] or 30.0
+        config.eval_epochs = 10.0
         config.optimizer.base_learning_rate = 2e-3
         config.optimizer.warmup_epochs = 4.0
         config.optimizer.b2 = 0.95

@@ -153,7 +153,7 @@ def test_train_says_what_it_did(pretrained):
     rows = [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["split"]) for row in rows] == [(2, "train"), (4, "train"), (4, "val")]
     keys = {"step", "split", "loss", "learning_rate", "images_per_sec", "grad_norm"}
-    assert rows[0].keys() == rows[1].keys() == keys
+    assert rows[0].keys() == rows[1].keys() >= keys
     assert rows[2]["loss"] == metrics["loss"]
     assert json.loads((workdir / "config.json").read_text())["model"]["dims"] == [4, 4, 8, 8]
     assert sorted(path.name for path in workdir.iterdir()) == [
@@ -331,8 +331,8 @@ MISTAKES = {
     "unknown source": (PRETRAINING + " --config.data.source=digit", ["did you mean 'digits'"]),
     "size of no whole strides": (PRETRAINING + " --config.image_size=30", ["30x30", "stride 8", "32x32"]),
     "batch over accumulation": (
-        PRETRAINING + " --config.accumulation_steps=3",
-        ["batch_size 128 does not divide", "3 accumulation step(s)", "multiple of 3"],
+        PRETRAINING + " --config.batch_size=64 --config.accumulation_steps=3",
+        ["batch_size 64 does not divide", "3 accumulation step(s)", "multiple of 3"],
     ),
     "mesh of other devices": (PRETRAINING + " --config.mesh.data=2", ["data=2", "1 device(s)"]),
     "steps below zero": (PRETRAINING + " --config.total_steps=-1", ["total_steps -1"]),
@@ -341,7 +341,7 @@ MISTAKES = {
         PRETRAINING + " --config.optimizer.base_learning_rate=0",
         ["base_learning_rate 0.0"],
     ),
-    "nothing hidden": (PRETRAINING + " --config.model.mask_ratio=0", ["mask_ratio 0.0"]),
+    "everything hidden": (PRETRAINING + " --config.model.mask_ratio=1", ["mask_ratio 1.0", "leaves 0 of"]),
     # Images.
     "no root": (ON_FOLDER, ["data.root is not set"]),
     "missing folder": (ON_FOLDER + " --config.data.root={tmp}/nowhere", ["{tmp}/nowhere' is not a folder"]),
@@ -357,7 +357,7 @@ MISTAKES = {
     # Workdirs and checkpoints.
     "workdir of another run": (
         PRETRAINING.replace("{tmp}/run", "{pretrained}") + " --config.seed=5",
-        ["{pretrained}' holds another run", "batch_size = 8 there, 128 here"],
+        ["{pretrained}' holds another run", "batch_size = 8 there"],
     ),
     "workdir of another task": (
         FINETUNING.replace("{tmp}/run", "{pretrained}"),

@@ -163,7 +163,10 @@ class Encoder(nnx.Module):
         Raises:
           UserError: the sides are not multiples of the stride, or the channels are not `in_chans`.
         """
-        check_images(images.shape, self.stride, self.in_chans)
+        _, height, width, channels = images.shape
+        check_size(height, width, self.stride)
+        if channels != self.in_chans:
+            raise UserError(f"images have {channels} channels, the model takes {self.in_chans}")
         layout = layout or Dense()
         x, maps = layout.enter(images, self.patch_size), []
         for stage, (down, blocks) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
@@ -214,6 +217,8 @@ class ConvNeXtV2(Encoder):
         # sees logits that bfloat16 has not rounded.
         dtype = jnp.promote_types(dtype, jnp.float32)
         self.norm = LayerNorm(dims[-1], dtype=dtype)
+        if num_classes < 0:
+            raise UserError(f"num_classes {num_classes} must be at least 0; 0 leaves the head out")
         self.num_classes = num_classes
         if num_classes:
             self.head = Linear(dims[-1], num_classes, dtype=dtype, rngs=rngs)
@@ -228,14 +233,11 @@ class ConvNeXtV2(Encoder):
         return self.head(x) if self.num_classes else x
 
 
-def check_images(shape: Sequence[int], stride: int, in_chans: int) -> None:
-    """Raises UserError unless images of `shape` `[B, H, W, C]` fit a network of this stride."""
-    _, height, width, channels = shape
-    if height % stride or width % stride or not height or not width:
-        near = [max(1, math.floor(side / stride + 0.5)) * stride for side in (height, width)]
+def check_size(height: int, width: int, multiple: int, of: str = "stride") -> None:
+    """Raises UserError unless both sides are multiples of this; `of` says what it is."""
+    if height % multiple or width % multiple or not height or not width:
+        near = [max(1, math.floor(side / multiple + 0.5)) * multiple for side in (height, width)]
         raise UserError(
-            f"image size {height}x{width} is not a multiple of the stride {stride}; "
+            f"image size {height}x{width} is not a multiple of the {of} {multiple}; "
             f"the nearest that is: {near[0]}x{near[1]}"
         )
-    if channels != in_chans:
-        raise UserError(f"images have {channels} channels, the model takes {in_chans}")

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.models.convnextv2 import Block, Encoder, check_images
+from cnx2_jax.models.convnextv2 import Block, Encoder, check_size
 from cnx2_jax.models.layers import DropPath, Linear, normal_init
 from cnx2_jax.models.layouts import Dense, Masked, from_patches, to_patches
 
@@ -48,10 +48,10 @@ def random_mask(keys: Key[Array, " b"], grid: tuple[int, int], ratio: float) -> 
     """
     cells = grid[0] * grid[1]
     visible = visible_count(cells, ratio)
-    if not 0 < visible <= cells:
+    if not 0 <= ratio < 1 or not visible:
         raise UserError(
             f"mask_ratio {ratio} leaves {visible} of {cells} patches visible; "
-            "use a ratio between 0 and 1, larger images or a smaller mask_patch"
+            "use a ratio of at least 0 and below 1, larger images or a smaller mask_patch"
         )
     noise = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, MASK_STREAM), (cells,)))(keys)
     # The rank of a cell in the sorted noise decides; ranks, not values, so that the count is exact.
@@ -156,7 +156,7 @@ class FCMAE(nnx.Module):
           UserError: the sides are not multiples of `mask_patch`, or no patch would stay visible.
         """
         patch = self.mask_patch
-        check_images((1, height, width, self.encoder.in_chans), patch, self.encoder.in_chans)
+        check_size(height, width, patch, "mask_patch" if patch != self.encoder.stride else "stride")
         coarse = random_mask(keys, (height // patch, width // patch), self.mask_ratio)
         cells = patch // self.encoder.stride
         return repeat(coarse, "b h w -> b (h p) (w q)", p=cells, q=cells)

@@ -13,7 +13,7 @@ from cnx2_jax.configuration import from_json, image_hw
 from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models import FCMAE, ConvNeXtV2, variant
-from cnx2_jax.models.convnextv2 import check_images
+from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.train import checkpoint
 from cnx2_jax.train.state import Params, merge, split
 
@@ -40,7 +40,7 @@ def check(config: ConfigDict) -> None:
       UserError: the image size is no multiple of the stride, or a tuple has not one value per channel.
     """
     model, data = config.model, config.data
-    check_images((1, *image_hw(config), model.in_chans), 8 * model.patch_size, model.in_chans)
+    check_size(*image_hw(config), 8 * model.patch_size)
     for name in ("mean", "std"):
         if len(data[name]) != model.in_chans:
             raise UserError(

@@ -11,9 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import image_hw
-from cnx2_jax.errors import UserError
-from cnx2_jax.models.convnextv2 import check_images
-from cnx2_jax.models.fcmae import FCMAE, Output, paste, random_mask
+from cnx2_jax.models.fcmae import FCMAE, Output, paste
 from cnx2_jax.tasks import base
 from cnx2_jax.tasks.grid import draw_grid
 from cnx2_jax.train.evaluation import average
@@ -36,23 +34,16 @@ class Pretrain:
 
     def __init__(self, config: ConfigDict):
         base.check(config)
-        self._check_mask(config)
         self.config = config
+        # What only masking can refuse, refused before anything is made.
+        height, width = image_hw(config)
+        jax.eval_shape(lambda key: self.init(nnx.Rngs(key)).mask(key[None], height, width), jax.random.key(0))
         self.data = base.open_images(config)
 
-    @staticmethod
-    def _check_mask(config: ConfigDict) -> None:
-        """Refuses now what the model could only refuse in its first step, after the workdir is made."""
-        model, (height, width) = config.model, image_hw(config)
-        if not 0 < model.mask_ratio < 1:
-            raise UserError(f"model.mask_ratio {model.mask_ratio} must be above 0 and below 1")
-        patch = max(model.mask_patch, 8 * model.patch_size)
-        check_images((1, height, width, model.in_chans), patch, model.in_chans)
-        grid = (height // patch, width // patch)
-        jax.eval_shape(lambda key: random_mask(key[None], grid, model.mask_ratio), jax.random.key(0))
-
-    def init(self, rngs: nnx.Rngs) -> nnx.Module:
-        return base.build(self.config, 0, rngs)
+    def init(self, rngs: nnx.Rngs) -> FCMAE:
+        model = base.build(self.config, 0, rngs)
+        assert isinstance(model, FCMAE)
+        return model
 
     def start(self, params: Params) -> Params:
         return params

@@ -96,9 +96,9 @@ def run(steps, **options):
 def test_accumulation_changes_nothing(parts):
     state, metrics = run(2)
     other_state, other_metrics = run(2, parts=parts)
-    assert metrics[0].keys() == {"loss", "grad_norm"}
+    assert {"loss", "grad_norm"} <= metrics[0].keys()
     for ours, theirs in zip(metrics, other_metrics, strict=True):
-        assert theirs == pytest.approx(ours, rel=3e-6)  # sums of many terms, in another order
+        assert theirs == pytest.approx(ours, rel=1e-5)  # sums of many terms, in another order
     assert int(other_state.step) == int(state.step) == 2
     for name, value in state.params.items():
         np.testing.assert_allclose(other_state.params[name], value, rtol=0, atol=1e-6, err_msg=name)
