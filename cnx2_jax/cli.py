@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import sys
 from typing import NoReturn
 
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     for verb, line in VERBS.items():
         verb_parser = verbs.add_parser(verb, description=f"{line[0].upper()}{line[1:]}.")
         if verb == chosen:
-            _silence_libraries()
+            logging.set_verbosity(logging.ERROR)  # Orbax notes much for itself
             command = importlib.import_module(f"cnx2_jax.commands.{verb}")
             command.add_arguments(verb_parser)
     args = parser.parse_args(argv)
@@ -65,12 +64,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cnx2: stopped: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _silence_libraries() -> None:
-    """Keeps what TensorFlow and Orbax note for themselves off standard error; errors still come through."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow is imported
-    logging.set_verbosity(logging.ERROR)
 
 
 def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -25,10 +25,10 @@ def get_config(argument="tiny"):
     if name == "digits":
         use_digits(config)
         config.batch_size = 128
-        config.total_epochs = options["epochs"] or 30.0
+        config.total_epochs = options["epochs"] or 25.0
         config.eval_epochs = 10.0
         config.optimizer.base_learning_rate = 2e-3
-        config.optimizer.warmup_epochs = 4.0
+        config.optimizer.warmup_epochs = 3.0
         config.optimizer.b2 = 0.95
         config.data.crop_scale = (0.5, 1.0)
         config.model.decoder_dim = 64

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 from PIL import Image
 
 from cnx2_jax import cli
@@ -33,6 +34,9 @@ def main() -> None:
     out = parser.parse_args().out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     begin = time.monotonic()
     out.mkdir(parents=True)
+
+    # Fine-tuning and training from scratch are one program; what one compiled, the other need not.
+    jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
 
     pretrain = f"{ROOT}/configs/pretrain.py:digits"
     finetune = f"{ROOT}/configs/finetune.py:digits"

@@ -1,8 +1,8 @@
 """Depthwise convolution: one function, the fastest form for each platform.
 
-XLA's CPU backend runs a grouped convolution 20 to 60 times slower than the same sum written as shifted
-multiply-adds, which it fuses into one vectorised loop; on TPU and GPU the native operation wins
-(docs/performance.md). The choice is made while lowering, so one traced program serves every platform.
+XLA's CPU backend runs a 7x7 grouped convolution 15 to 30 times slower than the same sum written as shifted
+multiply-adds, which it fuses into one vectorised loop; TPUs and GPUs have native operations for it. The
+choice is made while lowering, so one traced program serves every platform.
 """
 
 from functools import partial

@@ -90,6 +90,10 @@ class Checkpoints:
         count = jax.device_put(np.int32(step), like.step.sharding)
         return TrainState(count, items["params"], items["opt_state"])
 
+    def best(self) -> Path:
+        """Returns the folder of the best checkpoint; the latest where none was evaluated."""
+        return self.directory / str(self._manager.best_step())
+
     def close(self) -> None:
         """Waits for what is being saved; an error in saving is raised here at the latest."""
         self._manager.wait_until_finished()

@@ -118,6 +118,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                         checkpoints.save(step, state, task.card(), report.evaluation(step))
                     saved = step
                 if last or stop.asked:
+                    best = checkpoints.best()
                     break
 
                 state, metrics = step_fn(state, next(batches))
@@ -134,10 +135,12 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         finally:
             report.close()
             checkpoints.close()
-    if step < total:
+    evaluated = report.evaluation(step)
+    if evaluated is None:
         say(f"stopped after step {step:,} of {total:,}; the same command goes on from there")
         return None
-    return {"step": step, **(report.evaluation(step) or {})}
+    say(f"done after step {total:,}; the best checkpoint by {task.best[0]} is {best}")
+    return {"step": step, **evaluated}
 
 
 def _shapes(task: Task, transform) -> tuple[nnx.GraphDef, TrainState]:
