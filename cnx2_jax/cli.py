@@ -28,7 +28,21 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `cnx2` with these arguments (the process's by default) and returns its exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        _run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"cnx2: error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"cnx2: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cnx2: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(argv: list[str]) -> None:
     # `--config.KEY=VALUE` is the config's to read; everything else is the verb's. Both `--config.KEY=VALUE`
     # and `--config.KEY VALUE` are common, so the second form is joined into the first.
     argv, overrides = _take_overrides(argv)
@@ -55,15 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     assert command is not None
     if overrides and not command.TAKES_OVERRIDES:
         parser.error(f"{args.verb} takes no {overrides[0].partition('=')[0]}")
-    try:
-        command.run(args, overrides)
-    except UserError as error:
-        print(f"cnx2: error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"cnx2: stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+    command.run(args, overrides)
 
 
 def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,13 +17,36 @@ from cnx2_jax.errors import UserError, nearest
 # A run may go on with other values of these: they change where and how often, not what is computed.
 FREE_KEYS = ("mesh.", "log_steps", "eval_epochs", "checkpoint_steps", "keep_checkpoints")
 
-LEAST = {
-    "total_epochs": 0,
-    "total_steps": 0,
-    "log_steps": 1,
-    "eval_epochs": 0,
-    "checkpoint_steps": 1,
-    "keep_checkpoints": 1,
+# Least and greatest value of what is not checked by name elsewhere.
+INFINITY = float("inf")
+RANGES = {
+    "seed": (-(2**31), 2**31 - 1),
+    "batch_size": (1, 2**31 - 1),
+    "accumulation_steps": (1, 2**31 - 1),
+    "total_epochs": (0, 1e9),
+    "total_steps": (0, 2**31 - 2),
+    "log_steps": (1, INFINITY),
+    "eval_epochs": (0, INFINITY),
+    "checkpoint_steps": (1, INFINITY),
+    "keep_checkpoints": (1, INFINITY),
+    "label_smoothing": (0, 0.999),
+    "model.in_chans": (1, INFINITY),
+    "model.patch_size": (1, 4),
+    "model.drop_path": (0, 0.999),
+    "model.mask_patch": (0, INFINITY),
+    "model.decoder_dim": (1, INFINITY),
+    "model.decoder_depth": (1, INFINITY),
+    "model.head_init_scale": (0, 1e9),
+    "data.val_fraction": (0, 0.999),
+    "data.train_per_class": (0, INFINITY),
+    "data.eval_crop": (0.1, 1),
+    "optimizer.base_learning_rate": (1e-30, INFINITY),
+    "optimizer.min_learning_rate": (0, INFINITY),
+    "optimizer.warmup_epochs": (0, 1e9),
+    "optimizer.weight_decay": (0, 1e9),
+    "optimizer.b1": (0, 0.999999),
+    "optimizer.b2": (0, 0.9999999),
+    "optimizer.clip_norm": (0, 1e9),
 }
 
 
@@ -147,7 +171,10 @@ def load_config(location: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise UserError(f"config file '{path}' is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"config file '{path}' is not valid Python: {error}") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"config file '{path}' has no function get_config")
     config = module.get_config(argument) if argument else module.get_config()
@@ -161,8 +188,13 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
       UserError: an unknown key, with the nearest known one, or a value of another type.
     """
     known = _flatten(config.to_dict())
+    # absl would append the values of a tuple that is given twice; here the last one counts.
+    last = {argument.partition("=")[0]: argument for argument in overrides}
+    overrides = list(last.values())
     for argument in overrides:
         key, equals, _ = argument.removeprefix("--config.").partition("=")
+        if key == "task":
+            raise UserError("config key 'task' is fixed by the config file; choose another --config")
         if key not in known:
             raise UserError(f"unknown config key '{key}'{nearest(key, known)}")
         if not equals:
@@ -184,15 +216,20 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             if not all(type(item) in kinds for item in value):
                 kind = "whole numbers" if kinds == (int,) else "numbers"
                 raise UserError(f"config key {key}={value} must be {kind}, such as {key}=(1,2)")
+    check_ranges(config)
     config.lock()
     return config
 
 
-def check_lengths(config: ConfigDict) -> None:
-    """Raises UserError if a number of steps, epochs or checkpoints is out of range."""
-    for key, least in LEAST.items():
-        if config[key] < least:
-            raise UserError(f"{key} {config[key]} must be at least {least}")
+def check_ranges(config: ConfigDict) -> None:
+    """Raises UserError if a number is out of its range, or no number at all (NaN)."""
+    flat = _flatten(config.to_dict())
+    for key, (least, greatest) in RANGES.items():
+        if key in flat and not least <= flat[key] <= greatest:
+            most = "" if greatest == INFINITY else f" and at most {greatest:g}"
+            raise UserError(f"{key} {flat[key]} must be at least {least:g}{most}")
+    if not config.total_steps and not config.total_epochs:
+        raise UserError("total_steps and total_epochs are both 0: there is nothing to do; set one of them")
 
 
 def image_hw(config: ConfigDict) -> tuple[int, int]:
@@ -247,6 +284,8 @@ def make_workdir(config: ConfigDict, workdir: Path) -> None:
             )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
     except OSError as error:
         raise _cannot_write(workdir, error) from None
 

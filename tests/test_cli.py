@@ -148,7 +148,8 @@ def test_train_says_what_it_did(pretrained):
     # Progress is on standard error, and no library speaks there.
     lines = done.stderr.splitlines()
     assert lines[0].startswith("pretrain custom, ")
-    assert all(re.match(r"step \d+(/4 \(\d+%\), loss |: val loss )", text) for text in lines[1:]), done.stderr
+    assert all(re.match(r"step \d+(/4 \(\d+%\), loss |: val loss )", text) for text in lines[1:-1])
+    assert lines[-1] == f"done after step 4; the best checkpoint by loss is {workdir}/checkpoints/4"
 
     rows = [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["split"]) for row in rows] == [(2, "train"), (4, "train"), (4, "val")]
@@ -212,8 +213,13 @@ def test_reconstruct_draws_validation_images_or_given_ones(pretrained, tmp_path,
     images = [save_image(tmp_path / f"{i}.png", seed=i, mode="L") for i in range(2)]
     exported = tmp_path / "exported"
     assert run("export", "--checkpoint", workdir, "--format", "orbax", "--out", exported) == 0
-    assert run("reconstruct", "--workdir", exported, "--out", out, "--seed", 5, *images) == 0
-    own = np.asarray(Image.open(out))
+    before = out.read_bytes()
+    assert run("reconstruct", "--workdir", exported, "--out", out, *images) == 2
+    assert "exists already; nothing was overwritten" in capfd.readouterr().err
+    assert out.read_bytes() == before
+    other = tmp_path / "other.png"
+    assert run("reconstruct", "--workdir", exported, "--out", other, "--seed", 5, *images) == 0
+    own = np.asarray(Image.open(other))
     assert own.shape[1:] == validation.shape[1:]
     assert own.shape[0] < validation.shape[0]
 
@@ -341,6 +347,22 @@ MISTAKES = {
         PRETRAINING + " --config.optimizer.base_learning_rate=0",
         ["base_learning_rate 0.0"],
     ),
+    "ratio that is no number": (PRETRAINING + " --config.model.mask_ratio=nan", ["mask_ratio nan"]),
+    "epochs without end": (PRETRAINING + " --config.total_epochs=inf", ["total_epochs inf"]),
+    "no epochs": (PRETRAINING + " --config.total_steps=0 --config.total_epochs=0", ["nothing to do"]),
+    "stem of no size": (PRETRAINING + " --config.model.patch_size=0", ["model.patch_size 0"]),
+    "crop of nothing": (PRETRAINING + " --config.data.eval_crop=0", ["data.eval_crop 0.0"]),
+    "no decoder": (PRETRAINING + " --config.model.decoder_depth=-1", ["model.decoder_depth -1"]),
+    "seed of too many digits": (PRETRAINING + " --config.seed=99999999999999999999", ["seed 9999"]),
+    "task of another file": (PRETRAINING + " --config.task=classify", ["'task' is fixed"]),
+    "workdir that takes no files": (
+        PRETRAINING.replace("{tmp}/run", "/proc/self"),
+        ["cannot write to workdir"],
+    ),
+    "encoder of other depths": (
+        FINETUNING + " --config.init_from={pretrained} --config.model.depths=(1,1,1,2)",
+        ["is of another model"],
+    ),
     "everything hidden": (PRETRAINING + " --config.model.mask_ratio=1", ["mask_ratio 1.0", "leaves 0 of"]),
     # Images.
     "no root": (ON_FOLDER, ["data.root is not set"]),
@@ -396,7 +418,7 @@ MISTAKES = {
     ),
     "reconstruct to no picture": (
         "reconstruct --workdir {pretrained} --out {tmp}/x.docx {tmp}/fine.png",
-        ["cannot write '{tmp}/x.docx'"],
+        ["'{tmp}/x.docx' names no image format"],
     ),
     "export nothing": (
         "export --checkpoint {tmp}/empty --format orbax --out {tmp}/x",

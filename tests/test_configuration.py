@@ -213,8 +213,8 @@ def test_passes_at_the_update_that_completes_the_epochs():
 def test_lengths_out_of_range(argument):
     key, _, value = argument.partition("=")
     with pytest.raises(UserError, match=f"{key} {value}"):
-        configuration.check_lengths(changed("pretrain", argument))
-    configuration.check_lengths(changed("pretrain"))
+        configuration.check_ranges(changed("pretrain", argument))
+    configuration.check_ranges(changed("pretrain"))
 
 
 # The record in a workdir.
@@ -476,3 +476,14 @@ def test_every_key_is_read(name, tmp_path, reads):
 
     read = {prefixes[place] + key for place, key in reads if place in prefixes}
     assert set(flat(config)) - read == {"model.nobody_reads_this"}
+
+
+def test_of_an_override_that_is_given_twice_the_last_counts():
+    arguments = [
+        "--config.image_size=24",
+        "--config.seed=3",
+        "--config.image_size=(32,16)",
+        "--config.seed=4",
+    ]
+    config = configuration.override(configuration.defaults("pretrain"), arguments)
+    assert (config.image_size, config.seed) == ((32, 16), 4)

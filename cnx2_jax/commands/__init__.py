@@ -1,1 +1,1 @@
-"""One module per verb of `cnx2`: `add_arguments(parser)` and `run(args)`."""
+"""One module per verb of `cnx2`: `add_arguments(parser)`, `run(args, overrides)`, and `TAKES_OVERRIDES`."""

@@ -10,7 +10,7 @@ from cnx2_jax.data.pipeline import preprocess_files
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE
 from cnx2_jax.tasks import base
-from cnx2_jax.tasks.pretrain import PICTURES, reconstruct
+from cnx2_jax.tasks.pretrain import reconstruct, some_images
 
 TAKES_OVERRIDES = False
 
@@ -31,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.out.exists():
+        raise UserError(f"'{args.out}' exists already; nothing was overwritten, choose another --out")
+    if args.out.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"'{args.out}' names no image format; end it in .png")
     model, config, _ = base.load(args.workdir)
     if not isinstance(model, FCMAE):
         raise UserError(f"'{args.workdir}' is no pretraining run but '{config.task}': it has no decoder")
@@ -42,7 +46,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             eval_crop=config.data.eval_crop,
         )
     else:
-        images = next(iter(base.open_images(config).eval_batches()))["image"][:PICTURES]
+        images = some_images(base.open_images(config))
     grid = reconstruct(model, config, images, args.seed)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)

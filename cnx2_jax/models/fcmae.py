@@ -47,8 +47,8 @@ def random_mask(keys: Key[Array, " b"], grid: tuple[int, int], ratio: float) -> 
       UserError: the ratio leaves no cell visible.
     """
     cells = grid[0] * grid[1]
-    visible = visible_count(cells, ratio)
-    if not 0 <= ratio < 1 or not visible:
+    visible = visible_count(cells, ratio) if 0 <= ratio < 1 else 0
+    if not visible:
         raise UserError(
             f"mask_ratio {ratio} leaves {visible} of {cells} patches visible; "
             "use a ratio of at least 0 and below 1, larger images or a smaller mask_patch"

@@ -47,6 +47,8 @@ def check(config: ConfigDict) -> None:
                 f"data.{name} has {len(data[name])} value(s) for model.in_chans {model.in_chans}; give one "
                 "per channel"
             )
+    if min(data.std) <= 0:
+        raise UserError(f"data.std {tuple(data.std)} must be above 0")
     for name in ("crop_scale", "crop_ratio"):
         if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1]:
             raise UserError(f"data.{name} {tuple(data[name])} must be two numbers above 0, the smaller first")
@@ -99,6 +101,8 @@ def build(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ConvNeXtV2 | 
 
 def _sizes(model: ConfigDict) -> tuple[Sequence[int], Sequence[int]]:
     """Returns depths and dims."""
+    if model.variant != "custom":
+        variant(model.variant)  # an unknown name is the first thing to say
     given = bool(model.depths or model.dims)
     if (model.variant == "custom") != given:
         raise UserError(
@@ -133,7 +137,7 @@ def load(path: Path) -> tuple[ConvNeXtV2 | FCMAE, ConfigDict, tuple[str, ...]]:
 
 
 def check_params(params: Params, like: Params, source: str) -> None:
-    """Raises UserError unless every name of `like` is in `params` with the same shape."""
+    """Raises UserError unless `params` has the names of `like`, no others, and the same shapes."""
     for name, leaf in like.items():
         if name not in params:
             raise UserError(f"checkpoint '{source}' has no parameter '{name}': it is of another model")
@@ -142,6 +146,9 @@ def check_params(params: Params, like: Params, source: str) -> None:
                 f"checkpoint '{source}' is of another model: '{name}' is {params[name].shape} there and "
                 f"{leaf.shape} here; check model.variant, depths, dims, in_chans and patch_size"
             )
+    surplus = sorted(params.keys() - like.keys())
+    if surplus:
+        raise UserError(f"checkpoint '{source}' is of another model: '{surplus[0]}' has no place here")
 
 
 def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
@@ -171,5 +178,6 @@ def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
         if (pretrained and name.startswith(("norm.", "head.")))
         or (name.startswith("head.") and name in stored and stored[name].shape != fresh[name].shape)
     }
-    check_params(stored, {name: leaf for name, leaf in fresh.items() if name not in own}, str(path))
+    taken = {name: leaf for name, leaf in stored.items() if name not in own}
+    check_params(taken, {name: leaf for name, leaf in fresh.items() if name not in own}, str(path))
     return {name: leaf if name in own else jax.device_get(stored[name]) for name, leaf in fresh.items()}

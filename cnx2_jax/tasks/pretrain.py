@@ -17,7 +17,7 @@ from cnx2_jax.tasks.grid import draw_grid
 from cnx2_jax.train.evaluation import average
 from cnx2_jax.train.state import Params, merge, split
 from cnx2_jax.train.step import sample_keys
-from cnx2_jax.train.task import Batch, Metrics
+from cnx2_jax.train.task import Batch, Data, Metrics
 
 EVAL_STEP = 2**31 - 1  # masks of evaluation are drawn as at a step that no run reaches
 PICTURES = 8  # rows of the grid that an evaluation writes
@@ -62,11 +62,16 @@ class Pretrain:
         return {"loss": model(images, keys, train=False).loss}
 
     def pictures(self, model: FCMAE) -> dict[str, np.ndarray]:
-        images = next(iter(self.data.eval_batches()))["image"][:PICTURES]
-        return {"reconstructions": reconstruct(model, self.config, images)}
+        return {"reconstructions": reconstruct(model, self.config, some_images(self.data))}
 
     def card(self) -> dict:
         return base.make_card(self.config, ())
+
+
+def some_images(data: Data) -> np.ndarray:
+    """Returns the first few validation images, uint8 `[N, H, W, C]`."""
+    batch = next(iter(data.eval_batches()))
+    return batch["image"][batch["mask"]][:PICTURES]
 
 
 def reconstruct(model: FCMAE, config: ConfigDict, images: np.ndarray, seed: int | None = None) -> np.ndarray:

@@ -67,7 +67,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, card: dict, metrics: dict[str, float] | None) -> None:
-        """Begins to save; the arrays may be donated as soon as this returns. `metrics` rank the best."""
+        """Begins to save; the arrays may be donated as soon as this returns. `metrics` rank the best.
+
+        A step that is there already is replaced: it was saved before it was evaluated.
+        """
+        if step in self._manager.all_steps():
+            self._manager.wait_until_finished()
+            self._manager.delete(step)
         self._manager.save(
             step,
             args=ocp.args.Composite(

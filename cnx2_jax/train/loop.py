@@ -1,7 +1,10 @@
 """The one training loop; every task runs in it."""
 
 import collections
+import contextlib
+import fcntl
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -12,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cnx2_jax import configuration
-from cnx2_jax.errors import RunError
+from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.train import optimizer, sharding
 from cnx2_jax.train.checkpoint import Checkpoints
 from cnx2_jax.train.report import Report, say
@@ -42,7 +45,7 @@ class _StopRequest:
 
     def _ask(self, number, frame):
         self.asked = True
-        say(f"{signal.Signals(number).name}: saving and stopping; Ctrl-C again to stop without saving")
+        say(f"{signal.Signals(number).name}: saving and stopping; Ctrl-C stops without saving")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_):
@@ -64,12 +67,11 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
       end; then everything is saved and the same call goes on.
 
     Raises:
-      UserError: see `configuration.check_lengths`, `configuration.make_workdir`, `sharding.make_mesh`,
+      UserError: see `configuration.make_workdir`, `only_run_in`, `sharding.make_mesh`,
         `sharding.check_batch` and the task.
       RunError: the loss or the gradient is not finite.
     """
     config, data = task.config, task.data
-    configuration.check_lengths(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.accumulation_steps, mesh)
     total = configuration.total_steps(config, data.num_train)
@@ -85,7 +87,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
     step_fn = make_train_step(task, graph, transform, like, mesh)
     configuration.make_workdir(config, workdir)
 
-    with _StopRequest() as stop:
+    with only_run_in(workdir), _StopRequest() as stop:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=task.best)
         state = _restore_or_start(task, transform, checkpoints, like, mesh)
         # Not before: a run that could not start, for a wrong init_from, leaves the workdir to the next.
@@ -110,14 +112,17 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     _land(flying, 0)
                     with report.paused():
                         _evaluate(task, graph, state.params, mesh, hosts, stop, report, step)
-                due = last or due or stop.asked
-                if step > saved and (due or step % config.checkpoint_steps == 0):
+                    if report.evaluation(step) is not None:
+                        saved = -1  # what a signal saved without its evaluation is saved again, with it
+                asked = stop.asked  # once, as it may change between what depends on it
+                due = last or due or asked
+                if step > max(saved, 0) and (due or step % config.checkpoint_steps == 0):
                     # Nothing is saved before every update in it is known to be finite.
                     _land(flying, 0)
                     with report.paused():
                         checkpoints.save(step, state, task.card(), report.evaluation(step))
                     saved = step
-                if last or stop.asked:
+                if last or asked:
                     best = checkpoints.best()
                     break
 
@@ -141,6 +146,26 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         return None
     say(f"done after step {total:,}; the best checkpoint by {task.best[0]} is {best}")
     return {"step": step, **evaluated}
+
+
+@contextlib.contextmanager
+def only_run_in(workdir: Path) -> Iterator[None]:
+    """Holds a workdir for this run; the lock ends with the process, however that ends.
+
+    Raises:
+      UserError: another process trains in it.
+    """
+    if jax.process_index() > 0:  # one host of a run holds it for all
+        yield
+        return
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another process trains in workdir '{workdir}'; stop it or use another") from None
+    finally:
+        os.close(folder)
 
 
 def _shapes(task: Task, transform) -> tuple[nnx.GraphDef, TrainState]:

@@ -1,13 +1,17 @@
 """Runs in this process: what a run leaves behind, and what stops it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cnx2_jax.configuration import load_config
-from cnx2_jax.errors import RunError
+from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train import checkpoint
 from cnx2_jax.train.loop import fit
@@ -90,3 +94,42 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpoint(
     with pytest.raises(RunError):
         fit(small(recipe, *overrides), tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+
+
+def test_only_one_process_trains_in_a_workdir(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process trains in workdir"):
+        fit(small("pretrain.py:digits"), tmp_path)
+    assert not list(tmp_path.iterdir())
+    holder.kill()
+    holder.wait()
+    assert fit(small("pretrain.py:digits"), tmp_path)["step"] == 8
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from cnx2_jax.train.loop import only_run_in
+with only_run_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_stop_during_an_evaluation_keeps_the_best_checkpoint_known(tmp_path, monkeypatch):
+    task = small("pretrain.py:digits")
+    evaluate = task.evaluate
+
+    def interrupted(model, batches):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(model, batches)
+
+    monkeypatch.setattr(task, "evaluate", interrupted)
+    assert fit(task, tmp_path) is None
+    assert (tmp_path / "checkpoints" / "8").is_dir()
+    assert not (tmp_path / "checkpoints" / "8" / "metrics").exists()
+    assert fit(small("pretrain.py:digits"), tmp_path)["loss"] > 0
+    assert (tmp_path / "checkpoints" / "8" / "metrics").exists()
