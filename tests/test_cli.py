@@ -359,10 +359,6 @@ MISTAKES = {
         PRETRAINING.replace("{tmp}/run", "/proc/self"),
         ["cannot write to workdir"],
     ),
-    "encoder of other depths": (
-        FINETUNING + " --config.init_from={pretrained} --config.model.depths=(1,1,1,2)",
-        ["is of another model"],
-    ),
     "everything hidden": (PRETRAINING + " --config.model.mask_ratio=1", ["mask_ratio 1.0", "leaves 0 of"]),
     # Images.
     "no root": (ON_FOLDER, ["data.root is not set"]),
@@ -462,6 +458,9 @@ def test_init_from_another_variant_leaves_the_workdir_to_the_next(places, capfd)
     fails_with_one_line(  # and not "another run"
         run(*arguments, *missing, "--config.seed=3"), capfd.readouterr().err, "'nowhere' does not exist"
     )
+    deeper = [*SMALL_DIGITS, f"--config.init_from={places['pretrained']}", "--config.model.depths=(1,1,1,2)"]
+    fails_with_one_line(run(*arguments, *deeper), capfd.readouterr().err, "is of another model")
+    assert snapshot(workdir) == {}
 
 
 def test_unreadable_image_in_training_is_named(tmp_path):
