@@ -28,17 +28,17 @@ def depthwise_conv(x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c"]) 
       `[B, H, W, C]` in the dtype of `x`. Products are accumulated in float32 at least, and so are both
       gradients.
     """
-    return _convolve(x, kernel, _same_pads(kernel))
+    return _convolve(x, kernel, _same_pads(kernel.shape))
 
 
 def _forward(x, kernel):
-    return _convolve(x, kernel, _same_pads(kernel)), (x, kernel)
+    return _convolve(x, kernel, _same_pads(kernel.shape)), (x, kernel)
 
 
 def _backward(residuals, gradient):
     x, kernel = residuals
     # The input gradient is the same operation: kernel flipped, the two sides of the padding swapped.
-    (top, bottom), (left, right) = _same_pads(kernel)
+    (top, bottom), (left, right) = _same_pads(kernel.shape)
     x_gradient = _convolve(gradient, kernel[::-1, ::-1], ((bottom, top), (right, left)))
     kernel_gradient = lax.platform_dependent(
         x,
@@ -52,8 +52,8 @@ def _backward(residuals, gradient):
 depthwise_conv.defvjp(_forward, _backward)
 
 
-def _same_pads(kernel: Array) -> Pads:
-    height, width, _ = kernel.shape
+def _same_pads(size: tuple[int, ...]) -> Pads:
+    height, width = size[:2]
     return (((height - 1) // 2, height // 2), ((width - 1) // 2, width // 2))
 
 
@@ -93,7 +93,7 @@ def _shifts(x: Array, kernel: Array, pads: Pads) -> Array:
 
 def _kernel_gradient_native(x: Array, gradient: Array, size: tuple[int, int]) -> Array:
     kernel = jnp.zeros((*size, x.shape[-1]), x.dtype)
-    (kernel_gradient,) = jax.linear_transpose(lambda k: _native(x, k, _same_pads(kernel)), kernel)(gradient)
+    (kernel_gradient,) = jax.linear_transpose(lambda k: _native(x, k, _same_pads(size)), kernel)(gradient)
     return kernel_gradient.astype(_accumulator(x))  # as the other form has it
 
 
@@ -106,7 +106,7 @@ def _kernel_gradient_by_rows(x: Array, gradient: Array, size: tuple[int, int]) -
     batch, height, width, channels = x.shape
     rows, columns = size
     dtype = _accumulator(x)
-    padded = jnp.pad(x, ((0, 0), *_same_pads(jnp.zeros((*size, 1))), (0, 0)))
+    padded = jnp.pad(x, ((0, 0), *_same_pads(size), (0, 0)))
     padded = padded.reshape(batch, height + rows - 1, -1)
     gradient = gradient.reshape(batch, height, -1)
     length = width * channels
