@@ -28,86 +28,106 @@ def depthwise_conv(x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c"]) 
       `[B, H, W, C]` in the dtype of `x`. Products are accumulated in float32 at least, and so are both
       gradients.
     """
-    return _convolve(x, kernel, _same_pads(kernel.shape))
+    return convolve(_padded(x, same_pads(kernel.shape)), kernel)
 
 
 def _forward(x, kernel):
-    return _convolve(x, kernel, _same_pads(kernel.shape)), (x, kernel)
+    return depthwise_conv(x, kernel), (x, kernel)
 
 
 def _backward(residuals, gradient):
     x, kernel = residuals
     # The input gradient is the same operation: kernel flipped, the two sides of the padding swapped.
-    (top, bottom), (left, right) = _same_pads(kernel.shape)
-    x_gradient = _convolve(gradient, kernel[::-1, ::-1], ((bottom, top), (right, left)))
-    kernel_gradient = lax.platform_dependent(
-        x,
-        gradient,
-        cpu=partial(_kernel_gradient_by_rows, size=kernel.shape[:2]),
-        default=partial(_kernel_gradient_native, size=kernel.shape[:2]),
-    )
-    return x_gradient, kernel_gradient.astype(kernel.dtype)
+    pads = same_pads(kernel.shape)
+    (top, bottom), (left, right) = pads
+    x_gradient = convolve(_padded(gradient, ((bottom, top), (right, left))), kernel[::-1, ::-1])
+    return x_gradient, kernel_gradient(_padded(x, pads), gradient).astype(kernel.dtype)
 
 
 depthwise_conv.defvjp(_forward, _backward)
 
 
-def _same_pads(size: tuple[int, ...]) -> Pads:
+def same_pads(size: tuple[int, ...]) -> Pads:
+    """Returns the padding, ((top, bottom), (left, right)), that keeps the size; `size` starts KH, KW."""
     height, width = size[:2]
     return (((height - 1) // 2, height // 2), ((width - 1) // 2, width // 2))
+
+
+def _padded(x: Array, pads: Pads) -> Array:
+    return jnp.pad(x, ((0, 0), *pads, (0, 0)))
+
+
+def convolve(padded: Float[Array, "b hp wp c"], kernel: Float[Array, "kh kw c"]) -> Float[Array, "b h w c"]:
+    """Cross-correlates a map that has its border already; not differentiable on every platform."""
+    return lax.platform_dependent(padded, kernel, cpu=_shifts_once, default=_native)
+
+
+def kernel_gradient(
+    padded: Float[Array, "b hp wp c"], gradient: Float[Array, "b h w c"]
+) -> Float[Array, "kh kw c"]:
+    """Returns the gradient of `convolve` in its kernel, in float32 at least."""
+    return lax.platform_dependent(
+        padded, gradient, cpu=_kernel_gradient_by_rows, default=_kernel_gradient_native
+    )
 
 
 def _accumulator(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _convolve(x: Array, kernel: Array, pads: Pads) -> Array:
-    return lax.platform_dependent(
-        x, kernel, cpu=partial(_shifts, pads=pads), default=partial(_native, pads=pads)
-    )
-
-
-def _native(x: Array, kernel: Array, pads: Pads) -> Array:
+def _native(padded: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(
-        x,
+        padded,
         kernel[:, :, None, :],
         window_strides=(1, 1),
-        padding=pads,
+        padding="VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
+        feature_group_count=padded.shape[-1],
     )
 
 
-def _shifts(x: Array, kernel: Array, pads: Pads) -> Array:
-    _, height, width, _ = x.shape
-    dtype = _accumulator(x)
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+def _shifts_once(padded: Array, kernel: Array) -> Array:
+    """Keeps XLA from doing the shifts anew in whatever uses them.
+
+    The CPU backend fuses a sum of shifts, being elementwise, into every consumer (LayerNorm and its gradient
+    alone are seven) and drops optimization barriers before it does so. It does not fuse into a conditional
+    whose outcome it cannot know; if the kernel's first value is NaN, so is the result.
+    """
+    shape = jax.eval_shape(_shifts, padded, kernel)
+    known = kernel[0, 0, 0] == kernel[0, 0, 0]
+    return lax.cond(known, _shifts, lambda *_: jnp.full(shape.shape, jnp.nan, shape.dtype), padded, kernel)
+
+
+def _shifts(padded: Array, kernel: Array) -> Array:
+    batch, height, width, channels = padded.shape
+    height, width = height - kernel.shape[0] + 1, width - kernel.shape[1] + 1
+    dtype = _accumulator(padded)
     kernel = kernel.astype(dtype)
-    total = jnp.zeros(x.shape, dtype)
+    total = jnp.zeros((batch, height, width, channels), dtype)
     for row in range(kernel.shape[0]):
         for column in range(kernel.shape[1]):
             window = padded[:, row : row + height, column : column + width]
             total += window.astype(dtype) * kernel[row, column]
-    return total.astype(x.dtype)
+    return total.astype(padded.dtype)
 
 
-def _kernel_gradient_native(x: Array, gradient: Array, size: tuple[int, int]) -> Array:
-    kernel = jnp.zeros((*size, x.shape[-1]), x.dtype)
-    (kernel_gradient,) = jax.linear_transpose(lambda k: _native(x, k, _same_pads(size)), kernel)(gradient)
-    return kernel_gradient.astype(_accumulator(x))  # as the other form has it
+def _kernel_gradient_native(padded: Array, gradient: Array) -> Array:
+    size = [p - g + 1 for p, g in zip(padded.shape[1:3], gradient.shape[1:3], strict=True)]
+    kernel = jnp.zeros((*size, padded.shape[-1]), padded.dtype)
+    (found,) = jax.linear_transpose(lambda k: _native(padded, k), kernel)(gradient)
+    return found.astype(_accumulator(padded))  # as the other form has it
 
 
-def _kernel_gradient_by_rows(x: Array, gradient: Array, size: tuple[int, int]) -> Array:
+def _kernel_gradient_by_rows(padded: Array, gradient: Array) -> Array:
     """Loops over image rows with `[KW][KH, W * C]` sums that stay in cache; reduces over W once.
 
     XLA's CPU backend reduces leading axes badly, which is what 49 plain reductions to `[C]` would be. W and
     C are one axis, along which a step of one column is a step of C: few channels still fill vectors.
     """
-    batch, height, width, channels = x.shape
-    rows, columns = size
-    dtype = _accumulator(x)
-    padded = jnp.pad(x, ((0, 0), *_same_pads(size), (0, 0)))
-    padded = padded.reshape(batch, height + rows - 1, -1)
+    batch, height, width, channels = gradient.shape
+    rows, columns = padded.shape[1] - height + 1, padded.shape[2] - width + 1
+    dtype = _accumulator(padded)
+    padded = padded.reshape(*padded.shape[:2], -1)
     gradient = gradient.reshape(batch, height, -1)
     length = width * channels
 

@@ -1,42 +1,23 @@
-"""Per-position operations whose default form XLA compiles badly."""
-
-import math
+"""LayerNorm's core, in forms that XLA compiles well."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-
-@jax.custom_vjp
-def gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """Exact GELU, x times the normal distribution's cumulative function; computed in float32 at least.
-
-    The gradient recomputes the function from `x`, so that `x` is all that is kept for it, and uses erf in
-    both directions: `jax.nn.gelu` goes through erfc, whose pieces and gradient cost twice as much on CPU.
-    """
-    wide = _widened(x)
-    return (wide * _cumulative(wide)).astype(x.dtype)
+EPSILON = 1e-6  # LayerNorm and GRN, everywhere (official convnextv2.py, utils.py)
 
 
-def _forward(x):
-    return gelu(x), x
-
-
-def _backward(x, gradient):
-    wide = _widened(x)
-    density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-    return ((gradient * (_cumulative(wide) + wide * density)).astype(x.dtype),)
-
-
-gelu.defvjp(_forward, _backward)
+def widened(x: Array) -> Array:
+    """Casts to float32 at least, for statistics and sums."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def mean_channels(x: Float[Array, "*any c"]) -> Float[Array, "*any 1"]:
     """Means over the last axis, which stays with size 1.
 
     On CPU as a matrix product: XLA would fuse whatever made `x` into the reduction and once more into what
-    uses the mean, and after a depthwise convolution that repeats all its multiply-adds.
+    uses the mean.
     """
 
     def by_product(x):
@@ -45,9 +26,36 @@ def mean_channels(x: Float[Array, "*any c"]) -> Float[Array, "*any 1"]:
     return lax.platform_dependent(x, cpu=by_product, default=lambda x: x.mean(axis=-1, keepdims=True))
 
 
-def _widened(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def statistics(x: Float[Array, "*any c"]) -> tuple[Float[Array, "*any c"], Float[Array, "*any 1"]]:
+    """Returns `x` at mean 0 and variance 1 over its channels, and the inverse deviation, float32 at least."""
+    wide = widened(x)
+    centred = wide - mean_channels(wide)
+    inverse = lax.rsqrt(mean_channels(jnp.square(centred)) + EPSILON)
+    return centred * inverse, inverse
 
 
-def _cumulative(x: Array) -> Array:
-    return 0.5 + 0.5 * lax.erf(x * math.sqrt(0.5))
+def statistics_gradient(
+    gradient: Float[Array, "*any c"], normal: Float[Array, "*any c"], inverse: Float[Array, "*any 1"]
+) -> Float[Array, "*any c"]:
+    """Returns the gradient in `x` of `statistics(x)[0]`, given what it returned; all float32 at least."""
+    along = mean_channels(gradient * normal)
+    return (gradient - mean_channels(gradient) - normal * along) * inverse
+
+
+@jax.custom_vjp
+def standardise(x: Float[Array, "*any c"]) -> Float[Array, "*any c"]:
+    """Brings every position to mean 0 and variance 1 over its channels; float32 at least."""
+    return statistics(x)[0]
+
+
+def _forward(x):
+    normal, inverse = statistics(x)
+    return normal, (normal.astype(x.dtype), inverse)
+
+
+def _backward(residuals, gradient):
+    normal, inverse = residuals
+    return (statistics_gradient(gradient, widened(normal), inverse).astype(normal.dtype),)
+
+
+standardise.defvjp(_forward, _backward)

@@ -13,16 +13,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.kernels.pointwise import gelu
+from cnx2_jax.kernels.bottleneck import Weights, inverted_bottleneck
 from cnx2_jax.models.layers import (
     GRN,
     DepthwiseConv,
-    DropPath,
     LayerNorm,
     Linear,
     PatchConv,
+    stochastic_depth,
 )
-from cnx2_jax.models.layouts import Dense, Layout
+from cnx2_jax.models.layouts import Dense, Layout, patches_between
+from cnx2_jax.models.stack import check_remat, run_blocks
 
 STAGES = 4
 STEM_PATCHES = (1, 2, 4)
@@ -61,21 +62,35 @@ def variant(name: str) -> Variant:
 class Block(nnx.Module):
     """dwconv 7x7 -> LayerNorm -> Linear x4 -> GELU -> GRN -> Linear, plus the input (paper, figure 5)."""
 
-    def __init__(self, dim: int, *, drop_path: DropPath, dtype, rngs: nnx.Rngs):
+    def __init__(self, dim: int, *, dtype, rngs: nnx.Rngs):
         self.dwconv = DepthwiseConv(7, dim, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(dim, dtype=dtype)
         self.pwconv1 = Linear(dim, 4 * dim, dtype=dtype, rngs=rngs)
         self.grn = GRN(4 * dim, dtype=dtype)
         self.pwconv2 = Linear(4 * dim, dim, dtype=dtype, rngs=rngs)
-        self.drop_path = drop_path
 
     def __call__(
-        self, x: Float[Array, "b *any c"], layout: Layout, keys: Key[Array, " b"] | None = None
+        self, x: Float[Array, "b *any c"], layout: Layout, factor: Float[Array, " b"] | None = None
     ) -> Float[Array, "b *any c"]:
-        y = self.norm(self.dwconv(x, layout))
-        y = gelu(self.pwconv1(y))
-        y = self.pwconv2(self.grn(y, layout))
-        return x + self.drop_path(y, keys)
+        """Adds the residual branch, times each sample's `factor`, to a map that `layout` holds.
+
+        The layers after the convolution run as one kernel with a gradient of its own.
+        """
+        y = self.dwconv(x, layout)
+        weights = Weights(
+            self.norm.scale[...],
+            self.norm.bias[...],
+            self.pwconv1.kernel[...],
+            self.pwconv1.bias[...],
+            self.grn.gamma[...],
+            self.grn.beta[...],
+            self.pwconv2.kernel[...],
+            self.pwconv2.bias[...],
+        )
+        y = inverted_bottleneck(y.reshape(len(y), -1, y.shape[-1]), layout.rows(), weights)
+        if factor is not None:
+            y *= factor[:, None, None].astype(y.dtype)
+        return x + y.reshape(x.shape)
 
 
 class Encoder(nnx.Module):
@@ -87,11 +102,14 @@ class Encoder(nnx.Module):
       in_chans: channels of the images.
       patch_size: side of the stem's patches, 1, 2 or 4; the total stride is 8 times this.
       drop_path: rate of stochastic depth at the last block; it grows linearly from 0 at the first.
+      remat: what is computed anew in the backward pass; see `run_blocks`.
+      scan: compiles each stage's block once; see `run_blocks`.
       dtype: compute dtype; parameters are float32 whatever it is.
       rngs: the `params` stream initialises.
 
     Raises:
-      UserError: four stages are not given, or the stem's patch size is none of 1, 2, 4.
+      UserError: four stages are not given, the stem's patch size is none of 1, 2, 4, or another option is
+        none of its values.
     """
 
     def __init__(
@@ -102,6 +120,8 @@ class Encoder(nnx.Module):
         in_chans: int = 3,
         patch_size: int = 4,
         drop_path: float = 0.0,
+        remat: str = "none",
+        scan: bool = True,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -114,9 +134,14 @@ class Encoder(nnx.Module):
             raise UserError(f"patch_size {patch_size} of the stem must be one of {STEM_PATCHES}")
         if not 0 <= drop_path < 1:
             raise UserError(f"drop_path {drop_path} must be at least 0 and less than 1")
+        check_remat(remat)
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.dims = tuple(dims)
+        total = sum(depths)
+        self.drop_rates = tuple(drop_path * index / max(total - 1, 1) for index in range(total))
+        self.remat = remat
+        self.scan = scan
 
         stem = nnx.List(
             [
@@ -132,15 +157,12 @@ class Encoder(nnx.Module):
             ]
             self.downsample_layers.append(nnx.List(layers))
 
-        total, index = sum(depths), 0
-        self.stages: nnx.List = nnx.List([])
-        for depth, dim in zip(depths, dims, strict=True):
-            blocks: nnx.List = nnx.List([])
-            for _ in range(depth):
-                drop = DropPath(drop_path * index / max(total - 1, 1), index)
-                blocks.append(Block(dim, drop_path=drop, dtype=dtype, rngs=rngs))
-                index += 1
-            self.stages.append(blocks)
+        self.stages: nnx.List = nnx.List(
+            [
+                nnx.List([Block(dim, dtype=dtype, rngs=rngs) for _ in range(depth)])
+                for depth, dim in zip(depths, dims, strict=True)
+            ]
+        )
 
     @property
     def stride(self) -> int:
@@ -151,14 +173,14 @@ class Encoder(nnx.Module):
         self,
         images: Float[Array, "b height width c"],
         keys: Key[Array, " b"] | None = None,
-        layout: Layout | None = None,
+        layouts: Sequence[Layout] | None = None,
     ) -> list[Float[Array, "b _h _w _c"]]:
         """Returns the four stage maps `[B, H / (p 2^i), W / (p 2^i), dims[i]]` in the compute dtype.
 
         Args:
           images: normalised images `[B, H, W, in_chans]`.
           keys: one random key per sample switches stochastic depth on.
-          layout: where the pixels live at the stem's resolution; the plain map by default.
+          layouts: where the pixels of each stage live; plain maps by default.
 
         Raises:
           UserError: the sides are not multiples of the stride, or the channels are not `in_chans`.
@@ -167,19 +189,22 @@ class Encoder(nnx.Module):
         check_size(height, width, self.stride)
         if channels != self.in_chans:
             raise UserError(f"images have {channels} channels, the model takes {self.in_chans}")
-        layout = layout or Dense()
-        x, maps = layout.enter(images, self.patch_size), []
-        for stage, (down, blocks) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
-            if stage > 0:
-                norm, conv = down
-                x = conv(layout.patches(norm(x)))
-                layout = layout.coarser()
-            else:
+        layouts = layouts or [Dense()] * STAGES
+        factors = stochastic_depth(keys, self.drop_rates) if keys is not None and any(self.drop_rates) else None
+        maps, done = [], 0
+        for stage, (down, blocks, layout) in enumerate(
+            zip(self.downsample_layers, self.stages, layouts, strict=True)
+        ):
+            if stage == 0:
                 conv, norm = down
-                x = norm(conv(x))
-            for block in blocks:
-                x = block(x, layout, keys)
+                x = norm(conv(layout.enter(images, self.patch_size)))
+            else:
+                norm, conv = down
+                x = conv(patches_between(norm(x), layouts[stage - 1], layout))
+            own = None if factors is None else factors[done : done + len(blocks)]
+            x = run_blocks(blocks, x, layout, own, remat=self.remat, scan=self.scan)
             maps.append(layout.leave(x))
+            done += len(blocks)
         return maps
 
 
@@ -201,6 +226,8 @@ class ConvNeXtV2(Encoder):
         in_chans: int = 3,
         patch_size: int = 4,
         drop_path: float = 0.0,
+        remat: str = "none",
+        scan: bool = True,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -210,6 +237,8 @@ class ConvNeXtV2(Encoder):
             in_chans=in_chans,
             patch_size=patch_size,
             drop_path=drop_path,
+            remat=remat,
+            scan=scan,
             dtype=dtype,
             rngs=rngs,
         )

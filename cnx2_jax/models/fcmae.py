@@ -10,12 +10,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.models.convnextv2 import Block, Encoder, check_size
-from cnx2_jax.models.layers import DropPath, Linear, normal_init
-from cnx2_jax.models.layouts import Dense, Masked, from_patches, to_patches
+from cnx2_jax.models.convnextv2 import STAGES, Block, Encoder, check_size
+from cnx2_jax.models.layers import Linear, normal_init
+from cnx2_jax.models.layouts import Dense, Gathered, Layout, Masked, from_patches, to_patches
+from cnx2_jax.models.stack import run_blocks
 
 MASK_STREAM = 0x6D61736B  # folded into a sample's key for its mask; far from any block's index
-LAYOUTS = {"masked": Masked.from_mask}
+LAYOUTS = {"masked": (Masked,) * STAGES, "gathered": (Gathered,) * STAGES}
 
 
 class Output(NamedTuple):
@@ -94,7 +95,7 @@ class FCMAE(nnx.Module):
     """Fully convolutional masked autoencoder: a sparse encoder and a one-block dense decoder.
 
     Args:
-      depths, dims, in_chans, patch_size, drop_path, dtype, rngs: see Encoder.
+      depths, dims, in_chans, patch_size, drop_path, remat, scan, dtype, rngs: see Encoder.
       mask_ratio: share of patches hidden.
       mask_patch: side of the hidden squares in pixels, a multiple of the total stride; 0 = the stride.
       decoder_dim, decoder_depth: channels and blocks of the decoder.
@@ -117,6 +118,8 @@ class FCMAE(nnx.Module):
         in_chans: int = 3,
         patch_size: int = 4,
         drop_path: float = 0.0,
+        remat: str = "none",
+        scan: bool = True,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -130,6 +133,8 @@ class FCMAE(nnx.Module):
             in_chans=in_chans,
             patch_size=patch_size,
             drop_path=drop_path,
+            remat=remat,
+            scan=scan,
             dtype=dtype,
             rngs=rngs,
         )
@@ -142,10 +147,7 @@ class FCMAE(nnx.Module):
         self.proj = Linear(dims[-1], decoder_dim, dtype=dtype, rngs=rngs)
         self.mask_token = nnx.Param(normal_init()(rngs.params(), (decoder_dim,)))
         self.decoder = nnx.List(
-            [
-                Block(decoder_dim, drop_path=DropPath(0.0, 0), dtype=dtype, rngs=rngs)
-                for _ in range(decoder_depth)
-            ]
+            [Block(decoder_dim, dtype=dtype, rngs=rngs) for _ in range(decoder_depth)]
         )
         self.pred = Linear(decoder_dim, stride * stride * in_chans, dtype=dtype, rngs=rngs)
 
@@ -160,6 +162,21 @@ class FCMAE(nnx.Module):
         coarse = random_mask(keys, (height // patch, width // patch), self.mask_ratio)
         cells = patch // self.encoder.stride
         return repeat(coarse, "b h w -> b (h p) (w q)", p=cells, q=cells)
+
+    def layouts(self, masked: Bool[Array, "b rows columns"]) -> list[Layout]:
+        """Returns the layout of every stage for masks as `mask` draws them.
+
+        Every sample must hide the same whole squares of `mask_patch` pixels as `mask` would, no more and no
+        fewer: gathered stages have room for just the visible ones.
+        """
+        cells = self.mask_patch // self.encoder.stride
+        masked = masked[:, ::cells, ::cells]
+        visible = visible_count(masked[0].size, self.mask_ratio)
+        kinds = LAYOUTS[self.layout]
+        return [
+            kind.from_mask(masked, visible, cells * 2 ** (STAGES - 1 - stage))
+            for stage, kind in enumerate(kinds)
+        ]
 
     def __call__(
         self,
@@ -180,14 +197,12 @@ class FCMAE(nnx.Module):
         _, height, width, _ = images.shape
         if masked is None:
             masked = self.mask(keys, height, width)
-        stride, stem = self.encoder.stride, self.encoder.patch_size
-        layout = LAYOUTS[self.layout](masked, stride // stem)
-        x = self.encoder.features(images, keys if train else None, layout)[-1]
+        stride = self.encoder.stride
+        x = self.encoder.features(images, keys if train else None, self.layouts(masked))[-1]
 
         x = self.proj(x)
         x = jnp.where(masked[..., None], self.mask_token[...].astype(x.dtype), x)
-        for block in self.decoder:
-            x = block(x, Dense())
+        x = run_blocks(self.decoder, x, Dense(), remat=self.encoder.remat, scan=self.encoder.scan)
         prediction = self.pred(x)
         prediction = prediction.astype(jnp.promote_types(prediction.dtype, jnp.float32))
 

@@ -4,15 +4,15 @@ Parameters are float32. Every layer computes in its `dtype`; statistics and sums
 least. Kernels are `[..., in, out]` and follow the official modules' names.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
-from cnx2_jax.kernels.pointwise import mean_channels
+from cnx2_jax.kernels.pointwise import EPSILON, standardise, widened
 from cnx2_jax.models.layouts import Layout
-
-EPSILON = 1e-6  # LayerNorm and GRN, everywhere (official convnextv2.py, utils.py)
 
 
 def normal_init(stddev: float = 0.02) -> nnx.initializers.Initializer:
@@ -60,9 +60,7 @@ class LayerNorm(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*any c"]) -> Float[Array, "*any c"]:
-        x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
-        x = x - mean_channels(x)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + EPSILON)
+        x = standardise(x.astype(self.dtype))
         return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
@@ -92,27 +90,25 @@ class GRN(nnx.Module):
         self.beta = nnx.Param(jnp.zeros(features))
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "*any c"], layout: Layout) -> Float[Array, "*any c"]:
-        wide = x.astype(jnp.promote_types(self.dtype, jnp.float32))
-        norm = jnp.sqrt(layout.sum_positions(jnp.square(wide)) + EPSILON)
+    def __call__(
+        self, x: Float[Array, "b *positions c"], visible: Bool[Array, "b *positions 1"] | None = None
+    ) -> Float[Array, "b *positions c"]:
+        """Normalises; `visible` says which positions the sums are taken over, all by default."""
+        wide = widened(x.astype(self.dtype))
+        squares = jnp.square(wide) if visible is None else jnp.where(visible, jnp.square(wide), 0)
+        norm = jnp.sqrt(squares.sum(axis=tuple(range(1, x.ndim - 1)), keepdims=True) + EPSILON)
         norm = norm / (norm.mean(axis=-1, keepdims=True) + EPSILON)
         return (wide * (1 + self.gamma[...] * norm) + self.beta[...]).astype(self.dtype)
 
 
-class DropPath(nnx.Module):
-    """Stochastic depth: drops a residual branch for whole samples, one draw per sample and block.
+def stochastic_depth(keys: Key[Array, " b"], rates: Sequence[float]) -> Float[Array, "blocks b"]:
+    """Draws the factor on each block's residual branch, 0 or 1 / (1 - rate), per sample.
 
-    `index` tells blocks apart, so that one key per sample serves the whole network.
+    A draw depends on the sample's key and the block's index alone, so one key per sample serves the network.
     """
+    keep = 1 - jnp.asarray(rates, jnp.float32)
 
-    def __init__(self, rate: float, index: int):
-        self.rate = rate
-        self.index = index
+    def draw(index, keep):
+        return jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, index), keep))(keys) / keep
 
-    def __call__(self, x: Float[Array, "b *any"], keys: Key[Array, " b"] | None) -> Float[Array, "b *any"]:
-        if keys is None or self.rate == 0:
-            return x
-        keep = 1 - self.rate
-        kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, self.index), keep))(keys)
-        kept = kept.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(kept, x / keep, 0)
+    return jax.vmap(draw)(jnp.arange(len(keep)), keep)

@@ -1,11 +1,11 @@
 """Where a block's pixels live.
 
 A ConvNeXt V2 block needs three things of the map it works on: a neighbourhood for the depthwise
-convolution, a sum over positions for GRN, and non-overlapping patches for down-sampling. A layout
+convolution, the positions that GRN sums over, and non-overlapping patches for down-sampling. A layout
 supplies these, so one Block with one set of parameters serves the plain network and the sparse one.
 
-A layout is an immutable value that belongs to one resolution; `coarser` gives the one a down-sampling
-step later.
+A layout is an immutable value that belongs to one resolution. Each stage may have another kind:
+`patches_between` carries a map over.
 """
 
 import dataclasses
@@ -14,9 +14,14 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from cnx2_jax.kernels.depthwise import depthwise_conv
+from cnx2_jax.kernels.depthwise import depthwise_conv, same_pads
+from cnx2_jax.kernels.rows import Windows, depthwise_conv_windows, move
+
+# Positions per side of a visible cell from which it is convolved by itself. A border of 3 makes 14x14 of 8x8,
+# 10x10 of 4x4 and 8x8 of 2x2; with 40% of the cells visible that is 1.2, 2.5 and 6.4 times the plain map.
+MIN_WINDOW = 4
 
 
 @runtime_checkable  # the tests check annotations, this one too
@@ -24,7 +29,7 @@ class Layout(Protocol):
     """What the blocks, the stem and the down-sampling layers ask of a map."""
 
     def enter(self, images: Array, patch: int) -> Array:
-        """Cuts images `[B, H, W, C]` into patches `[..., patch * patch * C]` for the stem."""
+        """Cuts a plain map `[B, H, W, C]` into the patches `[..., patch * patch * C]` of this layout."""
         ...
 
     def leave(self, x: Array) -> Array:
@@ -35,16 +40,12 @@ class Layout(Protocol):
         """Convolves each channel with its `[KH, KW, C]` kernel over visible neighbours only."""
         ...
 
-    def sum_positions(self, x: Array) -> Array:
-        """Sums over the visible positions of each sample; the summed axes stay, with size 1."""
+    def rows(self) -> Array | None:
+        """Returns which positions are visible, `[B, N, 1]` in the map's order; None if all are."""
         ...
 
     def patches(self, x: Array) -> Array:
-        """Cuts the map into 2x2 patches, for down-sampling: last axis (row, column, channel)."""
-        ...
-
-    def coarser(self) -> "Layout":
-        """Returns the layout of the map that `patches` gives."""
+        """Cuts the map into 2x2 patches, in the order of the same layout at half the resolution."""
         ...
 
 
@@ -58,6 +59,13 @@ def from_patches(
 ) -> Float[Array, "b height width c"]:
     """Inverse of `to_patches`."""
     return rearrange(patches, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch)
+
+
+def patches_between(x: Array, before: Layout, after: Layout) -> Array:
+    """Cuts a map of the layout `before` into 2x2 patches of the layout `after`, one resolution coarser."""
+    if type(before) is type(after):
+        return before.patches(x)
+    return after.enter(before.leave(x), 2)
 
 
 @jax.tree_util.register_dataclass
@@ -74,14 +82,11 @@ class Dense:
     def depthwise(self, x: Array, kernel: Array) -> Array:
         return depthwise_conv(x, kernel)
 
-    def sum_positions(self, x: Array) -> Array:
-        return x.sum(axis=(1, 2), keepdims=True)
+    def rows(self) -> None:
+        return None
 
     def patches(self, x: Array) -> Array:
         return to_patches(x, 2)
-
-    def coarser(self) -> "Dense":
-        return self
 
 
 @jax.tree_util.register_dataclass
@@ -97,8 +102,8 @@ class Masked:
     visible: Bool[Array, "b h w"]
 
     @classmethod
-    def from_mask(cls, masked: Bool[Array, "b rows columns"], scale: int) -> "Masked":
-        """Returns the layout of a map `scale` times as fine as the mask (True = hidden)."""
+    def from_mask(cls, masked: Bool[Array, "b rows columns"], visible: int, scale: int) -> "Masked":
+        """Returns the layout of a map with `scale` x `scale` positions per cell of the mask (True = hidden)."""
         return cls(repeat(~masked, "b h w -> b (h p) (w q)", p=scale, q=scale))
 
     def _held(self, x: Array) -> Array:
@@ -113,13 +118,84 @@ class Masked:
     def depthwise(self, x: Array, kernel: Array) -> Array:
         return self._held(depthwise_conv(self._held(x), kernel))
 
-    def sum_positions(self, x: Array) -> Array:
-        return self._held(x).sum(axis=(1, 2), keepdims=True)
+    def rows(self) -> Array:
+        return rearrange(self.visible, "b h w -> b (h w) 1")
 
     def patches(self, x: Array) -> Array:
+        # A cell of the mask is at least 2x2 positions here, so a patch is visible or hidden as a whole.
         return to_patches(x, 2)
 
-    def coarser(self) -> "Masked":
-        # Masks are drawn on a grid at least as coarse as the last stage, so a 2x2 patch is visible or
-        # hidden as a whole.
-        return Masked(self.visible[:, ::2, ::2])
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """The visible positions alone, `[B, V * scale * scale, C]`: cell by cell, each in rows and columns.
+
+    Every mask of a batch shows the same number V of cells, so shapes are static.
+    """
+
+    index: Int[Array, "b n"]  # which position of the plain map each row is
+    inverse: Int[Array, "b positions"]  # which row each position of the plain map is; n for none
+    grid: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    scale: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def from_mask(cls, masked: Bool[Array, "b rows columns"], visible: int, scale: int) -> "Gathered":
+        """Returns the layout of a map with `scale` x `scale` positions per cell of the mask (True = hidden).
+
+        Args:
+          masked: `[B, rows, columns]`, with the same number of visible cells in every sample.
+          visible: that number.
+          scale: positions per cell along one side.
+        """
+        rows, columns = masked.shape[1:]
+        flat = rearrange(masked, "b h w -> b (h w)")
+        cells = jnp.argsort(flat, axis=1, stable=True)[:, :visible, None, None]
+        inside = jnp.arange(scale)
+        row = cells // columns * scale + inside[:, None]
+        column = cells % columns * scale + inside
+        index = rearrange(row * (columns * scale) + column, "b v h w -> b (v h w)")
+        rank = jnp.where(flat, visible, jnp.cumsum(~flat, axis=1) - 1)
+        rank = rearrange(rank, "b (h w) -> b h 1 w 1", h=rows)
+        inside = inside[:, None, None] * scale + inside
+        inverse = rearrange(rank * scale**2 + inside, "b h p w q -> b (h p w q)")
+        inverse = jnp.minimum(inverse, index.shape[1])
+        return cls(index, inverse, (rows * scale, columns * scale), scale)
+
+    def enter(self, images: Array, patch: int) -> Array:
+        # The rows of a patch are moved one by one, straight from the image: nothing else is touched.
+        width = self.grid[1]
+        lines = rearrange(images, "b y (x q) c -> b (y x) (q c)", q=patch)
+        line = jnp.arange(patch)
+        y, x = self.index // width, self.index % width
+        index = rearrange((y[..., None] * patch + line) * width + x[..., None], "b n p -> b (n p)")
+        inverse = rearrange(self.inverse, "b (y x) -> b y 1 x", x=width)
+        inverse = rearrange(inverse * patch + line[:, None], "b y p x -> b (y p x)")
+        return rearrange(move(lines, index, inverse), "b (n p) f -> b n (p f)", p=patch)
+
+    def leave(self, x: Array) -> Array:
+        return rearrange(move(x, self.inverse, self.index), "b (y x) c -> b y x c", x=self.grid[1])
+
+    def depthwise(self, x: Array, kernel: Array) -> Array:
+        return depthwise_conv_windows(x, kernel, self._windows(kernel.shape[:2]))
+
+    def _windows(self, kernel: tuple[int, int]) -> Windows:
+        # A window per visible cell, or one over the whole map where borders would be more than that.
+        (top, bottom), (left, right) = same_pads(kernel)
+        plain = rearrange(self.inverse, "b (y x) -> b y x", x=self.grid[1])
+        none = self.index.shape[1]
+        plain = jnp.pad(plain, ((0, 0), (top, bottom), (left, right)), constant_values=none)
+        if self.scale < MIN_WINDOW:
+            return Windows(plain.reshape(len(plain), -1), self.index, self.inverse, self.grid, kernel)
+        corner = self.index[:, :: self.scale**2]
+        y = (corner // self.grid[1])[..., None, None] + jnp.arange(self.scale + kernel[0] - 1)[:, None]
+        x = (corner % self.grid[1])[..., None, None] + jnp.arange(self.scale + kernel[1] - 1)
+        around = jax.vmap(lambda plain, y, x: plain[y, x])(plain, y, x)
+        return Windows(around.reshape(len(plain), -1), None, None, (self.scale, self.scale), kernel)
+
+    def rows(self) -> None:
+        return None
+
+    def patches(self, x: Array) -> Array:
+        half = self.scale // 2
+        return rearrange(x, "b (v h p w q) c -> b (v h w) (p q c)", h=half, w=half, p=2, q=2)

@@ -1,0 +1,117 @@
+"""Moving the positions of a map, each a row of channels, by index; and convolving where they are moved to."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from cnx2_jax.kernels.depthwise import convolve, kernel_gradient, same_pads
+
+
+def pick(x: Float[Array, "b n c"], index: Int[Array, "b m"]) -> Float[Array, "b m c"]:
+    """Picks rows by index: `out[b, m] = x[b, index[b, m]]`, zero where the index is n or more.
+
+    On TPU as a product with a one-hot matrix, which is exact and runs on the matrix unit; elsewhere as a
+    gather. Differentiating it gives a scatter: `move` has a better gradient for rows that are picked once.
+    """
+    return lax.platform_dependent(x, index, tpu=_pick_by_product, default=_pick_by_gather)
+
+
+def _pick_by_gather(x: Array, index: Array) -> Array:
+    return jax.vmap(lambda rows, at: rows.at[at].get(mode="fill", fill_value=0))(x, index)
+
+
+def _pick_by_product(x: Array, index: Array) -> Array:
+    matrix = jax.nn.one_hot(index, x.shape[1], dtype=x.dtype)
+    # HIGHEST: the default would round float32 values to bfloat16 on their way.
+    return jnp.einsum("bmn,bnc->bmc", matrix, x, precision=lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def move(
+    x: Float[Array, "b n c"], index: Int[Array, "b m"], inverse: Int[Array, "b n"]
+) -> Float[Array, "b m c"]:
+    """`pick` for an index that names no row twice, so that the gradient is a `pick` as well.
+
+    Args:
+      x: `[B, N, C]`.
+      index: `[B, M]`, the row that each output takes; N or more for none.
+      inverse: `[B, N]`, the output that takes each row; M or more for none.
+    """
+    return pick(x, index)
+
+
+def _move_forward(x, index, inverse):
+    return pick(x, index), inverse
+
+
+def _move_backward(inverse, gradient):
+    return pick(gradient, inverse), None, None
+
+
+move.defvjp(_move_forward, _move_backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Where the rows of a map `[B, N, C]` stand when it is convolved: in windows, each with its border.
+
+    Attributes:
+      around: `[B, M]`, the row at each position of all windows, borders included; N or more for none.
+      out: `[B, N]`, the position among all windows' insides that each row gets its result from, or None
+        where they are in the order of the rows.
+      back: `[B, P]`, the inverse of `out`; N or more for none.
+      shape: rows and columns of a window without its border.
+      kernel: rows and columns of the kernel that the border is for.
+    """
+
+    around: Int[Array, "b m"]
+    out: Int[Array, "b n"] | None
+    back: Int[Array, "b p"] | None
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    kernel: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+
+@jax.custom_vjp
+def depthwise_conv_windows(
+    x: Float[Array, "b n c"], kernel: Float[Array, "kh kw c"], windows: Windows
+) -> Float[Array, "b n c"]:
+    """Convolves each channel with its own kernel, within windows.
+
+    The relation "row i is a neighbour of row j" must be symmetric: the gradient is then the same operation
+    with the kernel flipped.
+
+    Args:
+      x: `[B, N, C]`.
+      kernel: `[KH, KW, C]`, of odd sizes.
+      windows: where each row stands.
+
+    Returns:
+      `[B, N, C]`.
+    """
+    y = convolve(_bordered(x, windows), kernel).reshape(len(x), -1, x.shape[-1])
+    return y if windows.out is None else pick(y, windows.out)
+
+
+def _forward(x, kernel, windows):
+    return depthwise_conv_windows(x, kernel, windows), (x, kernel, windows)
+
+
+def _backward(residuals, gradient):
+    x, kernel, windows = residuals
+    x_gradient = depthwise_conv_windows(gradient, kernel[::-1, ::-1], windows)
+    inside = gradient if windows.back is None else pick(gradient, windows.back)
+    inside = inside.reshape(-1, *windows.shape, x.shape[-1])
+    found = kernel_gradient(_bordered(x, windows), inside)
+    return x_gradient, found.astype(kernel.dtype), None
+
+
+depthwise_conv_windows.defvjp(_forward, _backward)
+
+
+def _bordered(x: Array, windows: Windows) -> Array:
+    border = (side + size - 1 for side, size in zip(windows.shape, windows.kernel, strict=True))
+    return pick(x, windows.around).reshape(-1, *border, x.shape[-1])

@@ -1,0 +1,63 @@
+"""How a stack of equal blocks is run: unrolled or scanned, and what is kept for the backward pass."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.models.layouts import Layout
+
+# What jax.checkpoint may keep, by name. Nothing is kept inside a block, or results of matrix products.
+POLICIES = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+REMAT = ("none", *POLICIES)
+
+
+def check_remat(remat: str) -> None:
+    """Raises UserError unless `remat` is one of `REMAT`."""
+    if remat not in REMAT:
+        raise UserError(f"unknown remat policy '{remat}'{nearest(remat, REMAT)} (known: {', '.join(REMAT)})")
+
+
+def run_blocks(
+    blocks: Sequence[Callable],
+    x: Float[Array, "b *any c"],
+    layout: Layout,
+    factors: Float[Array, "blocks b"] | None = None,
+    *,
+    remat: str,
+    scan: bool,
+) -> Float[Array, "b *any c"]:
+    """Runs equal blocks one after another.
+
+    Args:
+      blocks: modules of one structure, with parameters of their own.
+      x: the map, as `layout` holds it.
+      layout: where its pixels live.
+      factors: of each block's residual branch, per sample; None for ones.
+      remat: what the backward pass computes anew: `none`, `block` (everything inside a block; only the maps
+        between blocks are kept) or `dots` (everything but matrix products).
+      scan: compiles one block, in a loop over the parameters stacked, so that compile time hardly grows
+        with depth.
+    """
+    graph = nnx.graphdef(blocks[0])
+
+    def step(x, inputs):
+        state, factor = inputs
+        return nnx.merge(graph, state)(x, layout, factor), None
+
+    if remat != "none":
+        # A loop keeps forward and backward pass apart by itself.
+        step = jax.checkpoint(step, policy=POLICIES[remat], prevent_cse=not scan)
+    states = [nnx.state(block) for block in blocks]
+    if scan and len(blocks) > 1:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        return jax.lax.scan(step, x, (stacked, factors))[0]
+    for index, state in enumerate(states):
+        x, _ = step(x, (state, None if factors is None else factors[index]))
+    return x
