@@ -14,8 +14,17 @@ from ml_collections import ConfigDict, config_flags
 
 from cnx2_jax.errors import UserError, nearest
 
-# A run may go on with other values of these: they change where and how often, not what is computed.
-FREE_KEYS = ("mesh.", "log_steps", "eval_epochs", "checkpoint_steps", "keep_checkpoints")
+# A run may go on with other values of these: they change where, how and how often, not what is computed.
+FREE_KEYS = (
+    "mesh.",
+    "model.layout",
+    "model.remat",
+    "model.scan",
+    "log_steps",
+    "eval_epochs",
+    "checkpoint_steps",
+    "keep_checkpoints",
+)
 
 # Least and greatest value of what is not checked by name elsewhere.
 INFINITY = float("inf")
@@ -69,6 +78,8 @@ def defaults(task: str) -> ConfigDict:
     model.patch_size = 4  # of the stem; the total stride is 8 times this
     model.drop_path = 0.0
     model.dtype = "float32"  # of the computation; parameters are always float32
+    model.remat = "none"  # what the backward pass computes anew to save memory: none, dots or block
+    model.scan = "auto"  # compile each stage's block once and loop over its parameters: on, off or auto
 
     data = config.data = ConfigDict()
     data.source = "folder"
@@ -96,7 +107,9 @@ def defaults(task: str) -> ConfigDict:
     mesh.fsdp = 1
 
     if task == "pretrain":
-        model.layout = "masked"
+        model.layout = (
+            "auto"  # how the masked map is held: masked, gathered, or what is fastest where it runs
+        )
         model.mask_ratio = 0.6
         model.mask_patch = 0  # side of the hidden squares in pixels; 0: the total stride
         model.decoder_dim = 512
@@ -320,19 +333,24 @@ def read_config(workdir: Path) -> ConfigDict:
         return from_json(values)
     except OSError:
         raise UserError(f"'{workdir}' is not a workdir: it has no config.json") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"'{path}' is damaged: {error}") from None
 
 
 def from_json(values: Mapping) -> ConfigDict:
-    """Returns the config whose JSON this is; lists become tuples again."""
+    """Returns the config whose JSON this is; lists become tuples again.
+
+    Keys that it lacks, being older than they are, get their defaults.
+    """
 
     def tuples(value):
         if isinstance(value, Mapping):
             return {key: tuples(item) for key, item in value.items()}
         return tuple(value) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(values))
+    config = defaults(values["task"])
+    config.update(tuples(values))
+    return config
 
 
 def _shown(values: Mapping, key: str) -> str:

@@ -6,9 +6,11 @@ convolution, as the official dense fine-tuning code and masked-dense ports of FC
 own initial ones: time does not depend on them.
 """
 
+import itertools
+
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from cnx2_jax.models import VARIANTS
 
@@ -42,7 +44,7 @@ class Block(nn.Module):
             y = y * visible
             last = visible.permute(0, 2, 3, 1)
         y = self.norm(y.permute(0, 2, 3, 1))
-        y = self.pwconv2(self.grn(F.gelu(self.pwconv1(y)), last))
+        y = self.pwconv2(self.grn(functional.gelu(self.pwconv1(y)), last))
         return x + y.permute(0, 3, 1, 2)
 
 
@@ -57,16 +59,18 @@ class Encoder(nn.Module):
         depths, dims = VARIANTS[variant].depths, VARIANTS[variant].dims
         stem = nn.Sequential(nn.Conv2d(3, dims[0], 4, stride=4), ChannelNorm(dims[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
-        for fine, coarse in zip(dims[:-1], dims[1:], strict=True):
+        for fine, coarse in itertools.pairwise(dims):
             self.downsample_layers.append(
                 nn.Sequential(ChannelNorm(fine, eps=1e-6), nn.Conv2d(fine, coarse, 2, stride=2))
             )
-        self.stages = nn.ModuleList(
-            nn.ModuleList(Block(dim) for _ in range(depth)) for depth, dim in zip(depths, dims, strict=True)
-        )
+        self.blocks = nn.ModuleList()
+        for depth, dim in zip(depths, dims, strict=True):
+            self.blocks.extend(Block(dim) for _ in range(depth))
+        self.depths = depths
 
     def forward(self, x, visible=None):  # x [B, 3, H, W], visible [B, 1, H/32, W/32]
-        for stage, (down, blocks) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+        blocks = iter(self.blocks)
+        for stage, (down, depth) in enumerate(zip(self.downsample_layers, self.depths, strict=True)):
             x = down(x)
             held = visible
             if visible is not None:
@@ -74,7 +78,7 @@ class Encoder(nn.Module):
                 held = visible.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
             if stage == 0 and held is not None:
                 x = x * held
-            for block in blocks:
+            for block in itertools.islice(blocks, depth):
                 x = block(x, held)
         return x
 

@@ -28,7 +28,29 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cnx2_jax.kernels.rows import Windows
 from cnx2_jax.models import create_model
+
+
+def admit_placeholders(kind: type) -> None:
+    """Lets a checked dataclass hold `object()` for arrays.
+
+    JAX rebuilds the arguments of every `custom_vjp` like that when it differentiates, to see their
+    structure; the check of annotations knows nothing of it. All else is checked as before.
+    """
+    checked = kind.__init__
+
+    def init(self, *arguments, **fields):
+        if any(type(value) is object for value in fields.values()):  # JAX gives all by name
+            for name, value in fields.items():
+                object.__setattr__(self, name, value)
+        else:
+            checked(self, *arguments, **fields)
+
+    kind.__init__ = init
+
+
+admit_placeholders(Windows)
 
 
 def parameter_paths(model: nnx.Module) -> dict[str, nnx.Param]:

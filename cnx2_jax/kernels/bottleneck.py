@@ -7,8 +7,8 @@ GELU is computed anew, and most sums fold into matrix products that are needed a
 - LayerNorm's scale and bias fold into the first linear layer, GRN's bias into the second; what their
   gradients need are sums over weight gradients.
 - Where a sample has at least as many positions as channels, GRN's scale, one factor per sample and channel,
-  folds into the second layer's weights, a copy per sample. The product of hidden layer and output gradient per
-  sample then holds both the weights' gradient and GRN's.
+  folds into the second layer's weights, a copy per sample. The product of hidden layer and output gradient
+  per sample then holds both the weights' gradient and GRN's.
 """
 
 import math
@@ -137,7 +137,7 @@ def _mean(norm: Array) -> Array:
 
 
 def _scaled(hidden: Array, scale: Array, kernel2: Array, dtype) -> tuple[Array, Array]:
-    """Returns the operands of the second layer: hidden `[B, N, K]`, kernel `[K, C]` or, folded, `[B, K, C]`."""
+    """Returns the second layer's operands: hidden `[B, N, K]`, kernel `[K, C]` or, folded, `[B, K, C]`."""
     if hidden.shape[1] >= kernel2.shape[1]:  # copies of the kernel are smaller than the hidden layer
         return hidden.astype(dtype), (scale[:, :, None] * kernel2).astype(dtype)
     return (hidden * scale[:, None]).astype(dtype), kernel2.astype(dtype)

@@ -5,8 +5,6 @@ multiply-adds, which it fuses into one vectorised loop; TPUs and GPUs have nativ
 choice is made while lowering, so one traced program serves every platform.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax

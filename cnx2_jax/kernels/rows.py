@@ -61,16 +61,16 @@ class Windows:
 
     Attributes:
       around: `[B, M]`, the row at each position of all windows, borders included; N or more for none.
-      out: `[B, N]`, the position among all windows' insides that each row gets its result from, or None
-        where they are in the order of the rows.
-      back: `[B, P]`, the inverse of `out`; N or more for none.
+      inside: None where the rows are the windows' insides in order; else, for one window whose border is
+        empty, `[B, P]`, the row at each position without the border.
+      out: `[B, N]`, the inverse of `inside`.
       shape: rows and columns of a window without its border.
       kernel: rows and columns of the kernel that the border is for.
     """
 
     around: Int[Array, "b m"]
+    inside: Int[Array, "b p"] | None
     out: Int[Array, "b n"] | None
-    back: Int[Array, "b p"] | None
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     kernel: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
@@ -103,7 +103,7 @@ def _forward(x, kernel, windows):
 def _backward(residuals, gradient):
     x, kernel, windows = residuals
     x_gradient = depthwise_conv_windows(gradient, kernel[::-1, ::-1], windows)
-    inside = gradient if windows.back is None else pick(gradient, windows.back)
+    inside = gradient if windows.inside is None else pick(gradient, windows.inside)
     inside = inside.reshape(-1, *windows.shape, x.shape[-1])
     found = kernel_gradient(_bordered(x, windows), inside)
     return x_gradient, found.astype(kernel.dtype), None
@@ -113,5 +113,22 @@ depthwise_conv_windows.defvjp(_forward, _backward)
 
 
 def _bordered(x: Array, windows: Windows) -> Array:
-    border = (side + size - 1 for side, size in zip(windows.shape, windows.kernel, strict=True))
-    return pick(x, windows.around).reshape(-1, *border, x.shape[-1])
+    """Returns the windows with their borders, `[B * windows, h + KH - 1, w + KW - 1, C]`.
+
+    Where the border is empty, a CPU picks it with the rest, because padding is slower; others move no more
+    than they must, and their convolution takes the padding in.
+    """
+    border = [side + size - 1 for side, size in zip(windows.shape, windows.kernel, strict=True)]
+
+    def pick_all(x):
+        return pick(x, windows.around).reshape(-1, *border, x.shape[-1])
+
+    if windows.inside is None:
+        return pick_all(x)
+    index = windows.inside
+
+    def pick_inside(x):
+        inside = pick(x, index).reshape(-1, *windows.shape, x.shape[-1])
+        return jnp.pad(inside, ((0, 0), *same_pads(windows.kernel), (0, 0)))
+
+    return lax.platform_dependent(x, cpu=pick_all, default=pick_inside)

@@ -190,7 +190,9 @@ class Encoder(nnx.Module):
         if channels != self.in_chans:
             raise UserError(f"images have {channels} channels, the model takes {self.in_chans}")
         layouts = layouts or [Dense()] * STAGES
-        factors = stochastic_depth(keys, self.drop_rates) if keys is not None and any(self.drop_rates) else None
+        factors = (
+            stochastic_depth(keys, self.drop_rates) if keys is not None and any(self.drop_rates) else None
+        )
         maps, done = [], 0
         for stage, (down, blocks, layout) in enumerate(
             zip(self.downsample_layers, self.stages, layouts, strict=True)

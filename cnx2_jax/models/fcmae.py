@@ -16,7 +16,27 @@ from cnx2_jax.models.layouts import Dense, Gathered, Layout, Masked, from_patche
 from cnx2_jax.models.stack import run_blocks
 
 MASK_STREAM = 0x6D61736B  # folded into a sample's key for its mask; far from any block's index
-LAYOUTS = {"masked": (Masked,) * STAGES, "gathered": (Gathered,) * STAGES}
+LAYOUTS: dict[str, tuple[type[Masked] | type[Gathered], ...]] = {
+    "masked": (Masked,) * STAGES,
+    "gathered": (Gathered,) * STAGES,
+}
+AUTO = "auto"
+
+# What `auto` goes by: the largest share of visible patches at which each stage is gathered; above it, masked.
+# Gathered work grows with the share, and at high resolution the borders of the visible cells are added to it.
+# CPU: measured times; TPU: the compiler's estimated cycles (docs/performance.md); GPU: as TPU, not yet timed.
+GATHERED_UP_TO = {
+    "cpu": (0.95, 0.95, 0.95, 0.95),
+    "tpu": (0.65, 0.65, 0.95, 0.95),
+    "gpu": (0.65, 0.65, 0.95, 0.95),
+}
+
+
+def stage_kinds(layout: str, platform: str, share: float) -> tuple[type[Masked] | type[Gathered], ...]:
+    """Returns how each stage is held: what a key of `LAYOUTS` says, or `auto` for this share of visible patches."""
+    if layout != AUTO:
+        return LAYOUTS[layout]
+    return tuple(Gathered if share <= most else Masked for most in GATHERED_UP_TO[platform])
 
 
 class Output(NamedTuple):
@@ -99,7 +119,8 @@ class FCMAE(nnx.Module):
       mask_ratio: share of patches hidden.
       mask_patch: side of the hidden squares in pixels, a multiple of the total stride; 0 = the stride.
       decoder_dim, decoder_depth: channels and blocks of the decoder.
-      layout: how the encoder holds its masked map; a key of `LAYOUTS`.
+      layout: how the encoder holds its masked map: a key of `LAYOUTS`, or `auto`.
+      platform: what `auto` chooses for, a key of `GATHERED_UP_TO`; JAX's default backend by default.
 
     Raises:
       UserError: `mask_patch` is no multiple of the stride, or the layout is unknown.
@@ -114,7 +135,8 @@ class FCMAE(nnx.Module):
         mask_patch: int = 0,
         decoder_dim: int = 512,
         decoder_depth: int = 1,
-        layout: str = "masked",
+        layout: str = AUTO,
+        platform: str | None = None,
         in_chans: int = 3,
         patch_size: int = 4,
         drop_path: float = 0.0,
@@ -123,10 +145,9 @@ class FCMAE(nnx.Module):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if layout not in LAYOUTS:
-            raise UserError(
-                f"unknown layout '{layout}'{nearest(layout, LAYOUTS)} (known: {', '.join(LAYOUTS)})"
-            )
+        known = [*LAYOUTS, AUTO]
+        if layout not in known:
+            raise UserError(f"unknown layout '{layout}'{nearest(layout, known)} (known: {', '.join(known)})")
         self.encoder = Encoder(
             depths,
             dims,
@@ -144,11 +165,10 @@ class FCMAE(nnx.Module):
         self.mask_patch = mask_patch or stride
         self.mask_ratio = mask_ratio
         self.layout = layout
+        self.platform = platform or jax.default_backend()
         self.proj = Linear(dims[-1], decoder_dim, dtype=dtype, rngs=rngs)
         self.mask_token = nnx.Param(normal_init()(rngs.params(), (decoder_dim,)))
-        self.decoder = nnx.List(
-            [Block(decoder_dim, dtype=dtype, rngs=rngs) for _ in range(decoder_depth)]
-        )
+        self.decoder = nnx.List([Block(decoder_dim, dtype=dtype, rngs=rngs) for _ in range(decoder_depth)])
         self.pred = Linear(decoder_dim, stride * stride * in_chans, dtype=dtype, rngs=rngs)
 
     def mask(self, keys: Key[Array, " b"], height: int, width: int) -> Bool[Array, "b rows columns"]:
@@ -172,7 +192,7 @@ class FCMAE(nnx.Module):
         cells = self.mask_patch // self.encoder.stride
         masked = masked[:, ::cells, ::cells]
         visible = visible_count(masked[0].size, self.mask_ratio)
-        kinds = LAYOUTS[self.layout]
+        kinds = stage_kinds(self.layout, self.platform, visible / masked[0].size)
         return [
             kind.from_mask(masked, visible, cells * 2 ** (STAGES - 1 - stage))
             for stage, kind in enumerate(kinds)

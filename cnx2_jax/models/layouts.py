@@ -103,7 +103,7 @@ class Masked:
 
     @classmethod
     def from_mask(cls, masked: Bool[Array, "b rows columns"], visible: int, scale: int) -> "Masked":
-        """Returns the layout of a map with `scale` x `scale` positions per cell of the mask (True = hidden)."""
+        """Returns the layout of a map with `scale` x `scale` positions per cell; see `Gathered.from_mask`."""
         return cls(repeat(~masked, "b h w -> b (h p) (w q)", p=scale, q=scale))
 
     def _held(self, x: Array) -> Array:
@@ -134,9 +134,11 @@ class Gathered:
     Every mask of a batch shows the same number V of cells, so shapes are static.
     """
 
+    cells: Int[Array, "b v"]  # which cell of the grid each visible one is
+    ranks: Int[Array, "b cells"]  # which of the visible cells each cell of the grid is; v for none
     index: Int[Array, "b n"]  # which position of the plain map each row is
     inverse: Int[Array, "b positions"]  # which row each position of the plain map is; n for none
-    grid: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    grid: tuple[int, int] = dataclasses.field(metadata={"static": True})  # cells
     scale: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -149,49 +151,48 @@ class Gathered:
           scale: positions per cell along one side.
         """
         rows, columns = masked.shape[1:]
-        flat = rearrange(masked, "b h w -> b (h w)")
-        cells = jnp.argsort(flat, axis=1, stable=True)[:, :visible, None, None]
+        hidden = rearrange(masked, "b h w -> b (h w)")
+        cells = jnp.argsort(hidden, axis=1, stable=True)[:, :visible]
+        ranks = jnp.where(hidden, visible, jnp.cumsum(~hidden, axis=1) - 1)
         inside = jnp.arange(scale)
-        row = cells // columns * scale + inside[:, None]
-        column = cells % columns * scale + inside
+        row = cells[..., None, None] // columns * scale + inside[:, None]
+        column = cells[..., None, None] % columns * scale + inside
         index = rearrange(row * (columns * scale) + column, "b v h w -> b (v h w)")
-        rank = jnp.where(flat, visible, jnp.cumsum(~flat, axis=1) - 1)
-        rank = rearrange(rank, "b (h w) -> b h 1 w 1", h=rows)
-        inside = inside[:, None, None] * scale + inside
-        inverse = rearrange(rank * scale**2 + inside, "b h p w q -> b (h p w q)")
-        inverse = jnp.minimum(inverse, index.shape[1])
-        return cls(index, inverse, (rows * scale, columns * scale), scale)
+        first = rearrange(ranks, "b (h w) -> b h 1 w 1", h=rows) * scale**2
+        inverse = rearrange(first + inside[:, None, None] * scale + inside, "b h p w q -> b (h p w q)")
+        return cls(cells, ranks, index, jnp.minimum(inverse, index.shape[1]), (rows, columns), scale)
 
     def enter(self, images: Array, patch: int) -> Array:
-        # The rows of a patch are moved one by one, straight from the image: nothing else is touched.
-        width = self.grid[1]
-        lines = rearrange(images, "b y (x q) c -> b (y x) (q c)", q=patch)
-        line = jnp.arange(patch)
-        y, x = self.index // width, self.index % width
-        index = rearrange((y[..., None] * patch + line) * width + x[..., None], "b n p -> b (n p)")
-        inverse = rearrange(self.inverse, "b (y x) -> b y 1 x", x=width)
-        inverse = rearrange(inverse * patch + line[:, None], "b y p x -> b (y p x)")
-        return rearrange(move(lines, index, inverse), "b (n p) f -> b n (p f)", p=patch)
+        cells = rearrange(to_patches(images, self.scale * patch), "b h w f -> b (h w) f")
+        side = {"h": self.scale, "w": self.scale, "p": patch, "q": patch}
+        return rearrange(move(cells, self.cells, self.ranks), "b v (h p w q c) -> b (v h w) (p q c)", **side)
 
     def leave(self, x: Array) -> Array:
-        return rearrange(move(x, self.inverse, self.index), "b (y x) c -> b y x c", x=self.grid[1])
+        return rearrange(move(x, self.inverse, self.index), "b (y x) c -> b y x c", x=self._width)
+
+    @property
+    def _width(self) -> int:
+        return self.grid[1] * self.scale
 
     def depthwise(self, x: Array, kernel: Array) -> Array:
-        return depthwise_conv_windows(x, kernel, self._windows(kernel.shape[:2]))
+        size = kernel.shape[0], kernel.shape[1]
+        return depthwise_conv_windows(x, kernel, self._windows(size))
 
     def _windows(self, kernel: tuple[int, int]) -> Windows:
-        # A window per visible cell, or one over the whole map where borders would be more than that.
-        (top, bottom), (left, right) = same_pads(kernel)
-        plain = rearrange(self.inverse, "b (y x) -> b y x", x=self.grid[1])
-        none = self.index.shape[1]
-        plain = jnp.pad(plain, ((0, 0), (top, bottom), (left, right)), constant_values=none)
+        """A window per visible cell, or one over the whole map where borders would be larger than that."""
+        plain = rearrange(self.inverse, "b (y x) -> b y x", x=self._width)
+        plain = jnp.pad(plain, ((0, 0), *same_pads(kernel)), constant_values=self.index.shape[1])
         if self.scale < MIN_WINDOW:
-            return Windows(plain.reshape(len(plain), -1), self.index, self.inverse, self.grid, kernel)
-        corner = self.index[:, :: self.scale**2]
-        y = (corner // self.grid[1])[..., None, None] + jnp.arange(self.scale + kernel[0] - 1)[:, None]
-        x = (corner % self.grid[1])[..., None, None] + jnp.arange(self.scale + kernel[1] - 1)
+            shape = self.grid[0] * self.scale, self._width
+            return Windows(rearrange(plain, "b y x -> b (y x)"), self.inverse, self.index, shape, kernel)
+        y = (self.cells // self.grid[1] * self.scale)[..., None, None]
+        x = (self.cells % self.grid[1] * self.scale)[..., None, None]
+        y += jnp.arange(self.scale + kernel[0] - 1)[:, None]
+        x += jnp.arange(self.scale + kernel[1] - 1)
         around = jax.vmap(lambda plain, y, x: plain[y, x])(plain, y, x)
-        return Windows(around.reshape(len(plain), -1), None, None, (self.scale, self.scale), kernel)
+        return Windows(
+            rearrange(around, "b v y x -> b (v y x)"), None, None, (self.scale, self.scale), kernel
+        )
 
     def rows(self) -> None:
         return None

@@ -84,6 +84,8 @@ def build(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ConvNeXtV2 | 
         "in_chans": model.in_chans,
         "patch_size": model.patch_size,
         "drop_path": model.drop_path,
+        "remat": model.remat,
+        "scan": _scan(model.scan),
         "dtype": DTYPES[model.dtype],
         "rngs": rngs,
     }
@@ -97,6 +99,14 @@ def build(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ConvNeXtV2 | 
         head_init_scale=model.head_init_scale,
         **options,
     )
+
+
+def _scan(choice: str) -> bool:
+    """Whether stages are scanned; `auto` scans but on TPU, where loops cost time (docs/performance.md)."""
+    known = {"auto": jax.default_backend() != "tpu", "on": True, "off": False}
+    if choice not in known:
+        raise UserError(f"unknown model.scan '{choice}'{nearest(choice, known)} (known: {', '.join(known)})")
+    return known[choice]
 
 
 def _sizes(model: ConfigDict) -> tuple[Sequence[int], Sequence[int]]:

@@ -12,7 +12,6 @@ from flax import nnx
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import ConvNeXtV2, Encoder
 from cnx2_jax.models.convnextv2 import Block
-from cnx2_jax.models.layers import DropPath
 from cnx2_jax.models.layouts import Dense
 
 DEPTHS, DIMS = (1, 1, 2, 1), (4, 6, 8, 10)
@@ -68,7 +67,7 @@ def test_logits_follow_from_the_last_map(build, error):
 
 def test_block_is_the_formula(build, error):
     """A block on one position and with a delta as depthwise kernel, by hand; GELU exact."""
-    block = build(Block, 5, drop_path=DropPath(0.0, 0), dtype=jnp.float32, seed=3)
+    block = build(Block, 5, dtype=jnp.float32, seed=3)
     x = normal(1, 1, 1, 5)
     v = np.asarray(x, np.float64)[0, 0, 0]
     get = lambda variable: np.asarray(variable[...], np.float64)  # noqa: E731
@@ -86,7 +85,7 @@ def test_block_is_the_formula(build, error):
 
 def test_gelu_is_exact(build):
     """The tanh form differs by up to 5e-4: far more than float32 rounding."""
-    block = build(Block, 1, drop_path=DropPath(0.0, 0), dtype=jnp.float32)
+    block = build(Block, 1, dtype=jnp.float32)
     # LayerNorm of one channel gives its bias: what follows is a function of pwconv1's bias alone.
     block.norm.bias[...] = jnp.zeros(1)
     block.grn.gamma[...] = block.grn.beta[...] = jnp.zeros(4)
@@ -103,19 +102,29 @@ def test_gelu_is_exact(build):
 
 def test_drop_rates_grow_linearly_over_depth():
     model = nnx.eval_shape(lambda: Encoder((2, 1, 3, 2), DIMS, drop_path=0.35, rngs=nnx.Rngs(0)))
-    drops = [block.drop_path for stage in model.stages for block in stage]
-    assert [d.rate for d in drops] == pytest.approx([0.05 * i for i in range(8)])
-    assert [d.index for d in drops] == list(range(8))
+    assert model.drop_rates == pytest.approx([0.05 * i for i in range(8)])
 
 
-def test_drop_path_in_the_network(build):
+def test_factor_multiplies_the_branch_of_its_sample(build, error):
+    """0 leaves the input as it is, 1 is no factor at all, and 2.5 scales what the block adds."""
+    block = build(Block, 5, dtype=jnp.float32, seed=3)
+    x = normal(3, 4, 6, 5)
+    found = block(x, Dense(), jnp.asarray([0, 1, 2.5])) - x
+    branch = block(x, Dense()) - x
+    np.testing.assert_array_equal(found[0], 0)
+    np.testing.assert_array_equal(found[1], branch[1])
+    assert error(found[2], 2.5 * branch[2]) < 1e-6
+
+
+def test_stochastic_depth_in_the_network(build):
     """Each sample is one of the 16 networks with some of four branches dropped, as often as it should.
 
     So a draw is per sample and block, kept branches are divided by their rate, and blocks are
-    independent; the first block's rate is 0. Without keys nothing is dropped.
+    independent; the first block's rate is 0. Without keys nothing is dropped. The candidates are put
+    together from the blocks, one after another.
     """
     model = build(Encoder, DEPTHS, DIMS, patch_size=1, drop_path=0.6)
-    rates = (0.15, 0.3, 0.45, 0.6)
+    rates = (0, 0.15, 0.3, 0.45, 0.6)
     samples = 2048
     one = normal(1, 8, 8, 3)
     images, keys = jnp.tile(one, (samples, 1, 1, 1)), jax.random.split(jax.random.key(0), samples)
@@ -124,35 +133,25 @@ def test_drop_path_in_the_network(build):
     found = np.asarray(run(model, images, keys))
     without_keys = run(model, one, None)
 
-    blocks = [block for stage in model.stages for block in stage]
-    assert blocks[0].drop_path.rate == 0
-
-    class Factor(nnx.Module):
-        def __init__(self, value):
-            self.value = value
-
-        def __call__(self, y, keys):
-            return y * self.value
-
-    for block in blocks[1:]:
-        block.drop_path = Factor(nnx.Variable(jnp.ones(())))
-
     def network(model, factors):
-        for block, factor in zip([b for s in model.stages for b in s][1:], factors, strict=True):
-            block.drop_path.value[...] = factor
-        return model.features(one)[-1][:, 0, 0]
+        x, left = one, iter(factors)
+        for stage, (down, blocks) in enumerate(zip(model.downsample_layers, model.stages, strict=True)):
+            x = down[1](down[0](Dense().enter(x, 1))) if stage == 0 else down[1](Dense().patches(down[0](x)))
+            for block in blocks:
+                x += next(left) * (block(x, Dense()) - x)
+        return x[:, 0, 0]
 
     masks = list(itertools.product((0, 1), repeat=4))
-    factors = jnp.asarray([[k / (1 - r) for k, r in zip(m, rates, strict=True)] for m in masks])
+    factors = [[k / (1 - r) for k, r in zip((1, *m), rates, strict=True)] for m in masks]
     apply = jax.jit(network)
-    candidates = np.concatenate([np.asarray(apply(model, f)) for f in factors])
-    np.testing.assert_allclose(without_keys, apply(model, jnp.ones(4)), atol=1e-5)
+    candidates = np.concatenate([np.asarray(apply(model, jnp.asarray(f, jnp.float32))) for f in factors])
+    np.testing.assert_allclose(without_keys, apply(model, jnp.ones(5)), atol=1e-5)
     distance = np.abs(found[:, None] - candidates).max(axis=-1)
     assert (np.sort(distance, axis=1)[:, 0] < 1e-4).all()
     assert (np.sort(distance, axis=1)[:, 1] > 1e-3).all()
     frequencies = np.bincount(distance.argmin(axis=1), minlength=16) / samples
     for mask, frequency in zip(masks, frequencies, strict=True):
-        share = math.prod(1 - r if k else r for k, r in zip(mask, rates, strict=True))
+        share = math.prod(1 - r if k else r for k, r in zip(mask, rates[1:], strict=True))
         assert abs(frequency - share) < 4.5 * math.sqrt(share * (1 - share) / samples), mask
 
 
@@ -232,6 +231,7 @@ def test_channels_must_match():
         ({"drop_path": 1.0}, "drop_path 1.0"),
         ({"drop_path": -0.1}, "drop_path -0.1"),
         ({"in_chans": 0}, "in_chans 0"),
+        ({"remat": "blok"}, "'blok'; did you mean 'block'"),
         ({"depths": (1, 1, 1)}, r"depths \(1, 1, 1\)"),
         ({"dims": (1, 1, 0, 1)}, r"dims \(1, 1, 0, 1\)"),
     ],

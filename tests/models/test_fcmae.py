@@ -39,8 +39,7 @@ def run(model, images, masked):
         return jnp.sin(output.prediction).sum(), output
 
     gradients, output = jax.grad(scalar, has_aux=True)(model)
-    layout = LAYOUTS["masked"](masked, model.encoder.stride // model.encoder.patch_size)
-    maps = model.encoder.features(images, None, layout)
+    maps = model.encoder.features(images, None, model.layouts(masked))
     return output.prediction, maps, jax.tree.leaves(gradients), output.loss
 
 
@@ -49,10 +48,10 @@ def jitted():
     return jax.jit(run)
 
 
-@pytest.fixture(scope="module")
-def example(build):
+@pytest.fixture(scope="module", params=LAYOUTS)
+def example(request, build):
     """A model, two images of 2x3 patches, masks that hide four of the six, and the hidden pixels."""
-    model, images = build(FCMAE, DEPTHS, DIMS, **SMALL), normal(2, 16, 24, 3)
+    model, images = build(FCMAE, DEPTHS, DIMS, layout=request.param, **SMALL), normal(2, 16, 24, 3)
     masked = model.mask(keys(2), 16, 24)
     hidden = np.kron(np.asarray(masked), np.ones((8, 8))) > 0
     assert hidden.mean() == pytest.approx(4 / 6)

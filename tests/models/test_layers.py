@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cnx2_jax.models.layers import GRN, DropPath, LayerNorm, Linear, PatchConv, normal_init
-from cnx2_jax.models.layouts import Dense, Masked
+from cnx2_jax.models.layers import GRN, LayerNorm, Linear, PatchConv, normal_init, stochastic_depth
+from cnx2_jax.models.layouts import Dense
 
 BFLOAT16_ROUNDING = 2**-8  # half a unit in the last of 8 binary digits
 
@@ -61,37 +61,38 @@ def test_grn(random_params, error):
     x = normal(3, 4, 5, 6) * jnp.arange(1.0, 7)
     gamma, beta = np.asarray(layer.gamma[...]), np.asarray(layer.beta[...])
     assert np.abs(gamma).min() > 0 and np.abs(beta).min() > 0
-    assert error(layer(x, Dense()), literal_grn(x, gamma, beta)) < 1e-6
+    assert error(layer(x), literal_grn(x, gamma, beta)) < 1e-6
 
 
 def test_grn_epsilons(random_params, error):
     layer = random_params(GRN(6, dtype=jnp.float32), 2)
     x = (1e-4 * normal(3, 4, 5, 6)).at[0].set(0)
     expected = literal_grn(x, np.asarray(layer.gamma[...]), 0)
-    assert error(layer(x, Dense()) - layer.beta[...], expected) < 1e-3
+    assert error(layer(x) - layer.beta[...], expected) < 1e-3
 
 
 def test_grn_over_visible_positions_of_each_sample(random_params, error):
     layer = random_params(GRN(6, dtype=jnp.float32), 2)
     x = normal(3, 4, 5, 6)
     visible = np.random.default_rng(0).random((3, 4, 5)) < 0.4
-    found = layer(x, Masked(jnp.asarray(visible)))
     expected = literal_grn(x, layer.gamma[...], layer.beta[...], visible)
-    assert error(found[visible], expected[visible]) < 1e-6
+    for shape in (4, 5), (20,):  # as a map, and as a block has it
+        found = layer(x.reshape(3, *shape, 6), jnp.asarray(visible).reshape(3, *shape, 1))
+        assert error(found.reshape(x.shape)[visible], expected[visible]) < 1e-6
 
 
 def test_grn_is_per_sample(random_params):
     layer = random_params(GRN(6, dtype=jnp.float32), 2)
     x = normal(3, 4, 5, 6)
     other = x.at[1:].mul(100)
-    np.testing.assert_array_equal(layer(x, Dense())[0], layer(other, Dense())[0])
+    np.testing.assert_array_equal(layer(x)[0], layer(other)[0])
 
 
 @pytest.mark.parametrize("dead", ["a channel", "everything"])
 def test_grn_gradient_of_a_dead_channel_is_finite(dead, random_params):
     layer = random_params(GRN(4, dtype=jnp.float32), 3)
     x = normal(2, 3, 3, 4).at[..., 1 if dead == "a channel" else slice(None)].set(0)
-    gradients = jax.grad(lambda m, x: jnp.square(m(x, Dense())).sum(), argnums=(0, 1))(layer, x)
+    gradients = jax.grad(lambda m, x: jnp.square(m(x)).sum(), argnums=(0, 1))(layer, x)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert jnp.abs(gradients[1]).max() > 0
 
@@ -104,7 +105,7 @@ def test_bfloat16_rounds_only_the_result(random_params):
     grn = random_params(GRN(24, dtype=jnp.bfloat16), 5)
     pairs = [
         (norm(x), literal_layer_norm(exact, norm.scale[...], norm.bias[...])),
-        (grn(x, Dense()), literal_grn(exact, grn.gamma[...], grn.beta[...])),
+        (grn(x), literal_grn(exact, grn.gamma[...], grn.beta[...])),
     ]
     for found, expected in pairs:
         assert found.dtype == jnp.bfloat16
@@ -116,7 +117,7 @@ def test_float16_sums_do_not_overflow():
     x = jnp.full((1, 32, 32, 8), 200, jnp.float16)  # one square is 40000, two exceed float16
     grn = GRN(8, dtype=jnp.float16)
     grn.gamma[...] = jnp.ones(8)
-    np.testing.assert_allclose(grn(x, Dense()).astype(jnp.float32), 400, rtol=1e-3)
+    np.testing.assert_allclose(grn(x).astype(jnp.float32), 400, rtol=1e-3)
     norm = LayerNorm(8, dtype=jnp.float16)(x * jnp.asarray([1, -1] * 4, jnp.float16))
     np.testing.assert_allclose(jnp.abs(norm.astype(jnp.float32)), 1, rtol=1e-3)
 
@@ -151,30 +152,31 @@ def test_initial_kernels_are_a_truncated_normal():
     assert np.abs(wide).max() <= 2 and wide.std() == pytest.approx(0.8796, rel=0.01)
 
 
+# Stochastic depth.
+
 KEYS = jax.random.split(jax.random.key(0), 4000)
 
 
-def test_drop_path_keeps_the_expectation():
-    ones = jnp.ones((len(KEYS), 3, 2))
-    y = np.asarray(DropPath(0.3, 5)(ones, KEYS))
-    assert (y == y[:, :1, :1]).all(), "one draw per sample"
-    kept = y[:, 0, 0] > 0
-    np.testing.assert_allclose(y[kept], 1 / 0.7, rtol=1e-6)
-    deviation = np.sqrt(0.3 / 0.7 / len(KEYS))
-    assert abs(y[:, 0, 0].mean() - 1) < 4 * deviation
+def test_stochastic_depth_keeps_the_expectation():
+    """Factors are 0 or 1 / (1 - rate), on average 1, block by block."""
+    rates = (0.0, 0.3, 0.6)
+    factors = np.asarray(stochastic_depth(KEYS, rates))
+    assert factors.shape == (3, len(KEYS)) and factors.dtype == np.float32
+    for rate, drawn in zip(rates, factors, strict=True):
+        np.testing.assert_allclose(drawn[drawn > 0], 1 / (1 - rate), rtol=1e-6)
+        deviation = np.sqrt(rate / (1 - rate) / len(KEYS))
+        assert abs(drawn.mean() - 1) <= 4 * deviation
+    np.testing.assert_array_equal(factors[0], 1)
 
 
-def test_drop_path_blocks_are_uncorrelated():
-    ones = jnp.ones((len(KEYS), 1))
-    draws = np.stack([np.asarray(DropPath(0.5, i)(ones, KEYS))[:, 0] for i in range(6)])
-    correlation = np.corrcoef(draws) - np.eye(6)
+def test_stochastic_depth_of_blocks_is_uncorrelated():
+    correlation = np.corrcoef(np.asarray(stochastic_depth(KEYS, [0.5] * 6))) - np.eye(6)
     assert np.abs(correlation).max() < 4.5 / np.sqrt(len(KEYS))
 
 
-def test_drop_path_is_off_without_keys_and_reproducible_with():
-    x = normal(len(KEYS), 2)
-    layer = DropPath(0.5, 1)
-    np.testing.assert_array_equal(layer(x, None), x)
-    np.testing.assert_array_equal(DropPath(0.0, 1)(x, KEYS), x)
-    np.testing.assert_array_equal(layer(x, KEYS), layer(x, KEYS))
-    np.testing.assert_array_equal(layer(x, KEYS)[7:9], layer(x[7:9], KEYS[7:9]))
+def test_stochastic_depth_is_of_the_key_and_the_index():
+    """A draw knows neither the rest of the batch nor how many blocks come after."""
+    factors = stochastic_depth(KEYS[:20], (0.2, 0.5, 0.8))
+    np.testing.assert_array_equal(factors, stochastic_depth(KEYS[:20], (0.2, 0.5, 0.8)))
+    np.testing.assert_array_equal(factors[:, 7:9], stochastic_depth(KEYS[7:9], (0.2, 0.5, 0.8)))
+    np.testing.assert_array_equal(factors[:2], stochastic_depth(KEYS[:20], (0.2, 0.5)))

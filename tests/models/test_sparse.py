@@ -1,4 +1,4 @@
-"""The Masked encoder against a literal sparse convolution network, written in NumPy.
+"""The sparse encoders, masked and gathered, against a literal sparse convolution network, written in NumPy.
 
 A map is a list of visible sites and one row of features per site; nothing exists at any other place. A
 depthwise convolution adds, for each site, the listed neighbours only; a down-sampling layer has a site
@@ -7,6 +7,7 @@ the models but the names of the parameters.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import pytest
 from scipy.special import erf
 
 from cnx2_jax.models import FCMAE
-from cnx2_jax.models.layouts import Masked
+from cnx2_jax.models.fcmae import LAYOUTS
 
 DEPTHS, DIMS = (1, 1, 2, 1), (3, 4, 5, 6)
 
@@ -135,10 +136,11 @@ class Comparison:
         )
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=itertools.product(CASES, LAYOUTS), ids=", ".join)
 def compared(request, build, parameters):
     """Runs the model in float64; nothing 64-bit leaves this fixture but NumPy arrays."""
-    case, rng = CASES[request.param], np.random.default_rng(5)
+    name, layout = request.param
+    case, rng = CASES[name], np.random.default_rng(5)
     images = rng.standard_normal((2, case.height, case.width, 3))
     with jax.enable_x64(True):
         model = build(
@@ -148,6 +150,7 @@ def compared(request, build, parameters):
             patch_size=case.patch_size,
             mask_patch=case.mask_patch,
             decoder_dim=4,
+            layout=layout,
             dtype=jnp.float64,
             fill_dtype=np.float64,
         )
@@ -171,8 +174,7 @@ def compared(request, build, parameters):
             spread.append(plain)
 
         def scalar(encoder):
-            layout = Masked.from_mask(masked, encoder.stride // case.patch_size)
-            maps = encoder.features(jnp.asarray(images), None, layout)
+            maps = encoder.features(jnp.asarray(images), None, model.layouts(masked))
             return sum((w * x).sum() for w, x in zip(spread, maps, strict=True)), maps
 
         gradients, maps = jax.jit(jax.grad(scalar, has_aux=True))(encoder)

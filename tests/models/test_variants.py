@@ -133,8 +133,8 @@ def test_parameter_names_of_fcmae(parameters):
 def multiply_adds(jaxpr) -> int:
     """Multiply-adds of the matrix products and convolutions in a jaxpr and in all that it calls.
 
-    A `cond` counts as its dearest branch: `lax.platform_dependent` is one, and the native convolution
-    is dearer than the shifted sums, which are neither product nor convolution.
+    A `scan` counts as often as it turns, a `cond` as its dearest branch: `lax.platform_dependent` is one,
+    and the native convolution is dearer than the shifted sums, which are neither product nor convolution.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -149,6 +149,8 @@ def multiply_adds(jaxpr) -> int:
             total += out * math.prod(shapes[1]) // shapes[1][spec[0]]
         elif equation.primitive.name == "cond":
             total += max(multiply_adds(b.jaxpr) for b in equation.params["branches"])
+        elif equation.primitive.name == "scan":
+            total += equation.params["length"] * multiply_adds(equation.params["jaxpr"].jaxpr)
         else:
             for value in jax.tree.leaves(
                 list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
@@ -173,13 +175,13 @@ def test_multiply_adds_are_counted_right():
             )
             return jax.lax.platform_dependent(y, cpu=lambda y: y, default=lambda y: y @ m)
 
-        return jax.jit(inner)(x)
+        return jax.jit(inner)(jax.lax.scan(lambda x, _: (x @ m, None), x, length=3)[0])
 
     shapes = [(2, 5, 6, 4), (3, 3, 1, 4), (4, 4)]
     arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     positions = 2 * 5 * 6
     found = multiply_adds(jax.make_jaxpr(example)(*arrays).jaxpr)
-    assert found == positions * 4 * 9 + positions * 4 * 4
+    assert found == positions * 4 * 9 + (1 + 3) * positions * 4 * 4
 
 
 @pytest.mark.parametrize(("name", "size"), GMACS)
