@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import topologies  # before JAX starts: it says where to look for TPUs
-from contestants import CLASSIFY, TRAIN, Contestant, Measurement, measure
+from contestants import CLASSIFY, DENSE, FORWARD, TRAIN, Contestant, Measurement, measure
 
 from cnx2_jax.errors import RunError, UserError, nearest
 from cnx2_jax.models import VARIANTS, variant
@@ -133,21 +133,17 @@ def machine(args: argparse.Namespace):
     records, rows, bars = [], [], {}
     for name in args.variants:
         options = {"variant": name, "batch": args.batch, "image_size": args.image_size}
-        pretraining = [
-            *(Contestant("jax", mode=layout, **options) for layout in LAYOUTS[:2]),
+        contestants = [
+            *(Contestant("jax", mode=layout, programs=(TRAIN, FORWARD), **options) for layout in LAYOUTS[:2]),
+            Contestant("jax", mode=DENSE, programs=(CLASSIFY,), **options),
             *(Contestant("torch", mode=peer, **options) for peer in PEERS),
         ]
-        classifying = [
-            Contestant(library, mode=mode, programs=(CLASSIFY,), **options)
-            for library, mode in (("jax", "dense"), *(("torch", peer) for peer in PEERS))
-        ]
-        for contestants in (pretraining, classifying):
-            found = measure(contestants, args.rounds, _notice)
-            records += [measurement.record() for measurement in found]
-            for program in contestants[0].programs:
-                row, speedups = _compare([m for m in found if m.program == program])
-                rows.append([f"{name}, {program}", *row])
-                bars[f"{name}\n{program}"] = speedups
+        found = measure(contestants, args.rounds, _notice)
+        records += [measurement.record() for measurement in found]
+        for program in (TRAIN, FORWARD, CLASSIFY):
+            row, speedups = _compare([m for m in found if m.program == program])
+            rows.append([f"{name}, {program}", *row])
+            bars[f"{name}\n{program}"] = speedups
     header = [
         f"batch {args.batch}, {args.image_size} px",
         "ours",
@@ -301,7 +297,7 @@ def tpu(args: argparse.Namespace):
 
     devices = topologies.tpu_devices(args.topology)
     options = {"platform": "tpu", "batch": args.compiled_batch, "dtype": jnp.bfloat16}
-    records = []
+    records: list[dict] = []
     for scan in (True, False):
         for layout, alike in _compiled_layouts("tpu"):
             if alike:
@@ -349,7 +345,8 @@ def gpu(args: argparse.Namespace):
     import jax.numpy as jnp
 
     devices = topologies.h100_devices()
-    records, rows = [], []
+    records: list[dict] = []
+    rows = []
     for layout, alike in _compiled_layouts("gpu"):
         if alike:
             temp = next(r["temp_bytes"] for r in records if r["layout"] == alike)

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from cnx2_jax.errors import RunError
 
 TRAIN, FORWARD, CLASSIFY = "train step", "forward", "classification forward"
+DENSE = "dense"
 WARMUP = 2
 
 
@@ -25,7 +26,7 @@ class Contestant:
     Attributes:
       library: `jax` or `torch`.
       variant: such as `atto`.
-      mode: in jax the layout; in torch `eager` or `compile`.
+      mode: in jax the layout, `dense` to classify; in torch `eager` or `compile`.
       batch: images.
       image_size: pixels along both sides.
       programs: of TRAIN (loss, gradient, AdamW), FORWARD (loss) and CLASSIFY.
@@ -37,7 +38,7 @@ class Contestant:
     mode: str
     batch: int = 8
     image_size: int = 224
-    programs: tuple[str, ...] = (TRAIN, FORWARD)
+    programs: tuple[str, ...] = (TRAIN, FORWARD, CLASSIFY)
     remat: str = "none"
 
     @property
@@ -161,7 +162,7 @@ def _build_jax(contestant: Contestant) -> tuple[dict[str, Callable], dict[str, d
         }
         return compiled
 
-    if CLASSIFY in contestant.programs:
+    if contestant.mode == DENSE:
         graph, params = split(create_model(f"convnextv2_{contestant.variant}", rngs=nnx.Rngs(0)))
         classify = compile_program(
             CLASSIFY, lambda params, images: merge(graph, params)(images), params, images
@@ -209,13 +210,8 @@ def _build_torch(contestant: Contestant) -> tuple[dict[str, Callable], dict[str,
         model = kind(contestant.variant).to(memory_format=torch.channels_last)
         return model, torch.compile(model) if contestant.mode == "compile" else model
 
-    programs = {}
-    if CLASSIFY in contestant.programs:
-        _, classifier = prepare(torch_peer.Classifier)
-        programs[CLASSIFY] = torch.no_grad()(lambda: classifier(images))
-        return programs, {}
-
     model, compiled = prepare(torch_peer.FCMAE)
+    _, classifier = prepare(torch_peer.Classifier)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
 
     def train():
@@ -223,6 +219,9 @@ def _build_torch(contestant: Contestant) -> tuple[dict[str, Callable], dict[str,
         compiled(images).backward()
         optimizer.step()
 
-    programs[FORWARD] = torch.no_grad()(lambda: compiled(images))
-    programs[TRAIN] = train
-    return programs, {}
+    programs = {
+        TRAIN: train,
+        FORWARD: torch.no_grad()(lambda: compiled(images)),
+        CLASSIFY: torch.no_grad()(lambda: classifier(images)),
+    }
+    return {name: programs[name] for name in contestant.programs}, {}

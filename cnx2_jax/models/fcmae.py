@@ -33,7 +33,7 @@ GATHERED_UP_TO = {
 
 
 def stage_kinds(layout: str, platform: str, share: float) -> tuple[type[Masked] | type[Gathered], ...]:
-    """Returns how each stage is held: what a key of `LAYOUTS` says, or `auto` for this share of visible patches."""
+    """Returns how a key of `LAYOUTS`, or `auto` at this share of visible patches, holds each stage."""
     if layout != AUTO:
         return LAYOUTS[layout]
     return tuple(Gathered if share <= most else Masked for most in GATHERED_UP_TO[platform])
