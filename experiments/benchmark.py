@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import topologies  # before JAX starts: it says where to look for TPUs
-from contestants import CLASSIFY, DENSE, FORWARD, TRAIN, Contestant, Measurement, measure
+from contestants import CLASSIFY, DENSE, FORWARD, TRAIN, Contestant, Measurement, measure, train_step
 
 from cnx2_jax.errors import RunError, UserError, nearest
 from cnx2_jax.models import VARIANTS, variant
@@ -151,7 +151,62 @@ def machine(args: argparse.Namespace):
         "over torch compile",
         *(f"{column} ms" for column in ("masked", "gathered", "torch eager", "torch compile")),
     ]
-    return records, _table(header, rows), lambda figure: _draw_machine(figure, bars)
+    floors = _floors(args)
+    records.append({"floors": floors})
+    table = _table(header, rows) + "\n" + _floor_table(floors)
+    return records, table, lambda figure: _draw_machine(figure, bars)
+
+
+def _floors(args: argparse.Namespace) -> dict:
+    """Measures this machine's rates, and counts what a gathered train step must do at least."""
+    import jax
+    import jax.numpy as jnp
+
+    _notice("measuring rates")
+    square = jnp.ones((2048, 2048))
+    large = jnp.ones(2**26)
+    rates = {
+        "flops_per_second": 2 * 2048**3 / _seconds(jax.jit(lambda x: x @ x), square),
+        "bytes_per_second": 2 * large.nbytes / _seconds(jax.jit(lambda x: x + 1), large),
+    }
+    counts = {}
+    for name in args.variants:
+        _notice(f"counting {name}")
+        # Unrolled: of a loop XLA counts one turn.
+        costs = _lower_step(name, args.batch, args.image_size, scan=False).compile().cost_analysis() or {}
+        counts[name] = {"flops": costs.get("flops", 0), "bytes": costs.get("bytes accessed", 0)}
+    return rates | {"counts": counts}
+
+
+def _seconds(function: Callable, argument) -> float:
+    taken = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        function(argument).block_until_ready()
+        taken.append(time.perf_counter() - begin)
+    return sorted(taken)[3]
+
+
+def _floor_table(floors: dict) -> str:
+    flops, moved = floors["flops_per_second"], floors["bytes_per_second"]
+    rows = [
+        [
+            name,
+            f"{count['flops'] / 1e9:.1f}",
+            f"{1e3 * count['flops'] / flops:.0f}",
+            f"{count['bytes'] / 1e9:.2f}",
+            f"{1e3 * count['bytes'] / moved:.0f}",
+        ]
+        for name, count in floors["counts"].items()
+    ]
+    header = [
+        "gathered train step",
+        "GFLOP",
+        f"ms at {flops / 1e9:.0f} GFLOP/s",
+        "GB between operations",
+        f"ms at {moved / 1e9:.1f} GB/s",
+    ]
+    return _table(header, rows)
 
 
 def _compare(found: list[Measurement]) -> tuple[list[str], dict[str, float]]:
@@ -234,33 +289,31 @@ def growth(args: argparse.Namespace):
 def _compile_seconds(name: str) -> float:
     """Returns what compiling loss, gradient and AdamW takes; the median of three."""
     import jax
-    import optax
-    from flax import nnx
-
-    from cnx2_jax.models import create_model
-    from cnx2_jax.train.state import merge, split
 
     _notice(f"compiling {name}")
-    graph, params = split(nnx.eval_shape(lambda: create_model(f"fcmae_{name}", rngs=nnx.Rngs(0))))
-    optimizer = optax.adamw(1e-4, b2=0.95, weight_decay=0.05)
-
-    def step(params, state, images, keys):
-        value, gradients = jax.value_and_grad(lambda params: merge(graph, params)(images, keys).loss.mean())(
-            params
-        )
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    state = jax.eval_shape(optimizer.init, params)
-    images = jax.ShapeDtypeStruct((8, 224, 224, 3), "float32")
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
     taken = []
     for _ in range(3):
         jax.clear_caches()
         begin = time.perf_counter()
-        jax.jit(step, donate_argnums=(0, 1)).lower(params, state, images, keys).compile()
+        _lower_step(name, 8, 224).compile()
         taken.append(time.perf_counter() - begin)
     return sorted(taken)[1]
+
+
+def _lower_step(name: str, batch: int, image_size: int, **options):
+    """Lowers the train step of an FCMAE variant, from shapes alone."""
+    import jax
+    from flax import nnx
+
+    from cnx2_jax.models import create_model
+    from cnx2_jax.train.state import split
+
+    graph, params = split(nnx.eval_shape(lambda: create_model(f"fcmae_{name}", rngs=nnx.Rngs(0), **options)))
+    optimizer, step = train_step(graph)
+    state = jax.eval_shape(optimizer.init, params)
+    images = jax.ShapeDtypeStruct((batch, image_size, image_size, 3), "float32")
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, images, keys)
 
 
 def _draw_growth(figure, curves: dict) -> None:

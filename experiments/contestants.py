@@ -138,9 +138,31 @@ def _serve(contestant: Contestant, connection: Connection) -> None:
             connection.send(time.perf_counter() - begin)
 
 
-def _build_jax(contestant: Contestant) -> tuple[dict[str, Callable], dict[str, dict]]:
+def pretraining_loss(graph) -> Callable:
+    """Returns (parameters, images, keys) -> the mean loss."""
+    from cnx2_jax.train.state import merge
+
+    return lambda params, images, keys: merge(graph, params)(images, keys).loss.mean()
+
+
+def train_step(graph) -> tuple:
+    """Returns AdamW, and (parameters, its state, images, keys) -> the new ones and the loss."""
     import jax
     import optax
+
+    optimizer = optax.adamw(1e-4, b2=0.95, weight_decay=0.05)
+    loss = pretraining_loss(graph)
+
+    def step(params, state, images, keys):
+        value, gradients = jax.value_and_grad(loss)(params, images, keys)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return optimizer, step
+
+
+def _build_jax(contestant: Contestant) -> tuple[dict[str, Callable], dict[str, dict]]:
+    import jax
     from flax import nnx
 
     from cnx2_jax.models import create_model
@@ -172,18 +194,10 @@ def _build_jax(contestant: Contestant) -> tuple[dict[str, Callable], dict[str, d
 
     options = {"layout": contestant.mode, "remat": contestant.remat}
     graph, params = split(create_model(f"fcmae_{contestant.variant}", rngs=nnx.Rngs(0), **options))
-    optimizer = optax.adamw(1e-4, b2=0.95, weight_decay=0.05)
-
-    def loss(params, images, keys):
-        return merge(graph, params)(images, keys).loss.mean()
-
-    def step(params, state, images, keys):
-        value, gradients = jax.value_and_grad(loss)(params, images, keys)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
+    optimizer, step = train_step(graph)
 
     if FORWARD in contestant.programs:
-        forward = compile_program(FORWARD, loss, params, images, keys)
+        forward = compile_program(FORWARD, pretraining_loss(graph), params, images, keys)
         fixed = jax.tree.map(lambda x: x.copy(), params)
         programs[FORWARD] = lambda: forward(fixed, images, keys).block_until_ready()
     if TRAIN in contestant.programs:

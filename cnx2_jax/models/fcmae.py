@@ -188,11 +188,22 @@ class FCMAE(nnx.Module):
 
         Every sample must hide the same whole squares of `mask_patch` pixels as `mask` would, no more and no
         fewer: gathered stages have room for just the visible ones.
+
+        Raises:
+          UserError: a mask hides another number of patches; under jit, where masks have no values, it
+            cannot be seen.
         """
         cells = self.mask_patch // self.encoder.stride
         masked = masked[:, ::cells, ::cells]
         visible = visible_count(masked[0].size, self.mask_ratio)
         kinds = stage_kinds(self.layout, self.platform, visible / masked[0].size)
+        if Gathered in kinds and not isinstance(masked, jax.core.Tracer):
+            shown = (~masked).sum(axis=(1, 2))
+            if (shown != visible).any():
+                raise UserError(
+                    f"masks leave {shown.min()} to {shown.max()} of {masked[0].size} patches visible, "
+                    f"gathered layouts take {visible}, by mask_ratio {self.mask_ratio}; use layout 'masked'"
+                )
         return [
             kind.from_mask(masked, visible, cells * 2 ** (STAGES - 1 - stage))
             for stage, kind in enumerate(kinds)

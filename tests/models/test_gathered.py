@@ -1,6 +1,7 @@
 """FCMAE with a gathered encoder is FCMAE with a masked one: the same loss and gradients for less work."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cnx2_jax.errors import UserError
 from cnx2_jax.kernels import depthwise
-from cnx2_jax.models import FCMAE
+from cnx2_jax.models import FCMAE, create_model
 from cnx2_jax.models.fcmae import LAYOUTS
 from cnx2_jax.models.layouts import Gathered, Masked
 
@@ -122,6 +124,24 @@ def test_every_mixture_is_masked(kinds, masked_everywhere, build, parameters, er
     assert_same(differentiate(build, QUARTER, "mixed"), masked_everywhere, parameters, error, 1e-6, 1e-5)
 
 
+@pytest.mark.parametrize(("size", "ratio", "mask_patch"), [((160, 224), 0.6, 0), ((128, 192), 0.75, 64)])
+def test_gathered_is_masked_at_full_width(size, ratio, mask_patch, build, parameters, error):
+    """The atto network in float32, with the CPU's own kernels."""
+    images = jnp.asarray(np.random.default_rng(1).standard_normal((2, *size, 3)), jnp.float32)
+    keys = jax.random.split(jax.random.key(2), 2)
+    results = []
+    for layout in ("masked", "gathered"):
+        options = {"layout": layout, "mask_ratio": ratio, "mask_patch": mask_patch}
+        model = build(functools.partial(create_model, "fcmae_atto"), **options)
+        scalar = jax.value_and_grad(lambda model: model(images, keys).loss.mean())
+        results.append(jax.jit(scalar)(model))
+    (expected, masked), (found, gathered) = results
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    masked, gathered = parameters(masked), parameters(gathered)
+    for name, gradient in masked.items():
+        assert error(gathered[name][...], gradient[...]) < 1e-5, name
+
+
 def test_bfloat16_tracks_float32(masked_everywhere, build, parameters):
     """Losses, and the gradient as one vector."""
     loss, _, gradients = differentiate(build, QUARTER, "gathered", jnp.bfloat16)
@@ -151,3 +171,11 @@ def test_gathered_takes_less_memory_and_arithmetic():
         costs[layout] = compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"]
     memory, arithmetic = (g / m for g, m in zip(costs["gathered"], costs["masked"], strict=True))
     assert 0 < memory < 0.5 and 0 < arithmetic < 0.4
+
+
+def test_masks_of_another_count_are_refused(build):
+    """Gathering them would lose patches without a word."""
+    model = build(FCMAE, (1, 1, 1, 1), (4, 6, 8, 10), patch_size=1, decoder_dim=4, layout="gathered")
+    masked = jnp.zeros((2, 2, 3), bool).at[:, 0].set(True)
+    with pytest.raises(UserError, match="leave 3 to 3 of 6 patches visible, gathered layouts take 2"):
+        model.layouts(masked)
