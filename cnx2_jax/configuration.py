@@ -341,6 +341,9 @@ def from_json(values: Mapping) -> ConfigDict:
     """Returns the config whose JSON this is; lists become tuples again.
 
     Keys that it lacks, being older than they are, get their defaults.
+
+    Raises:
+      ValueError, TypeError, KeyError: it is no config of a run.
     """
 
     def tuples(value):
@@ -349,6 +352,9 @@ def from_json(values: Mapping) -> ConfigDict:
         return tuple(value) if isinstance(value, list) else value
 
     config = defaults(values["task"])
+    for key, default in config.items():
+        if isinstance(default, ConfigDict) and not isinstance(values.get(key, {}), Mapping):
+            raise ValueError(f"'{key}' is {values[key]!r}, not a group of keys")
     config.update(tuples(values))
     return config
 

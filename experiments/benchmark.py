@@ -5,9 +5,10 @@
   python experiments/benchmark.py machine --variants atto --rounds 3 --image-size 64    # a quick look
 
 Sections:
-  machine   train step and forward pass of every layout, and classification, in turns with a PyTorch peer
-            (masked-dense FCMAE, channels-last, eager and torch.compile; needs the extra `parity`)
-  growth    cost per image over batch size, image size and variant; compile time over depth
+  machine   on this machine's CPU: train step and forward pass, masked and gathered (which is what `auto` is
+            there), and classification, in turns with a PyTorch peer (masked-dense FCMAE, channels-last, eager
+            and torch.compile; needs the extra `parity`)
+  growth    on the CPU: cost per image over batch size, image size and variant; compile time over depth
   tpu       compiled for a TPU topology: FLOPs, bytes, memory, estimated cycles (needs the extra `tpu`)
   gpu       compiled for an H100: memory (needs the extra `cuda`)
 
@@ -213,7 +214,9 @@ def _compare(found: list[Measurement]) -> tuple[list[str], dict[str, float]]:
     """Returns a table row, ratios first, and every contestant's speed relative to PyTorch eager."""
     by_name = {m.contestant.name: m for m in found}
     # Classification knows no masks; its one contestant stands in the column of the dense map.
-    ours = by_name.get("jax gathered") or by_name["jax dense"]
+    ours = by_name.get("jax gathered") or by_name.get("jax dense")
+    if ours is None:
+        return ["-"] * 7, {}
 
     def ratio(peer: str) -> str:
         return f"{by_name[peer].median / ours.median:.2f}x" if peer in by_name else "-"

@@ -30,7 +30,6 @@ class Contestant:
       batch: images.
       image_size: pixels along both sides.
       programs: of TRAIN (loss, gradient, AdamW), FORWARD (loss) and CLASSIFY.
-      remat: in jax, see FCMAE.
     """
 
     library: str
@@ -39,7 +38,6 @@ class Contestant:
     batch: int = 8
     image_size: int = 224
     programs: tuple[str, ...] = (TRAIN, FORWARD, CLASSIFY)
-    remat: str = "none"
 
     @property
     def name(self) -> str:
@@ -192,8 +190,8 @@ def _build_jax(contestant: Contestant) -> tuple[dict[str, Callable], dict[str, d
         programs[CLASSIFY] = lambda: classify(params, images).block_until_ready()
         return programs, facts
 
-    options = {"layout": contestant.mode, "remat": contestant.remat}
-    graph, params = split(create_model(f"fcmae_{contestant.variant}", rngs=nnx.Rngs(0), **options))
+    model = create_model(f"fcmae_{contestant.variant}", layout=contestant.mode, rngs=nnx.Rngs(0))
+    graph, params = split(model)
     optimizer, step = train_step(graph)
 
     if FORWARD in contestant.programs:

@@ -60,9 +60,6 @@ def h100_devices() -> list:
     Raises:
       UserError: the CUDA plugin is not installed.
     """
-    # Its tile sizes are found by trying them on the GPU; without one, matrix products go to cuBLAS.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false"
     return _devices("cuda", "cuda", target_config=H100, topology="1x1x1")
 
 
@@ -110,7 +107,11 @@ def compile_gradient(
     def loss(params, images, keys):
         return merge(graph, params)(images, keys).loss.mean()
 
-    return jax.jit(jax.value_and_grad(loss)).lower(params, images, keys).compile()
+    # Triton's tile sizes are found by trying them on the GPU; without one, matrix products go to cuBLAS.
+    settings: dict[str, str | bool] | None = (
+        {"xla_gpu_enable_triton_gemm": False} if platform == "gpu" else None
+    )
+    return jax.jit(jax.value_and_grad(loss)).lower(params, images, keys).compile(settings)
 
 
 @dataclasses.dataclass(frozen=True)

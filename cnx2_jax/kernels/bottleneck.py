@@ -77,24 +77,24 @@ def _backward(residuals, gradient):
     scale = 1 + weights.gamma * response
     scaled, kernel2 = _scaled(hidden, scale, weights.kernel2, dtype)
 
-    # The second layer. `to_scale` [B, K] is the gradient in GRN's factor.
+    # The second layer. `to_factor` [B, K] is the gradient in GRN's factor.
     if kernel2.ndim == 3:
         products = _product("bnk,bnc->bkc", scaled, gradient)
         to_kernel2 = jnp.einsum("bk,bkc->kc", scale, products)
-        to_scale = jnp.einsum("kc,bkc->bk", weights.kernel2, products)
+        to_factor = jnp.einsum("kc,bkc->bk", weights.kernel2, products)
         to_hidden = widened(jnp.einsum("bnc,bkc->bnk", gradient, kernel2))
     else:
         to_kernel2 = _product("bnk,bnc->kc", scaled, gradient)
         unscaled = widened(jnp.einsum("bnc,kc->bnk", gradient, kernel2))
-        to_scale = (hidden * unscaled).sum(axis=1)
+        to_factor = (hidden * unscaled).sum(axis=1)
         to_hidden = unscaled * scale[:, None]
     to_bias2 = widened(gradient).sum(axis=(0, 1))
     to_kernel2 += weights.beta[:, None] * to_bias2
     to_beta = weights.kernel2 @ to_bias2
 
     # GRN: the response is the norm over its mean, the norm a root of a sum of squares.
-    to_gamma = (response * to_scale).sum(axis=0)
-    to_response = to_scale * weights.gamma
+    to_gamma = (response * to_factor).sum(axis=0)
+    to_response = to_factor * weights.gamma
     to_norm = (to_response - (to_response * response).mean(axis=-1, keepdims=True)) / mean
     to_hidden += _only(visible, (to_norm / norm)[:, None] * hidden)
 
@@ -105,11 +105,14 @@ def _backward(residuals, gradient):
     to_kernel1 = weights.norm_scale[:, None] * product + weights.norm_bias[:, None] * to_bias1
 
     # LayerNorm.
-    to_scale = (weights.kernel1 * product).sum(axis=1)
-    to_bias = weights.kernel1 @ to_bias1
+    to_norm_scale = (weights.kernel1 * product).sum(axis=1)
+    to_norm_bias = weights.kernel1 @ to_bias1
     to_normal = widened(to_raw @ _kernel1(weights, dtype).T)
     to_x = statistics_gradient(to_normal, widened(normal), inverse)
-    to_weights = Weights(to_scale, to_bias, to_kernel1, to_bias1, to_gamma, to_beta, to_kernel2, to_bias2)
+    to_weights = Weights(
+        to_norm_scale, to_norm_bias, to_kernel1, to_bias1, to_gamma, to_beta, to_kernel2, to_bias2
+    )
+    to_weights = jax.tree.map(lambda gradient, weight: gradient.astype(weight.dtype), to_weights, weights)
     return to_x.astype(dtype), None, to_weights
 
 

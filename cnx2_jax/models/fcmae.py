@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Key
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models.convnextv2 import STAGES, Block, Encoder, check_size
 from cnx2_jax.models.layers import Linear, normal_init
-from cnx2_jax.models.layouts import Dense, Gathered, Layout, Masked, from_patches, to_patches
+from cnx2_jax.models.layouts import Dense, Gathered, Masked, from_patches, to_patches
 from cnx2_jax.models.stack import run_blocks
 
 MASK_STREAM = 0x6D61736B  # folded into a sample's key for its mask; far from any block's index
@@ -36,7 +36,8 @@ def stage_kinds(layout: str, platform: str, share: float) -> tuple[type[Masked] 
     """Returns how a key of `LAYOUTS`, or `auto` at this share of visible patches, holds each stage."""
     if layout != AUTO:
         return LAYOUTS[layout]
-    return tuple(Gathered if share <= most else Masked for most in GATHERED_UP_TO[platform])
+    limits = GATHERED_UP_TO.get(platform, GATHERED_UP_TO["gpu"])
+    return tuple(Gathered if share <= most else Masked for most in limits)
 
 
 class Output(NamedTuple):
@@ -120,7 +121,8 @@ class FCMAE(nnx.Module):
       mask_patch: side of the hidden squares in pixels, a multiple of the total stride; 0 = the stride.
       decoder_dim, decoder_depth: channels and blocks of the decoder.
       layout: how the encoder holds its masked map: a key of `LAYOUTS`, or `auto`.
-      platform: what `auto` chooses for, a key of `GATHERED_UP_TO`; JAX's default backend by default.
+      platform: what `auto` chooses for: `cpu`, `tpu` or `gpu`, as which others count; by default JAX's
+        default backend.
 
     Raises:
       UserError: `mask_patch` is no multiple of the stride, or the layout is unknown.
@@ -183,30 +185,39 @@ class FCMAE(nnx.Module):
         cells = patch // self.encoder.stride
         return repeat(coarse, "b h w -> b (h p) (w q)", p=cells, q=cells)
 
-    def layouts(self, masked: Bool[Array, "b rows columns"]) -> list[Layout]:
-        """Returns the layout of every stage for masks as `mask` draws them.
+    def layouts(
+        self, masked: Bool[Array, "b rows columns"], *, drawn: bool = True
+    ) -> list[Masked | Gathered]:
+        """Returns the layout of every stage.
 
-        Every sample must hide the same whole squares of `mask_patch` pixels as `mask` would, no more and no
-        fewer: gathered stages have room for just the visible ones.
+        Args:
+          masked: masks on the grid of the last stage.
+          drawn: whether they are as `mask` draws them: every sample hides the same number of whole squares of
+            `mask_patch` pixels. Gathered stages have room for just the visible ones; for masks from
+            elsewhere `auto` therefore holds every stage masked.
 
         Raises:
-          UserError: a mask hides another number of patches; under jit, where masks have no values, it
-            cannot be seen.
+          UserError: masks from elsewhere do not fit layout `gathered`. Under jit, where they have no values,
+            that cannot be seen, and the result is wrong.
         """
         cells = self.mask_patch // self.encoder.stride
-        masked = masked[:, ::cells, ::cells]
-        visible = visible_count(masked[0].size, self.mask_ratio)
-        kinds = stage_kinds(self.layout, self.platform, visible / masked[0].size)
-        if Gathered in kinds and not isinstance(masked, jax.core.Tracer):
-            shown = (~masked).sum(axis=(1, 2))
-            if (shown != visible).any():
+        coarse = masked[:, ::cells, ::cells]
+        visible = visible_count(coarse[0].size, self.mask_ratio)
+        layout = "masked" if self.layout == AUTO and not drawn else self.layout
+        kinds = stage_kinds(layout, self.platform, visible / coarse[0].size)
+        if Gathered in kinds and not drawn and not isinstance(masked, jax.core.Tracer):
+            whole = (repeat(coarse, "b h w -> b (h p) (w q)", p=cells, q=cells) == masked).all()
+            if not whole or ((~coarse).sum(axis=(1, 2)) != visible).any():
                 raise UserError(
-                    f"masks leave {shown.min()} to {shown.max()} of {masked[0].size} patches visible, "
-                    f"gathered layouts take {visible}, by mask_ratio {self.mask_ratio}; use layout 'masked'"
+                    f"layout 'gathered' takes masks that leave {visible} of {coarse[0].size} squares of "
+                    f"{self.mask_patch} pixels visible in every image; use layout 'masked' for others"
                 )
+        scales = [2 ** (STAGES - 1 - stage) for stage in range(STAGES)]
         return [
-            kind.from_mask(masked, visible, cells * 2 ** (STAGES - 1 - stage))
-            for stage, kind in enumerate(kinds)
+            Gathered.from_mask(coarse, visible, cells * scale)
+            if kind is Gathered
+            else Masked.from_mask(masked, scale)
+            for kind, scale in zip(kinds, scales, strict=True)
         ]
 
     def __call__(
@@ -222,14 +233,15 @@ class FCMAE(nnx.Module):
         Args:
           images: normalised images `[B, H, W, in_chans]`.
           keys: one random key per sample, for its mask and its stochastic depth.
-          masked: masks on the grid of the last stage to use instead of drawing them.
+          masked: masks on the grid of the last stage to use instead of drawing them; see `layouts`.
           train: False switches stochastic depth off.
         """
         _, height, width, _ = images.shape
+        drawn = masked is None
         if masked is None:
             masked = self.mask(keys, height, width)
         stride = self.encoder.stride
-        x = self.encoder.features(images, keys if train else None, self.layouts(masked))[-1]
+        x = self.encoder.features(images, keys if train else None, self.layouts(masked, drawn=drawn))[-1]
 
         x = self.proj(x)
         x = jnp.where(masked[..., None], self.mask_token[...].astype(x.dtype), x)

@@ -82,7 +82,8 @@ class GRN(nnx.Module):
 
     G = sqrt(sum over visible positions of x^2); N = G / mean over channels of G;
     out = gamma * (x * N) + beta + x. The epsilon inside the root is ours: without it the gradient of a
-    channel that is zero everywhere is NaN.
+    channel that is zero everywhere is NaN. A Block takes this layer's parameters and computes it together
+    with its neighbours (kernels/bottleneck.py).
     """
 
     def __init__(self, features: int, *, dtype):

@@ -102,8 +102,8 @@ class Masked:
     visible: Bool[Array, "b h w"]
 
     @classmethod
-    def from_mask(cls, masked: Bool[Array, "b rows columns"], visible: int, scale: int) -> "Masked":
-        """Returns the layout of a map with `scale` x `scale` positions per cell; see `Gathered.from_mask`."""
+    def from_mask(cls, masked: Bool[Array, "b rows columns"], scale: int) -> "Masked":
+        """Returns the layout of a map `scale` times as fine as the mask (True = hidden)."""
         return cls(repeat(~masked, "b h w -> b (h p) (w q)", p=scale, q=scale))
 
     def _held(self, x: Array) -> Array:

@@ -40,11 +40,13 @@ def run_blocks(
       x: the map, as `layout` holds it.
       layout: where its pixels live.
       factors: of each block's residual branch, per sample; None for ones.
-      remat: what the backward pass computes anew: `none`, `block` (everything inside a block; only the maps
-        between blocks are kept) or `dots` (everything but matrix products).
+      remat: what the backward pass computes anew: `none`, `dots` (everything but matrix products) or `block`
+        (everything inside a block; only the maps between blocks are kept).
       scan: compiles one block, in a loop over the parameters stacked, so that compile time hardly grows
         with depth.
     """
+    if not blocks:
+        return x
     graph = nnx.graphdef(blocks[0])
 
     def step(x, inputs):

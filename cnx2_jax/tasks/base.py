@@ -138,7 +138,10 @@ def load(path: Path) -> tuple[ConvNeXtV2 | FCMAE, ConfigDict, tuple[str, ...]]:
     """
     folder = checkpoint.find(path)
     card = checkpoint.read_card(folder)
-    config, class_names = from_json(card["config"]), tuple(card["class_names"])
+    try:
+        config, class_names = from_json(card["config"]), tuple(card["class_names"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"checkpoint '{path}' is damaged: its config cannot be read ({error})") from None
     empty = nnx.eval_shape(lambda: build(config, len(class_names), nnx.Rngs(0)))
     graph, like = split(empty)
     params = checkpoint.read_params(folder)

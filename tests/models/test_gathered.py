@@ -173,9 +173,28 @@ def test_gathered_takes_less_memory_and_arithmetic():
     assert 0 < memory < 0.5 and 0 < arithmetic < 0.4
 
 
-def test_masks_of_another_count_are_refused(build):
-    """Gathering them would lose patches without a word."""
-    model = build(FCMAE, (1, 1, 1, 1), (4, 6, 8, 10), patch_size=1, decoder_dim=4, layout="gathered")
-    masked = jnp.zeros((2, 2, 3), bool).at[:, 0].set(True)
-    with pytest.raises(UserError, match="leave 3 to 3 of 6 patches visible, gathered layouts take 2"):
-        model.layouts(masked)
+ODD_MASKS = {
+    "another count": [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+    "no whole squares": [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]],
+}
+
+
+@pytest.mark.parametrize("name", ODD_MASKS)
+def test_masks_from_elsewhere(name, build):
+    """`gathered` refuses what it has no room for; `auto` and `masked` let nothing hidden through."""
+    masked = jnp.asarray([ODD_MASKS[name]], bool)
+    hidden = np.kron(np.asarray(masked), np.ones((8, 8))) > 0
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32, 32, 3)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 1)
+    sums = {}
+    for layout in ("masked", "auto", "gathered"):
+        options = {"patch_size": 1, "mask_patch": 16, "mask_ratio": 0.5, "decoder_dim": 4, "layout": layout}
+        model = build(FCMAE, (1, 1, 1, 1), (4, 6, 8, 10), **options)
+        if layout == "gathered":
+            with pytest.raises(UserError, match="leave 2 of 4 squares of 16 pixels visible"):
+                model(images, keys, masked)
+            continue
+        total = jax.jit(jax.value_and_grad(lambda x, m=model: m(x, keys, masked).prediction.sum()))
+        sums[layout], gradient = total(images)
+        assert (np.asarray(gradient)[hidden] == 0).all() and (np.asarray(gradient)[~hidden] != 0).any()
+    assert sums["auto"] == sums["masked"]

@@ -22,6 +22,10 @@ from cnx2_jax.models.layouts import (
 )
 
 
+def hold(kind, masked, visible, scale):
+    return kind.from_mask(masked, *([visible] if kind is Gathered else []), scale)
+
+
 def positions(layout):
     """Rows and columns of the plain map."""
     return [side * layout.scale for side in layout.grid]
@@ -52,7 +56,7 @@ def test_patch_order(patch):
 
 def test_mask_is_enlarged_cell_by_cell():
     masked = np.array([[[True, False, True], [False, False, True]]])
-    layout = Masked.from_mask(jnp.asarray(masked), 3, 4)
+    layout = Masked.from_mask(jnp.asarray(masked), 4)
     assert layout.visible.shape == (1, 8, 12)
     for r in range(8):
         for c in range(12):
@@ -81,7 +85,7 @@ NOTHING = jnp.zeros((2, 2, 3), bool)
 def test_encoder_with_nothing_hidden_is_dense(kind, build, error):
     encoder = build(Encoder, (1, 1, 2, 1), (4, 6, 8, 10), patch_size=1)
     images = normal(2, 16, 24, 3)
-    layouts = [kind.from_mask(NOTHING, 6, scale) for scale in (8, 4, 2, 1)]
+    layouts = [hold(kind, NOTHING, 6, scale) for scale in (8, 4, 2, 1)]
     apply = jax.jit(lambda m, x, layouts: m.features(x, None, layouts))
     for a, b in zip(apply(encoder, images, layouts), apply(encoder, images, None), strict=True):
         assert error(a, b) < 1e-6
@@ -95,7 +99,7 @@ def test_block_with_nothing_hidden_is_dense(build, error):
         scalar = lambda m, x: jnp.sin(m(x, layout)).sum()  # noqa: E731
         return jax.jit(jax.grad(scalar, argnums=(0, 1)))(block, x)
 
-    masked, dense = differentiate(Masked.from_mask(NOTHING, 6, 2)), differentiate(Dense())
+    masked, dense = differentiate(Masked.from_mask(NOTHING, 2)), differentiate(Dense())
     for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(dense), strict=True):
         assert error(a, b) < 1e-5
 
@@ -121,7 +125,7 @@ def some_mask(cells):
 @functools.cache
 def layouts_of(cells, scale):
     """Both layouts of the same masks at the same scale."""
-    make = lambda masked: tuple(k.from_mask(masked, CELLS[cells][2], scale) for k in (Masked, Gathered))  # noqa: E731
+    make = lambda masked: tuple(hold(k, masked, CELLS[cells][2], scale) for k in (Masked, Gathered))  # noqa: E731
     return jax.jit(make)(some_mask(cells))
 
 

@@ -51,7 +51,13 @@ def test_scan_and_remat_change_nothing(kind, build, error, quickly_compiled):
     with jax.enable_x64(True):
         blocks = build(stack(3, dtype=jnp.float64), fill_dtype=np.float64)
         factors = jnp.asarray(factors)
-        layout = Dense() if kind is Dense else kind.from_mask(jnp.asarray(MASKED), 2, 2)
+        masked = jnp.asarray(MASKED)
+        layouts = {
+            Dense: Dense(),
+            Masked: Masked.from_mask(masked, 2),
+            Gathered: Gathered.from_mask(masked, 2, 2),
+        }
+        layout = layouts[kind]
         x = layout.enter(jnp.asarray(rng.standard_normal((2, 4, 4, 5))), 1)
 
         def one_by_one(blocks, x, factors):
