@@ -28,6 +28,7 @@ from pathlib import Path
 
 import topologies  # before JAX starts: it says where to look for TPUs
 from contestants import CLASSIFY, DENSE, FORWARD, TRAIN, Contestant, Measurement, measure, train_step
+from plots import draw_growth, draw_into, draw_machine
 
 from cnx2_jax.errors import RunError, UserError, nearest
 from cnx2_jax.models import VARIANTS, variant
@@ -100,7 +101,7 @@ def _run(args: argparse.Namespace) -> None:
         (args.out / f"{section}.md").write_text(table)
         print(table)
         if draw:
-            _draw(draw, args.out / f"{section}.png")
+            _notice(draw_into(args.out / f"{section}.png", draw))
 
 
 def _notice(line: str) -> None:
@@ -155,7 +156,7 @@ def machine(args: argparse.Namespace):
     floors = _floors(args)
     records.append({"floors": floors})
     table = _table(header, rows) + "\n" + _floor_table(floors)
-    return records, table, lambda figure: _draw_machine(figure, bars)
+    return records, table, lambda figure: draw_machine(figure, bars)
 
 
 def _floors(args: argparse.Namespace) -> dict:
@@ -240,27 +241,6 @@ def _compare(found: list[Measurement]) -> tuple[list[str], dict[str, float]]:
     return row, {name: base / m.median for name, m in by_name.items()}
 
 
-def _draw_machine(figure, bars: dict[str, dict[str, float]]) -> None:
-    axes = figure.subplots()
-    figure.set_size_inches(9, 3.6)
-    names = ["torch eager", "torch compile", "jax masked", "jax dense", "jax gathered"]
-    colours = {"torch eager": "#b0b0b0", "torch compile": "#707070"}
-    colours |= {"jax masked": "#9ecae1", "jax dense": "#6baed6", "jax gathered": "#08519c"}
-    labelled = set()
-    for place, speedups in enumerate(bars.values()):
-        present = [name for name in names if name in speedups]
-        for index, name in enumerate(present):
-            label = None if name in labelled else name
-            labelled.add(name)
-            x = place + (index - (len(present) - 1) / 2) * 0.2
-            bar = axes.bar(x, speedups[name], 0.19, color=colours[name], label=label)
-            axes.bar_label(bar, fmt="%.1f", fontsize=7)
-    axes.set_xticks(range(len(bars)), bars.keys(), fontsize=8)
-    axes.set_ylabel("speed, PyTorch eager = 1")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-
-
 # growth
 
 
@@ -286,7 +266,7 @@ def growth(args: argparse.Namespace):
         ["train step of", "blocks", "compiles in s", f"over {DEPTHS[0]}"],
         [[n, sum(VARIANTS[n].depths), f"{s:.1f}", f"{s / first:.2f}x"] for n, s in compiled.items()],
     )
-    return records, table, lambda figure: _draw_growth(figure, curves)
+    return records, table, lambda figure: draw_growth(figure, curves)
 
 
 def _compile_seconds(name: str) -> float:
@@ -317,22 +297,6 @@ def _lower_step(name: str, batch: int, image_size: int, **options):
     images = jax.ShapeDtypeStruct((batch, image_size, image_size, 3), "float32")
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, images, keys)
-
-
-def _draw_growth(figure, curves: dict) -> None:
-    figure.set_size_inches(9, 3)
-    panels = figure.subplots(1, len(curves))
-    for axes, (name, (values, per_image)) in zip(panels, curves.items(), strict=True):
-        for index, (label, colour) in enumerate((("time", "#08519c"), ("memory", "#d94801"))):
-            costs = [costs[index] for costs in per_image]
-            smallest = costs[0]
-            axes.plot(range(len(values)), [c / smallest for c in costs], "o-", color=colour, label=label)
-        axes.set_xticks(range(len(values)), values, fontsize=8)
-        axes.set_xlabel(name.replace("_", " "))
-        axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("cost per image, first = 1")
-    panels[0].legend(fontsize=8, frameon=False)
 
 
 # tpu and gpu
@@ -422,18 +386,6 @@ def gpu(args: argparse.Namespace):
 
 
 SECTIONS: dict[str, Callable] = {"machine": machine, "growth": growth, "tpu": tpu, "gpu": gpu}
-
-
-def _draw(draw: Callable, path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _notice(f"no {path.name}: matplotlib is not installed; the extra `benchmark` brings it")
-        return
-    figure = Figure(dpi=150, layout="constrained")
-    draw(figure)
-    figure.savefig(path)
-    _notice(f"drew {path}")
 
 
 if __name__ == "__main__":
