@@ -250,6 +250,9 @@ def test_free_keys_may_change_and_are_recorded(tmp_path):
     new = {
         "mesh.data": 2,
         "mesh.fsdp": 4,
+        "model.layout": "masked",
+        "model.remat": "block",
+        "model.scan": "off",
         "log_steps": 1,
         "eval_epochs": 2.0,
         "checkpoint_steps": 3,
@@ -487,3 +490,18 @@ def test_of_an_override_that_is_given_twice_the_last_counts():
     ]
     config = configuration.override(configuration.defaults("pretrain"), arguments)
     assert (config.image_size, config.seed) == ((32, 16), 4)
+
+
+def test_older_configs_get_the_defaults_of_newer_keys(tmp_path):
+    values = defaults("pretrain").to_dict()
+    del values["model"]["layout"], values["model"]["scan"]
+    values["model"]["mask_ratio"] = 0.7
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = configuration.read_config(tmp_path)
+    assert (config.model.layout, config.model.scan, config.model.mask_ratio) == ("auto", "auto", 0.7)
+
+
+def test_a_config_whose_group_is_no_group_is_damaged(tmp_path):
+    (tmp_path / "config.json").write_text('{"task": "pretrain", "model": 3}')
+    with pytest.raises(UserError, match="damaged: 'model' is 3, not a group of keys"):
+        configuration.read_config(tmp_path)

@@ -220,6 +220,8 @@ def test_tasks_check_their_config(task, arguments, message):
         (["model.dtype=bfloat6"], "did you mean 'bfloat16'"),
         (["model.patch_size=3"], "patch_size 3"),
         (["model.drop_path=1"], "drop_path 1.0"),
+        (["model.scan=maybe"], "unknown model.scan 'maybe'"),
+        (["model.remat=blok"], "unknown remat policy 'blok'; did you mean 'block'"),
     ],
 )
 def test_build_refuses(arguments, message):
