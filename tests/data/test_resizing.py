@@ -1,0 +1,55 @@
+"""Resizing against Pillow, on a photograph and on noise."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cnx2_jax.data.resizing import resize
+
+BICUBIC = Image.Resampling.BICUBIC
+
+
+@pytest.mark.parametrize("size", [(112, 160), (64, 64), (300, 90), (853, 1000), (200, 900), (427, 640)])
+def test_photograph(photo, size):
+    resized = resize(np.asarray(photo), size).numpy()
+    expected = np.asarray(photo.resize(size[::-1], BICUBIC))
+    assert resized.dtype == np.uint8 and resized.shape == expected.shape
+    different = resized != expected
+    assert different.mean() < 0.001
+    assert np.abs(resized.astype(int) - expected)[different].max(initial=0) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    seed=st.integers(0, 99),
+)
+def test_noise(shape, size, seed):
+    # Full contrast from pixel to pixel: what is rounded and cut between the two passes matters.
+    image = np.random.default_rng(seed).choice(np.uint8([0, 3, 128, 255]), (*shape, 3))
+    resized = resize(image, size).numpy().astype(int)
+    expected = np.asarray(Image.fromarray(image).resize(size[::-1], BICUBIC), int)
+    # Exact ties in even ratios may go either way, by one level.
+    assert np.abs(resized - expected).max() <= 1
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_window_is_a_part_of_the_whole(photo, mirrored, in_tf_data):
+    def part(image):
+        window = tf.constant([7, 11, 100, 61])
+        return resize(image, (150, 200), window=window, mirrored=tf.constant(mirrored))
+
+    whole = resize(np.asarray(photo), (150, 200)).numpy()[7:107, 11:72]
+    expected = whole[:, ::-1] if mirrored else whole
+    np.testing.assert_array_equal(in_tf_data(part, np.asarray(photo)), expected)
+
+
+def test_one_channel(photo):
+    grey = photo.convert("L")
+    resized = resize(np.asarray(grey)[..., None], (100, 90)).numpy()
+    difference = resized[..., 0].astype(int) - np.asarray(grey.resize((90, 100), BICUBIC))
+    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.001
