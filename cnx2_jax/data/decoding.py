@@ -1,0 +1,151 @@
+"""Bytes to pixels: what counts as a readable image, and which way up it is."""
+
+import tensorflow as tf
+
+from cnx2_jax.data.operations import to_gray
+
+# EXIF's place is at the start of a file, after JFIF's few bytes at most, and its orientation's in its first
+# directory.
+_EXIF_STARTS_WITHIN = 64
+_EXIF_WITHIN = 4096
+_EXIF = b"Exif\x00\x00"
+_ORIENTATION = 0x0112
+
+
+def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
+    """Decodes a JPEG, PNG, WebP, GIF or BMP image, told apart by its content, not by its name.
+
+    Alpha is dropped and the first frame taken, as Pillow's `convert("RGB")` does; an animated WebP
+    is refused. Of 16 bits the upper 8 are kept. A JPEG that its EXIF data calls rotated is turned
+    upright. One channel comes out as Pillow's `convert("L")` computes it.
+
+    Args:
+      encoded: scalar string.
+      channels: 1 or 3.
+
+    Returns:
+      uint8 [height, width, channels].
+
+    Raises:
+      tf.errors.OpError: when it runs, if the bytes are no image.
+    """
+    image = tf.case(
+        [
+            (tf.io.is_jpeg(encoded), lambda: _upright(_decode_jpeg(encoded), _orientation(encoded))),
+            (tf.strings.substr(encoded, 0, 4) == b"RIFF", lambda: _decode_webp(encoded)),
+        ],
+        default=lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+    )
+    return _with_channels(image, channels)
+
+
+def decode_crop(encoded: tf.Tensor, channels: int, box_of) -> tf.Tensor:
+    """Decodes the part of an image that `box_of` chooses; of a JPEG, only that part.
+
+    So damage below the part goes unnoticed.
+
+    Args:
+      encoded, channels: see `decode`.
+      box_of: maps height and width (scalar int32) to a box, int32 [4]: top, left, height, width.
+
+    Returns:
+      uint8 [height, width, channels] of the box, the same pixels as those of `decode`.
+
+    Raises:
+      tf.errors.OpError: see `decode`.
+    """
+
+    def of_jpeg() -> tf.Tensor:
+        shape = tf.io.extract_jpeg_shape(encoded)
+        box = box_of(shape[0], shape[1])
+        # Colour is stored at half the resolution and interpolated, for which the decoder uses no
+        # pixel beyond the blocks it decodes: one more column on each side keeps the box's own exact.
+        left = tf.maximum(box[1] - _MARGIN, 0)
+        right = tf.minimum(box[1] + box[3] + _MARGIN, shape[1])
+        wider = tf.stack([box[0], left, box[2], right - left])
+        image = tf.image.decode_and_crop_jpeg(encoded, wider, channels=3, dct_method=_EXACT)
+        # Cut as rows of width x 3, which copies row by row instead of pixel by pixel.
+        rows = tf.reshape(image, [box[2], (right - left) * 3])
+        rows = rows[:, (box[1] - left) * 3 : (box[1] - left + box[3]) * 3]
+        return tf.reshape(rows, [box[2], box[3], 3])
+
+    def of_any() -> tf.Tensor:
+        image = decode(encoded, 3)
+        shape = tf.shape(image)
+        top, left, height, width = tf.unstack(box_of(shape[0], shape[1]))
+        return image[top : top + height, left : left + width]
+
+    upright_jpeg = tf.logical_and(tf.io.is_jpeg(encoded), _orientation(encoded) == 1)
+    return _with_channels(tf.cond(upright_jpeg, of_jpeg, of_any), channels)
+
+
+# TensorFlow's default is a fast, inexact inverse transform, off by up to 4 levels.
+_EXACT = "INTEGER_ACCURATE"
+_MARGIN = 2
+
+
+def _with_channels(image: tf.Tensor, channels: int) -> tf.Tensor:
+    image.set_shape([None, None, 3])
+    return image if channels == 3 else to_gray(image)
+
+
+def _decode_jpeg(encoded: tf.Tensor) -> tf.Tensor:
+    return tf.io.decode_jpeg(encoded, channels=3, dct_method=_EXACT)
+
+
+def _decode_webp(encoded: tf.Tensor) -> tf.Tensor:
+    # Only with channels=0 does TensorFlow 2.21 read WebP both with and without alpha; but that
+    # overruns its buffer on an animation. With channels=3 an animation is a clean error. The flag is
+    # bit 1 of the byte after the VP8X chunk's header.
+    flags = tf.io.decode_raw(tf.strings.substr(encoded, 20, 1), tf.uint8)[0]
+    extended = tf.strings.substr(encoded, 12, 4) == b"VP8X"
+    return tf.cond(
+        tf.logical_and(extended, tf.bitwise.bitwise_and(flags, tf.constant(2, tf.uint8)) > 0),
+        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+        lambda: tf.io.decode_image(encoded, channels=0, expand_animations=False)[..., :3],
+    )
+
+
+def _orientation(encoded: tf.Tensor) -> tf.Tensor:
+    """The EXIF orientation of a JPEG, int32: 1 (upright) to 8; 1 where there is none to be found."""
+    start = tf.strings.substr(encoded, 0, _EXIF_STARTS_WITHIN)
+    has_exif = tf.strings.regex_full_match(start, rb"\C{4,}Exif\x00\x00\C{8,}")
+    return tf.cond(
+        has_exif,
+        lambda: _read_orientation(tf.strings.substr(encoded, 0, _EXIF_WITHIN)),
+        lambda: tf.constant(1),
+    )
+
+
+def _read_orientation(start: tf.Tensor) -> tf.Tensor:
+    """Looks the tag up in EXIF's first directory (TIFF 6.0: header, count, entries of 12 bytes)."""
+    raw = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int32)
+    last = tf.size(raw) - len(_EXIF)
+    same = [raw[i : last + i] == byte for i, byte in enumerate(_EXIF)]
+    header = tf.argmax(tf.reduce_all(tf.stack(same), axis=0), output_type=tf.int32) + len(_EXIF)
+    big_endian = raw[header] == ord("M")
+
+    def number(at: tf.Tensor, size: int) -> tf.Tensor:
+        places = tf.minimum(at[..., None] + tf.range(size), tf.size(raw) - 1)
+        digits = tf.gather(raw, tf.maximum(places, 0))
+        digits = tf.where(big_endian, digits, tf.reverse(digits, [-1]))
+        return tf.reduce_sum(digits * 256 ** tf.range(size - 1, -1, -1), axis=-1)
+
+    directory = header + tf.clip_by_value(number(header + 4, 4), 0, _EXIF_WITHIN)
+    count = tf.minimum(number(directory, 2), _EXIF_WITHIN // 12)
+    entries = directory + 2 + 12 * tf.range(count)
+    found = tf.boolean_mask(entries, number(entries, 2) == _ORIENTATION)
+    values = tf.concat([number(found + 8, 2), [1]], axis=0)
+    return tf.where((values[0] >= 1) & (values[0] <= 8), values[0], 1)
+
+
+def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """Turns an image as Pillow's `ImageOps.exif_transpose` does."""
+
+    def turned() -> tf.Tensor:
+        lying = tf.cond(orientation >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
+        mirrored = tf.reduce_any(orientation == [2, 3, 6, 7])
+        flipped = tf.reduce_any(orientation == [3, 4, 7, 8])
+        return tf.reverse(lying, tf.where([flipped, mirrored])[:, 0])
+
+    return tf.cond(orientation == 1, lambda: image, turned)
