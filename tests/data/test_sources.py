@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cnx2_jax.data.sources import Source, open_source
+from cnx2_jax.data.sources import Source, open_set, open_source
 from cnx2_jax.errors import UserError
 
 
@@ -165,6 +165,10 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     ("files", "changes", "message"),
     [
         ([], {"source": "digit"}, "unknown data.source 'digit'; did you mean 'digits'"),
+        ([], {"source": "folder:x"}, "unknown data.source 'folder:x'"),
+        ([], {"source": "synthetic:ten"}, "'synthetic:ten' must be synthetic"),
+        ([], {"source": "synthetic:10:11"}, "no more classes than records"),
+        ([], {"source": "synthetic:0"}, "'synthetic:0' must be synthetic"),
         ([], {"root": ""}, "data.root is not set"),
         ([], {"root": "/no/such"}, "data.root '/no/such' is not a folder"),
         ([], {}, "no images .* in '{root}'"),
@@ -195,3 +199,41 @@ def test_unlistable_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("os.scandir", refuse)
     with pytest.raises(UserError, match=f"cannot list '{tmp_path}': Permission denied"):
         open_source(config(root=tmp_path), "train", seed=0)
+
+
+def test_synthetic_images_are_of_one_size_and_all_classes():
+    train, val = (open_source(config("synthetic:100:4"), split, seed=0) for split in ("train", "val"))
+    assert (train.num_records, val.num_records) == (100, 4)
+    assert train.class_names == val.class_names == ("0", "1", "2", "3")
+    contents = [content for content, _ in records(train)]
+    assert len(set(contents)) == 32 and not set(contents) & {content for content, _ in records(val)}
+    assert {Image.open(io.BytesIO(content)).size for content in contents} == {(500, 375)}
+    assert all(60_000 < len(content) < 130_000 for content in contents)  # as photographs are
+    assert [label for _, label in records(train)] == train.labels.tolist() == [0, 1, 2, 3] * 25
+    like_imagenet = open_source(config("synthetic"), "train", seed=0)
+    assert (like_imagenet.num_records, len(like_imagenet.class_names)) == (1_281_167, 1000)
+    few = open_source(config("synthetic:100:4", train_per_class=3), "train", seed=0)
+    assert collections.Counter(label for _, label in records(few)) == dict.fromkeys(range(4), 3)
+
+
+def test_a_set_is_labelled_by_the_models_classes(tmp_path):
+    make(tmp_path, "a/dog/1.png", "a/ant/2.png", "numbers/0/3.png", "numbers/10/4.png", "numbers/2/5.png")
+    names = ("ant", "bee", "cat", "dog", *(f"class {i}" for i in range(4, 11)))
+    named = open_set("folder", str(tmp_path / "a"), names)
+    assert records(named) == [(b"a/ant/2.png", 0), (b"a/dog/1.png", 3)]
+    assert named.class_names == names and named.labels.tolist() == [0, 3]
+    # ImageNet-V2 names its folders by place in the list of classes.
+    numbered = open_set("folder", str(tmp_path / "numbers"), names)
+    assert {(content[-5:-4], label) for content, label in records(numbered)} == {
+        (b"3", 0),
+        (b"4", 10),
+        (b"5", 2),
+    }
+    with pytest.raises(UserError, match="a class '10' that the model was not trained on"):
+        open_set("folder", str(tmp_path / "numbers"), names[:5])
+    with pytest.raises(UserError, match="a class 'dog' that"):
+        open_set("folder", str(tmp_path / "a"), ("ant",))
+    with pytest.raises(UserError, match=r"data\.val_root is not set"):
+        open_set("folder", "", names)
+    with pytest.raises(UserError, match=r"unknown data\.val_source 'folders'; did you mean 'folder'"):
+        open_set("folders", "", names)

@@ -1,0 +1,131 @@
+"""Folders of image files: which files are records, of which class, and which are held out."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from cnx2_jax.data.sources.base import Source, held_out
+from cnx2_jax.errors import UserError
+
+_ENDINGS = (".jpeg", ".jpg", ".png", ".webp")
+
+
+def open_folder(root: str, split: str, val_fraction: float) -> Source:
+    """`root/train` and `root/val`; without `val`, a share of `root/train`, or else of `root`.
+
+    Each sub-folder is a class, whatever lies below it. Images without any sub-folder are unlabelled.
+
+    Raises:
+      UserError: the folder is missing, empty, cannot be listed, or is laid out inconsistently.
+    """
+    root = _existing(root, "data.root")
+    train, val = os.path.join(root, "train"), os.path.join(root, "val")
+    has_train, has_val = os.path.isdir(train), os.path.isdir(val)
+    if has_val and not has_train:
+        raise UserError(f"'{root}' has a folder 'val' but no 'train'; add it or rename 'val'")
+    base = train if has_train else root
+    class_names = _sub_folders(base)
+    if has_val and split == "val":
+        return _list_records(val, class_names)
+    source = _list_records(base, class_names)
+    assert source.labels is not None
+    present = np.bincount(source.labels, minlength=len(class_names)) > 0
+    if not present.all():
+        empty = os.path.join(base, class_names[int(np.argmin(present))])
+        raise UserError(f"class folder '{empty}' has no {_kinds()}; add some or remove it")
+    if has_val:
+        return source
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"data.val_fraction {val_fraction} is not in [0, 1)")
+    # Relative names, so that a data set that moves to another disk keeps its split.
+    start = len(os.path.join(base, ""))
+    names = (os.fsencode(source.describe(index)[start:]) for index in range(source.num_records))
+    chosen = held_out(names, source.labels, val_fraction)
+    return source.only(chosen if split == "val" else ~chosen)
+
+
+def open_whole_folder(root: str) -> Source:
+    """All images of a folder, its sub-folders being the classes.
+
+    Raises:
+      UserError: as `open_folder`.
+    """
+    root = _existing(root, "data.val_root")
+    return _list_records(root, _sub_folders(root))
+
+
+def _existing(root: str, key: str) -> str:
+    root = os.path.expanduser(root)
+    if not root:
+        raise UserError(f"{key} is not set; pass --config.{key}=FOLDER with your images")
+    if not os.path.isdir(root):
+        raise UserError(f"{key} '{root}' is not a folder; check the path")
+    return root
+
+
+def _list_records(folder: str, class_names: Sequence[str]) -> Source:
+    """All images below `folder`, sorted by path, labelled by the sub-folder they lie in."""
+    unknown = sorted(set(_sub_folders(folder)) - set(class_names))
+    if unknown:
+        raise UserError(f"class '{unknown[0]}' is only in '{folder}'; add it to train or remove it")
+    # Sorted: the order in which a file system lists differs between machines.
+    names = sorted(_image_names(folder))
+    if not names:
+        raise UserError(f"no {_kinds()} in '{folder}'; check the path")
+    if class_names:
+        loose = next((name for name in names if "/" not in name), None)
+        if loose is not None:
+            raise UserError(
+                f"image '{os.path.join(folder, loose)}' lies beside or instead of class folders; "
+                "move it into one"
+            )
+        label_of = {name: label for label, name in enumerate(class_names)}
+        labels = np.fromiter((label_of[name.split("/", 1)[0]] for name in names), np.int32)
+    else:
+        labels = np.zeros(len(names), np.int32)
+    top = os.path.join(folder, "")
+    # One array of fixed width: 14 million Python strings would take several times its memory.
+    paths = np.array([os.fsencode(name) for name in names], np.bytes_)
+    encoded_paths, numbers = tf.constant(paths, tf.string), tf.constant(labels)
+
+    def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
+        path = tf.strings.join([os.fsencode(top), encoded_paths[index]])
+        return {"bytes": tf.io.read_file(path), "label": numbers[index]}
+
+    return Source(
+        num_records=len(names),
+        class_names=tuple(class_names),
+        labels=labels,
+        read=read,
+        describe=lambda index: top + os.fsdecode(paths[index]),
+    )
+
+
+def _sub_folders(folder: str) -> tuple[str, ...]:
+    with _listed(folder) as entries:
+        return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
+
+
+def _image_names(folder: str, prefix: str = "") -> Iterator[str]:
+    """Paths relative to the top folder, in no particular order."""
+    with _listed(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _image_names(entry.path, f"{prefix}{entry.name}/")
+            elif entry.name.lower().endswith(_ENDINGS):
+                yield prefix + entry.name
+
+
+def _listed(folder: str):
+    try:
+        return os.scandir(folder)
+    except OSError as error:
+        raise UserError(f"cannot list '{error.filename}': {error.strerror}") from error
+
+
+def _kinds() -> str:
+    return f"images ({', '.join(_ENDINGS)})"

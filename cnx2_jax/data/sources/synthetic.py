@@ -1,0 +1,69 @@
+"""Images from nowhere, all of one size and cost: for benchmarks and smoke runs."""
+
+import io
+import math
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from cnx2_jax.data.sources.base import Source
+from cnx2_jax.errors import UserError
+
+# As ImageNet-1K: its number of records and classes, and the size that its photographs have on average.
+_TRAIN_RECORDS, _CLASSES = 1_281_167, 1000
+_HEIGHT, _WIDTH = 375, 500
+_TRAIN_PER_VAL = 25
+_DIFFERENT = 32
+
+
+def open_synthetic(size: str, split: str) -> Source:
+    """JPEGs of 500x375 pixels of coloured noise; record i is picture i % 32 and of class i % classes.
+
+    Args:
+      size: what follows `synthetic:` in `data.source`: `RECORDS` or `RECORDS:CLASSES`; empty for
+        ImageNet-1K's 1,281,167 and 1,000. The val split has one for every 25 of them besides.
+      split: "train" or "val".
+
+    Raises:
+      UserError: `size` is not that.
+    """
+    records, _, classes = size.partition(":")
+    try:
+        num_records = int(records) if records else _TRAIN_RECORDS
+        num_classes = int(classes) if classes else min(_CLASSES, num_records)
+        if not 1 <= num_classes <= num_records:
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"data.source 'synthetic:{size}' must be synthetic, synthetic:RECORDS or "
+            "synthetic:RECORDS:CLASSES, with no more classes than records"
+        ) from None
+    if split == "val":
+        num_records = max(1, num_records // _TRAIN_PER_VAL)
+    rng = np.random.default_rng(0 if split == "train" else 1)
+    pictures = tf.constant([_jpeg(rng) for _ in range(_DIFFERENT)])
+    digits = len(str(num_classes - 1))
+    return Source(
+        num_records=num_records,
+        class_names=tuple(f"{label:0{digits}}" for label in range(num_classes)),
+        labels=np.arange(num_records, dtype=np.int32) % num_classes,
+        read=lambda index: {
+            "bytes": pictures[index % _DIFFERENT],
+            "label": tf.cast(index % num_classes, tf.int32),
+        },
+        describe=lambda index: f"synthetic/{split}/{index}",
+    )
+
+
+def _jpeg(rng: np.random.Generator) -> bytes:
+    """Noise of several grains, of the file size of a photograph (70 to 110 KB)."""
+    image = np.zeros((_HEIGHT, _WIDTH, 3))
+    for grain, strength in ((2, 9), (5, 12), (20, 20), (80, 40)):
+        shape = (math.ceil(_HEIGHT / grain), math.ceil(_WIDTH / grain), 3)
+        noise = rng.normal(0, strength, shape).repeat(grain, axis=0).repeat(grain, axis=1)
+        image += noise[:_HEIGHT, :_WIDTH]
+    buffer = io.BytesIO()
+    pixels = np.clip(image + rng.uniform(64, 192, 3), 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
