@@ -45,7 +45,12 @@ RANGES = {
     "model.decoder_depth": (1, INFINITY),
     "model.head_init_scale": (0, 1e9),
     "data.val_fraction": (0, 0.999),
+    "data.random_erasing": (0, 1),
+    "data.max_unreadable": (0, 0.5),
     "data.eval_crop": (0.1, 1),
+    "label_smoothing": (0, 0.999),
+    "mixup": (0, 1e6),
+    "cutmix": (0, 1e6),
     "optimizer.min_learning_rate": (0, INFINITY),
     "optimizer.warmup_epochs": (0, 1e9),
     "optimizer.weight_decay": (0, 1e9),
@@ -82,13 +87,19 @@ def defaults(task: str) -> ConfigDict:
     model.scan = "auto"  # compile each stage's block once and loop over its parameters: on, off or auto
 
     data = config.data = ConfigDict()
-    data.source = "folder"
-    data.root = ""
-    data.val_fraction = 0.1  # where the folder has no train/ and val/ of its own
+    data.source = "folder"  # or tfds:NAME[/CONFIG]:SPLIT, synthetic[:RECORDS[:CLASSES]], digits
+    data.root = ""  # of a folder's images, or of TFDS's data sets if not the usual place
+    data.val_source = ""  # where validation images come from, if from elsewhere
+    data.val_root = ""
+    data.val_fraction = 0.1  # where the source has no validation images of its own
     data.train_per_class = 0  # if not 0, train on this many images of each class only
     data.crop_scale = (0.08, 1.0)  # share of the area that a random crop covers
     data.crop_ratio = (3 / 4, 4 / 3)
     data.flip = True
+    data.augment = ""  # rand-m9-mstd0.5-inc1: RandAugment; jitter-0.4: colour jitter
+    data.random_erasing = 0.0  # share of the images in which a box becomes noise
+    data.unreadable = "error"  # or skip: another image stands in, counted in the metrics
+    data.max_unreadable = 0.01  # share of all images at which skipping gives up
     data.eval_crop = 0.875
     data.mean = (0.485, 0.456, 0.406)  # of ImageNet, as shares of the full range
     data.std = (0.229, 0.224, 0.225)
@@ -118,6 +129,10 @@ def defaults(task: str) -> ConfigDict:
         config.init_from = ""  # a checkpoint to start from; empty: from scratch
         model.head_init_scale = 1.0
         config.label_smoothing = 0.0
+        # Alphas of the beta distributions that mixing coefficients are drawn from; 0: none. With both, each
+        # batch draws which.
+        config.mixup = 0.0
+        config.cutmix = 0.0
     return config
 
 

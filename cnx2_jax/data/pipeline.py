@@ -6,16 +6,20 @@ function of (seed, position) alone, so the stream can be entered at any step, on
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from jaxtyping import UInt8
+from tqdm import tqdm
 
 from cnx2_jax.configuration import image_hw
-from cnx2_jax.data import transforms
-from cnx2_jax.data.sources import Source, open_source
+from cnx2_jax.data import faults, transforms
+from cnx2_jax.data.augment import make_augmentation
+from cnx2_jax.data.sources import Source, open_set, open_source
+from cnx2_jax.data.transforms import TrainTransform
 from cnx2_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -25,37 +29,58 @@ _END_OF_STREAM = 2**62
 
 
 class ImageData:
-    """The train and val images of one run, as batches of NumPy arrays."""
+    """The train and val images of one run, as batches of NumPy arrays.
+
+    Attributes:
+      train, val: the records of both splits.
+    """
 
     def __init__(self, config: Any):
         """Opens both splits of `config.data`; see `open_source` for its keys and errors.
 
         Args:
           config: the run's config. Read here: `seed`, `batch_size` (global), `image_size`, `model.in_chans`
-            (1 or 3), and of `data`: `crop_scale`, `crop_ratio`, `flip`, `eval_crop` and what the
-            source needs.
+            (1 or 3), and all of `data`.
 
         Raises:
-          UserError: as `open_source`, or if images cannot have `model.in_chans` channels.
+          UserError: as `open_source`, `open_set` and `make_augmentation`, or if images cannot have
+            `model.in_chans` channels.
         """
-        self._size = image_hw(config)
-        self._channels = _checked_channels(config.model.in_chans)
         self._config = config
-        self._train = open_source(config.data, "train", config.seed)
-        self._val = open_source(config.data, "val", config.seed)
+        data = config.data
+        transform = TrainTransform(
+            size=image_hw(config),
+            channels=_checked_channels(config.model.in_chans),
+            crop_scale=tuple(data.crop_scale),
+            crop_ratio=tuple(data.crop_ratio),
+            flip=data.flip,
+            # As timm fills: with the mean colour.
+            augment=make_augmentation(data.augment, [round(255 * mean) for mean in data.mean]),
+            erasing=data.random_erasing,
+            mean=tuple(data.mean),
+            std=tuple(data.std),
+        )
+        # Traced once, for however many streams are opened.
+        self._transform = tf.function(transform, autograph=False)
+        faults.check(data.unreadable)
+        self.train = open_source(data, "train", config.seed)
+        if data.val_source:
+            self.val = open_set(data.val_source, data.val_root, self.train.class_names)
+        else:
+            self.val = open_source(data, "val", config.seed)
 
     @property
     def num_train(self) -> int:
-        return self._train.num_records
+        return self.train.num_records
 
     @property
     def num_val(self) -> int:
-        return self._val.num_records
+        return self.val.num_records
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Empty when the images carry no labels."""
-        return self._train.class_names
+        return self.train.class_names
 
     def train_batches(
         self, start_step: int, *, process_index: int = 0, process_count: int = 1
@@ -66,66 +91,71 @@ class ImageData:
 
         Returns:
           An iterator over {"image": uint8 [b, h, w, C], "label": int32 [b]}, where b is
-          `batch_size / process_count` and host 0 has the first b images of the global batch.
+          `batch_size / process_count` and host 0 has the first b images of the global batch. With
+          `data.unreadable` "skip" also "unreadable": bool [b], true where another image, which
+          depends on the position alone, stands in for one that cannot be read.
 
         Raises:
           UserError: at once if the batch does not divide over the hosts; from the iterator at the
-            batch that holds an unreadable image.
+            batch that holds an unreadable image, or with "skip" once more than `data.max_unreadable`
+            of all records were.
         """
-        data, seed = self._config.data, self._config.seed
-
-        def image(encoded: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
-            return transforms.train_image(
-                encoded,
-                tf.stack([tf.constant(seed, tf.int64), position]),
-                size=self._size,
-                channels=self._channels,
-                crop_scale=tuple(data.crop_scale),
-                crop_ratio=tuple(data.crop_ratio),
-                flip=data.flip,
-            )
-
+        config = self._config
+        seed = tf.constant(config.seed, tf.int64)
         return _stream(
-            self._train,
-            lambda position: shuffled_record(position, self.num_train, seed),
-            image,
-            steps=(start_step, _END_OF_STREAM // self._config.batch_size),
-            positions=_Positions(self._config.batch_size, process_index, process_count),
+            self.train,
+            config.data,
+            lambda position: shuffled_record(position, self.num_train, config.seed),
+            lambda encoded, position: self._transform(encoded, tf.stack([seed, position])),
+            steps=(start_step, _END_OF_STREAM // config.batch_size),
+            positions=_Positions(config.batch_size, process_index, process_count),
+            # In a later epoch another record stands at the same place.
+            stand_in=lambda position, attempt: position + attempt * self.num_train,
         )
 
-    def eval_batches(
-        self, *, process_index: int = 0, process_count: int = 1, batch_size: int | None = None
-    ) -> Iterator[Batch]:
-        """Yields the val images once over, in their order: this host's slice of each global batch.
+    def eval_batches(self, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+        """Yields the val images once over: see `eval_batches`."""
+        return eval_batches(self.val, self._config, process_index=process_index, process_count=process_count)
 
-        Every host gets the same number of batches. Where the last ones run past the end they repeat
-        the last image with "mask" false; over all hosts each image is there once with mask true.
 
-        Args:
-          batch_size: global; the config's if None.
+def eval_batches(
+    source: Source, config: Any, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Yields a source's images once over, in their order: this host's slice of each global batch.
 
-        Returns:
-          An iterator over batches as in `train_batches`, with "mask": bool [b] added.
+    Every host gets the same number of batches. Where the last ones run past the end they repeat
+    the last image with "mask" false; over all hosts each image is there once with mask true.
 
-        Raises:
-          UserError: as `train_batches`.
-        """
-        positions = _Positions(batch_size or self._config.batch_size, process_index, process_count)
-        batches = _stream(
-            self._val,
-            lambda position: tf.minimum(position, self.num_val - 1),
-            lambda encoded, _: transforms.eval_image(
-                encoded,
-                size=self._size,
-                channels=self._channels,
-                crop_fraction=self._config.data.eval_crop,
-            ),
-            steps=(0, -(-self.num_val // positions.batch_size)),
-            positions=positions,
-        )
-        return (
-            {**batch, "mask": positions.at_step(step) < self.num_val} for step, batch in enumerate(batches)
-        )
+    Returns:
+      An iterator over batches as in `ImageData.train_batches`, with "mask": bool [b] added, which is
+      false on unreadable images too.
+
+    Raises:
+      UserError: as `ImageData.train_batches`.
+    """
+    positions = _Positions(config.batch_size, process_index, process_count)
+    last = source.num_records - 1
+    batches = _stream(
+        source,
+        config.data,
+        lambda position: tf.minimum(position, last),
+        lambda encoded, _: transforms.eval_image(
+            encoded,
+            size=image_hw(config),
+            channels=_checked_channels(config.model.in_chans),
+            crop_fraction=config.data.eval_crop,
+        ),
+        steps=(0, -(-source.num_records // positions.batch_size)),
+        positions=positions,
+        stand_in=None,
+    )
+    for step, batch in enumerate(batches):
+        real = positions.at_step(step) <= last
+        if "unreadable" not in batch:
+            yield {**batch, "mask": real}
+        else:
+            bad = batch["unreadable"] & real  # padding that repeats an unreadable image is not another
+            yield {**batch, "unreadable": bad, "mask": real & ~bad}
 
 
 def preprocess_files(
@@ -156,6 +186,16 @@ def preprocess_files(
 def shuffled_record(position: tf.Tensor, num_records: int, seed: int) -> tf.Tensor:
     """Returns the record at a position (both scalar int64): a new permutation every epoch."""
     epoch, place = position // num_records, position % num_records
+    return _shuffled(place, epoch, num_records, seed)
+
+
+def epoch_order(epoch: int, num_records: int, seed: int) -> np.ndarray:
+    """Returns the records of one epoch in their order, int64 [num_records]."""
+    places, epoch = tf.range(num_records, dtype=tf.int64), tf.constant(epoch, tf.int64)
+    return _shuffled(places, epoch, num_records, seed).numpy()
+
+
+def _shuffled(places: tf.Tensor, epoch: tf.Tensor, num_records: int, seed: int) -> tf.Tensor:
     # Given (seed, epoch) directly, as tf.random.experimental.index_shuffle passes it on, small sets
     # have only 256 different orders: the cipher uses the key's low bits. Hence hashed keys, and more
     # than the default 4 rounds, after which neighbours still come out correlated. Positions seed the
@@ -164,8 +204,15 @@ def shuffled_record(position: tf.Tensor, num_records: int, seed: int) -> tf.Tens
         [3], tf.stack([tf.constant(seed, tf.int64), -1 - epoch]), None, None, tf.uint32
     )
     return tf.raw_ops.RandomIndexShuffle(
-        index=place, seed=keys, max_index=tf.constant(num_records - 1, tf.int64), rounds=16
+        index=places, seed=keys, max_index=tf.constant(num_records - 1, tf.int64), rounds=16
     )
+
+
+def usable_cores() -> int:
+    """Returns how many cores this process may use, which in a container can be few of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Positions:
@@ -194,11 +241,13 @@ class _Positions:
 
 def _stream(
     source: Source,
+    data: Any,
     record_at: Callable[[tf.Tensor], tf.Tensor],
     image_of: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     *,
     steps: tuple[int, int],
     positions: _Positions,
+    stand_in: faults.StandIn | None,
 ) -> Iterator[Batch]:
     """Yields the batches of `range(*steps)`, the host's share of each.
 
@@ -208,28 +257,37 @@ def _stream(
 
     # No Python control flow here depends on a tensor; converting it anyway takes seconds of every start.
     @tf.autograph.experimental.do_not_convert
-    def example(position: tf.Tensor) -> dict[str, tf.Tensor]:
-        record = source.read(record_at(position))
+    def example(position: tf.Tensor, read_from: tf.Tensor) -> dict[str, tf.Tensor]:
+        record = source.read(record_at(read_from))
         return {"image": image_of(record["bytes"], position), "label": record["label"]}
 
-    threads = os.cpu_count() or 1
+    @tf.autograph.experimental.do_not_convert
+    def tolerant(position: tf.Tensor) -> dict[str, tf.Tensor]:
+        if data.unreadable == "error":
+            return example(position, position)
+        return faults.tolerate(example, position, stand_in)
+
+    threads = usable_cores()
     first, last = steps
     dataset = tf.data.Dataset.range(first * positions.per_host, last * positions.per_host)
-    dataset = dataset.map(positions.at).map(example, num_parallel_calls=threads, deterministic=True)
+    dataset = dataset.map(positions.at).map(tolerant, num_parallel_calls=threads, deterministic=True)
     dataset = dataset.batch(positions.per_host, drop_remainder=True).prefetch(_PREFETCHED_BATCHES)
     options = tf.data.Options()
     # Fixed widths instead of autotuning, whose buffers grow until the host's memory is full.
     options.autotune.enabled = False
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1
-    return _guarded(dataset.with_options(options), source, record_at, example, first, positions)
+    batches = _guarded(dataset.with_options(options), source, record_at, example, first, positions)
+    if data.unreadable == "error":
+        return batches
+    return _counted(batches, source, data.max_unreadable, record_at, first, positions)
 
 
 def _guarded(
     dataset: tf.data.Dataset,
     source: Source,
     record_at: Callable[[tf.Tensor], tf.Tensor],
-    example: Callable[[tf.Tensor], dict[str, tf.Tensor]],
+    example: faults.Example,
     first_step: int,
     positions: _Positions,
 ) -> Iterator[Batch]:
@@ -244,13 +302,39 @@ def _guarded(
         except tf.errors.OpError:
             for position in tf.constant(positions.at_step(step), tf.int64):
                 try:
-                    example(position)
+                    example(position, position)
                 except tf.errors.OpError as error:
                     name = source.describe(int(record_at(position)))
                     raise _unreadable(name, error) from error
             raise  # It is readable now: not the image's fault, so say what TensorFlow said.
         yield batch
         step += 1
+
+
+def _counted(
+    batches: Iterator[Batch],
+    source: Source,
+    share: float,
+    record_at: Callable[[tf.Tensor], tf.Tensor],
+    first_step: int,
+    positions: _Positions,
+) -> Iterator[Batch]:
+    """Names each record that was skipped, once, and stops when they are more than `share` of all."""
+    skipped: set[int] = set()
+    for step, batch in enumerate(batches, first_step):
+        for position in positions.at_step(step)[batch["unreadable"]]:
+            record = int(record_at(tf.constant(position, tf.int64)))
+            if record in skipped:
+                continue
+            skipped.add(record)
+            tqdm.write(f"skipped: image '{source.describe(record)}' cannot be read", file=sys.stderr)
+            if len(skipped) > share * source.num_records:
+                raise UserError(
+                    f"{len(skipped)} of {source.num_records} images cannot be read, the last "
+                    f"'{source.describe(record)}': more than data.max_unreadable {share}; repair or remove "
+                    "them, or raise it"
+                )
+        yield batch
 
 
 def _unreadable(name: str, error: tf.errors.OpError) -> UserError:

@@ -5,71 +5,100 @@ filter, rounded to uint8. Images are uint8 [height, width, channels] throughout;
 the accelerator, so that hosts ship a quarter of the bytes.
 """
 
+import dataclasses
 import math
 
 import tensorflow as tf
 
+from cnx2_jax.data.augment import Augmentation
+from cnx2_jax.data.decoding import decode, decode_crop
+from cnx2_jax.data.resizing import resize
+
 # From this size up an evaluation image is warped to the target instead of cropped (recipes of the
 # ConvNeXt papers at 384 px and above).
 _WARP_FROM = 384
-_CROP_TRIES = 10
+_TRIES = 10
+# timm's RandomErasing: share of the area, and aspect ratio, of the box.
+_ERASED_AREA = (0.02, 1 / 3)
+_ERASED_RATIO = (0.3, 1 / 0.3)
 
 
-def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
-    """Decodes a JPEG, PNG or WebP image, told apart by its content, not by its name.
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop, mirroring, augmentation, random erasing: an image from bytes and a seed.
 
-    Alpha is dropped and the first frame taken, as Pillow's `convert("RGB")` does; an animated WebP
-    is refused. One channel comes out as Pillow's `convert("L")` computes it.
-
-    Args:
-      encoded: scalar string.
+    Attributes:
+      size: of the result.
       channels: 1 or 3.
-
-    Returns:
-      uint8 [height, width, channels].
-
-    Raises:
-      tf.errors.OpError: when it runs, if the bytes are no image.
+      crop_scale: smallest and largest share of the area that a crop covers.
+      crop_ratio: its smallest and largest width over height.
+      flip: whether half of the images are mirrored.
+      augment: what is done besides, or None.
+      erasing: share of the images in which a box is replaced by noise.
+      mean, std: of that noise in each channel, as shares of the full range; what normalises images.
     """
-    image = tf.case(
-        [
-            (tf.io.is_jpeg(encoded), lambda: _decode_jpeg(encoded)),
-            (tf.strings.substr(encoded, 0, 4) == b"RIFF", lambda: _decode_webp(encoded)),
-        ],
-        default=lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
-    )
-    image.set_shape([None, None, 3])
-    return image if channels == 3 else _to_gray(image)
+
+    size: tuple[int, int]
+    channels: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: bool
+    augment: Augmentation | None
+    erasing: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Maps a scalar string and int64 [2] to uint8 [*size, channels]."""
+        # One call for all numbers: each costs as much as a small operation on an image.
+        count = self.augment.draws if self.augment else 0
+        parts = (4 * _TRIES, 1, count, 1, 4 * _TRIES)
+        draws = tf.split(tf.random.stateless_uniform([sum(parts)], seed), parts)
+        crop_draws, flip_draw, augment_draws, erasing_draw, box_draws = draws
+
+        image = decode_crop(
+            encoded,
+            self.channels,
+            lambda height, width: random_crop_box(
+                height, width, self.crop_scale, self.crop_ratio, tf.reshape(crop_draws, [4, _TRIES])
+            ),
+        )
+        image = resize(image, self.size, mirrored=(flip_draw[0] < 0.5) if self.flip else False)
+        image = tf.ensure_shape(image, [*self.size, self.channels])
+        if self.augment:
+            image = self.augment.apply(image, augment_draws)
+        if self.erasing:
+            box = random_erasing_box(*self.size, tf.reshape(box_draws, [4, _TRIES]))
+            image = tf.cond(
+                (erasing_draw[0] <= self.erasing) & (box[2] > 0),
+                lambda: self._erase(image, box, seed),
+                lambda: image,
+            )
+        return tf.ensure_shape(image, [*self.size, self.channels])
+
+    def _erase(self, image: tf.Tensor, box: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Replaces a box by noise that is standard normal once the image is normalised (timm's pixel mode).
+
+        Of what 8 bits hold, that is: about a 50th of the values are cut off on either side.
+        """
+        top, left, height, width = tf.unstack(box)
+        rows, columns = self.size
+        # In rows of width x channels, as broadcasting along a last axis of 3 is slow.
+        noise = tf.random.stateless_normal([height, width * self.channels], _other_stream(seed))
+        scale, shift = (
+            tf.tile(tf.constant([255 * x for x in each]), [width]) for each in (self.std, self.mean)
+        )
+        noise = tf.cast(tf.clip_by_value(noise * scale + (shift + 0.5), 0.0, 255.0), tf.uint8)
+        right = (columns - left - width) * self.channels
+        around = [[top, rows - top - height], [left * self.channels, right]]
+        flat = tf.reshape(image, [rows, columns * self.channels])
+        outside = tf.pad(tf.zeros_like(noise, tf.bool), around, constant_values=True)
+        return tf.reshape(tf.where(outside, flat, tf.pad(noise, around)), image.shape)
 
 
-def _decode_jpeg(encoded: tf.Tensor) -> tf.Tensor:
-    # TensorFlow's default is a fast, inexact inverse transform, off by up to 4 levels.
-    return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
-
-
-def _decode_webp(encoded: tf.Tensor) -> tf.Tensor:
-    # Only with channels=0 does TensorFlow 2.21 read WebP both with and without alpha; but that
-    # overruns its buffer on an animation. With channels=3 an animation is a clean error. The flag is
-    # bit 1 of the byte after the VP8X chunk's header.
-    flags = tf.io.decode_raw(tf.strings.substr(encoded, 20, 1), tf.uint8)[0]
-    extended = tf.strings.substr(encoded, 12, 4) == b"VP8X"
-    return tf.cond(
-        tf.logical_and(extended, tf.bitwise.bitwise_and(flags, tf.constant(2, tf.uint8)) > 0),
-        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
-        lambda: tf.io.decode_image(encoded, channels=0, expand_animations=False)[..., :3],
-    )
-
-
-def _to_gray(image: tf.Tensor) -> tf.Tensor:
-    # ITU-R 601 luma in Pillow's 16-bit fixed point; equal channels come out unchanged.
-    weighted = tf.cast(image, tf.int32) * tf.constant([19595, 38470, 7471])
-    return tf.cast((tf.reduce_sum(weighted, axis=-1, keepdims=True) + 0x8000) // 0x10000, tf.uint8)
-
-
-def resize(image: tf.Tensor, size: tuple[int, int] | tf.Tensor) -> tf.Tensor:
-    """Resizes uint8 [h, w, C] to uint8 [*size, C], bicubic and antialiased, as Pillow does."""
-    resized = tf.image.resize(image, size, method="bicubic", antialias=True)
-    return tf.saturate_cast(tf.round(resized), tf.uint8)
+def _other_stream(seed: tf.Tensor) -> tf.Tensor:
+    """A seed whose numbers have nothing to do with those of `seed`; positions are never negative."""
+    return tf.bitwise.invert(seed)
 
 
 def random_crop_box(
@@ -77,7 +106,7 @@ def random_crop_box(
     width: tf.Tensor,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-    seed: tf.Tensor,
+    draws: tf.Tensor,
 ) -> tf.Tensor:
     """Draws the box of a random resized crop with torchvision's and timm's semantics.
 
@@ -89,71 +118,56 @@ def random_crop_box(
       height, width: of the image, scalar int32.
       scale: smallest and largest area, as a share of the image's.
       ratio: smallest and largest aspect ratio.
-      seed: int64 [2].
+      draws: float32 [4, tries], uniform in [0, 1).
 
     Returns:
       int32 [4]: top, left, height, width.
     """
     image_height, image_width = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-    area_draw, ratio_draw, top_draw, left_draw = tf.unstack(
-        tf.random.stateless_uniform([4, _CROP_TRIES], seed)
-    )
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    area = (scale[0] + (scale[1] - scale[0]) * area_draw) * image_height * image_width
-    aspect = tf.exp(low + (high - low) * ratio_draw)
-    widths, heights = tf.round(tf.sqrt(area * aspect)), tf.round(tf.sqrt(area / aspect))
+    tries = _boxes(image_height, image_width, scale, ratio, draws)
+    _, _, heights, widths = tf.unstack(tries)
     fits = (widths > 0) & (widths <= image_width) & (heights > 0) & (heights <= image_height)
-    tops = tf.floor(top_draw * (image_height - heights + 1))
-    lefts = tf.floor(left_draw * (image_width - widths + 1))
 
     whole_width = tf.minimum(image_width, tf.maximum(1.0, tf.round(image_height * ratio[1])))
     whole_height = tf.minimum(image_height, tf.maximum(1.0, tf.round(image_width / ratio[0])))
     whole_top = tf.floor((image_height - whole_height) / 2)
     whole_left = tf.floor((image_width - whole_width) / 2)
 
-    tries = tf.stack([tops, lefts, heights, widths], axis=-1)
     whole = tf.stack([whole_top, whole_left, whole_height, whole_width])
     first = tf.argmax(fits)  # argmax of booleans: the first that is true, or 0.
-    return tf.cast(tf.where(fits[first], tries[first], whole), tf.int32)
+    return tf.cast(tf.where(fits[first], tries[:, first], whole), tf.int32)
 
 
-def random_resized_crop(
-    image: tf.Tensor,
-    *,
-    size: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    seed: tf.Tensor,
-) -> tf.Tensor:
-    """Cuts `random_crop_box` out of uint8 [h, w, C] and resizes it to uint8 [*size, C]."""
-    shape = tf.shape(image)
-    top, left, height, width = tf.unstack(random_crop_box(shape[0], shape[1], scale, ratio, seed))
-    return resize(image[top : top + height, left : left + width], size)
+def random_erasing_box(height: int, width: int, draws: tf.Tensor) -> tf.Tensor:
+    """Draws the box that random erasing covers (timm.data.random_erasing).
+
+    Of ten tries with area uniform from 2% to a third of the image's and aspect ratio log-uniform from 0.3 to
+    1 / 0.3, the first that is smaller than the image both ways, placed uniformly.
+
+    Args:
+      height, width: of the image.
+      draws: float32 [4, tries], uniform in [0, 1).
+
+    Returns:
+      int32 [4]: top, left, height, width; all 0 if no try fits.
+    """
+    tries = _boxes(float(height), float(width), _ERASED_AREA, _ERASED_RATIO, draws)
+    _, _, heights, widths = tf.unstack(tries)
+    fits = (heights < height) & (widths < width)
+    first = tf.argmax(fits)
+    return tf.cast(tf.where(fits[first], tries[:, first], 0.0), tf.int32)
 
 
-def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Mirrors uint8 [h, w, C] left to right with probability one half."""
-    flipped = tf.random.stateless_uniform([], seed) < 0.5
-    return tf.cond(flipped, lambda: tf.reverse(image, axis=[1]), lambda: image)
-
-
-def train_image(
-    encoded: tf.Tensor,
-    seed: tf.Tensor,
-    *,
-    size: tuple[int, int],
-    channels: int,
-    crop_scale: tuple[float, float],
-    crop_ratio: tuple[float, float],
-    flip: bool,
-) -> tf.Tensor:
-    """Turns an encoded image (scalar string) and a seed (int64 [2]) into uint8 [*size, channels]."""
-    crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
-    image = decode(encoded, channels)
-    image = random_resized_crop(image, size=size, scale=crop_scale, ratio=crop_ratio, seed=crop_seed)
-    if flip:
-        image = random_flip(image, flip_seed)
-    return tf.ensure_shape(image, [*size, channels])
+def _boxes(height, width, scale, ratio, draws) -> tf.Tensor:
+    """Tops, lefts, heights and widths of boxes of random area, aspect ratio and place, [4, tries]."""
+    area_draw, ratio_draw, top_draw, left_draw = tf.unstack(draws)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    area = (scale[0] + (scale[1] - scale[0]) * area_draw) * height * width
+    aspect = tf.exp(low + (high - low) * ratio_draw)
+    widths, heights = tf.round(tf.sqrt(area * aspect)), tf.round(tf.sqrt(area / aspect))
+    tops = tf.floor(top_draw * (height - heights + 1))
+    lefts = tf.floor(left_draw * (width - widths + 1))
+    return tf.stack([tops, lefts, heights, widths])
 
 
 def eval_image(
@@ -174,8 +188,8 @@ def eval_image(
         lambda: tf.stack([covered_height, covered_height * width // height]),
         lambda: tf.stack([covered_width * height // width, covered_width]),
     )
-    image = resize(image, tf.cast(resized, tf.int32))
     # Rounds halves to even, as torchvision's centre crop does.
-    offset = tf.cast(tf.round((resized - tf.constant(size, tf.int64)) / 2), tf.int32)
-    image = image[offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
+    offset = tf.round((resized - tf.constant(size, tf.int64)) / 2)
+    window = tf.concat([tf.cast(offset, tf.int32), tf.constant(size)], axis=0)
+    image = resize(image, tf.cast(resized, tf.int32), window=window)
     return tf.ensure_shape(image, [*size, channels])

@@ -1,115 +1,32 @@
-"""Transforms against Pillow on a real photograph, and their distributions over many draws."""
+"""Transforms against torchvision's and timm's definitions: distributions over many draws."""
 
-import io
 import math
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from sklearn.datasets import load_sample_image
 
 from cnx2_jax.data import transforms
+from cnx2_jax.data.augment import make_augmentation
+from cnx2_jax.data.decoding import decode
+from cnx2_jax.data.transforms import TrainTransform
+
+TRIES = 10
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@pytest.fixture(scope="module")
-def photo() -> Image.Image:
-    return Image.fromarray(load_sample_image("china.jpg"))  # 640 x 427
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def with_alpha(image: Image.Image) -> Image.Image:
-    image = image.copy()
-    image.putalpha(Image.linear_gradient("L").resize(image.size))
-    return image
-
-
-def close(image, expected) -> bool:
-    """Within one grey level on 99.9% of the values."""
-    difference = np.abs(np.asarray(image, int) - np.asarray(expected, int))
-    return np.asarray(image).shape == np.asarray(expected).shape and (difference <= 1).mean() > 0.999
-
-
-def in_tf_data(function, *arguments):
-    """Runs in graph mode, as the pipeline does."""
-    dataset = tf.data.Dataset.from_tensors(arguments).map(function)
-    return next(dataset.as_numpy_iterator())
-
-
-ENCODINGS = {
-    "jpeg": lambda image: encode(image, "JPEG"),
-    "jpeg progressive": lambda image: encode(image, "JPEG", progressive=True, quality=95),
-    "jpeg grey": lambda image: encode(image.convert("L"), "JPEG"),
-    "png": lambda image: encode(image, "PNG"),
-    "png grey": lambda image: encode(image.convert("L"), "PNG"),
-    "png palette": lambda image: encode(image.convert("P"), "PNG"),
-    "png alpha": lambda image: encode(with_alpha(image), "PNG"),
-    "png grey alpha": lambda image: encode(with_alpha(image).convert("LA"), "PNG"),
-    "webp": lambda image: encode(image, "WEBP"),
-    "webp lossless": lambda image: encode(image, "WEBP", lossless=True),
-    "webp alpha": lambda image: encode(with_alpha(image), "WEBP"),
-    "webp lossless alpha": lambda image: encode(with_alpha(image), "WEBP", lossless=True, exact=True),
-}
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_decode_equals_pillow(photo, encoding):
-    encoded = ENCODINGS[encoding](photo)
-    image = Image.open(io.BytesIO(encoded))
-    colour = in_tf_data(lambda value: transforms.decode(value, 3), encoded)
-    assert colour.dtype == np.uint8
-    np.testing.assert_array_equal(colour, np.asarray(image.convert("RGB")))
-    grey = in_tf_data(lambda value: transforms.decode(value, 1), encoded)
-    np.testing.assert_array_equal(grey[..., 0], np.asarray(image.convert("RGB").convert("L")))
-
-
-def test_grey_files_keep_every_level():
-    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    grey = transforms.decode(encode(Image.fromarray(levels), "PNG"), 1)
-    np.testing.assert_array_equal(grey[..., 0], levels)
-
-
-def animation(photo) -> bytes:
-    frame = photo.resize((32, 32))
-    return encode(frame, "WEBP", save_all=True, append_images=[frame.rotate(90)])
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        pytest.param(lambda photo: b"", id="empty"),
-        pytest.param(lambda photo: b"RIFF", id="cut header"),
-        pytest.param(lambda photo: b"no image at all, but some text", id="text"),
-        pytest.param(lambda photo: encode(photo, "JPEG")[:9000], id="cut jpeg"),
-        pytest.param(lambda photo: encode(photo, "PNG")[:9000], id="cut png"),
-        pytest.param(lambda photo: encode(photo, "WEBP")[:9000], id="cut webp"),
-        pytest.param(animation, id="animated webp"),  # without care, TensorFlow corrupts its heap
-    ],
-)
-def test_broken_images_raise(photo, broken):
-    with pytest.raises(tf.errors.OpError):
-        in_tf_data(lambda value: transforms.decode(value, 3), broken(photo))
-
-
-@pytest.mark.parametrize("size", [(112, 160), (64, 64), (300, 90), (853, 1000), (200, 900)])
-def test_resize_is_pillows_bicubic(photo, size):
-    resized = transforms.resize(np.asarray(photo), size)
-    expected = photo.resize(size[::-1], Image.Resampling.BICUBIC)
-    assert resized.dtype == tf.uint8
-    assert close(resized, expected)
-    # Rounded, not cut off: the differences there are cancel out.
-    assert abs(np.mean(np.asarray(resized, int) - np.asarray(expected, int))) < 0.05
+def kolmogorov_smirnov(ours, theirs) -> float:
+    """How far two samples' distributions differ; of 4000 from one, by 0.05 once in 10^4."""
+    grid = np.union1d(ours, theirs)
+    cumulative = [np.searchsorted(np.sort(x), grid, "right") / len(x) for x in (ours, theirs)]
+    return np.abs(cumulative[0] - cumulative[1]).max()
 
 
 def boxes(height, width, scale, ratio, count=4000) -> np.ndarray:
     def box(index):
-        seed = tf.stack([tf.constant(5, tf.int64), index])
-        return transforms.random_crop_box(tf.constant(height), tf.constant(width), scale, ratio, seed)
+        draws = tf.random.stateless_uniform([4, TRIES], tf.stack([tf.constant(5, tf.int64), index]))
+        return transforms.random_crop_box(tf.constant(height), tf.constant(width), scale, ratio, draws)
 
     dataset = tf.data.Dataset.range(count).map(box).batch(count)
     return next(dataset.as_numpy_iterator()).astype(float)
@@ -162,11 +79,8 @@ def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale, ratio)
         middle = [(top + h / 2) / height, (left + w / 2) / width]
         return [h * w / (height * width), np.log(w / h), *middle, top == 0, left == 0]
 
-    # Kolmogorov-Smirnov: two samples of 4000 from one distribution differ by 0.05 once in 10^4.
     for ours, theirs in zip(features(drawn), features(expected), strict=True):
-        grid = np.union1d(ours, theirs)
-        cumulative = [np.searchsorted(np.sort(x), grid, "right") / len(x) for x in (ours, theirs)]
-        assert np.abs(cumulative[0] - cumulative[1]).max() < 0.05
+        assert kolmogorov_smirnov(ours, theirs) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -189,36 +103,132 @@ def test_whole_image_when_its_ratio_fits_but_no_try_does():
     np.testing.assert_array_equal(drawn, reference_boxes(96, 100, (1.0, 1.0), (1.1, 1.2), count=20))
 
 
-def test_random_resized_crop_is_crop_then_resize(photo):
-    image, seed = np.asarray(photo), tf.constant([3, 4], tf.int64)
-    options = {"scale": (0.2, 0.6), "ratio": (0.75, 4 / 3)}
-    height, width = (tf.constant(side) for side in image.shape[:2])
-    top, left, h, w = transforms.random_crop_box(height, width, *options.values(), seed).numpy()
-    cropped = transforms.random_resized_crop(image, size=(96, 128), seed=seed, **options)
-    expected = photo.crop((left, top, left + w, top + h)).resize((128, 96), Image.Resampling.BICUBIC)
-    assert close(cropped, expected)
+def erasing_boxes(height, width, count=4000) -> np.ndarray:
+    def box(index):
+        draws = tf.random.stateless_uniform([4, TRIES], tf.stack([tf.constant(6, tf.int64), index]))
+        return transforms.random_erasing_box(height, width, draws)
+
+    return next(tf.data.Dataset.range(count).map(box).batch(count).as_numpy_iterator()).astype(float)
 
 
-def test_flip_mirrors_half_of_the_images():
-    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    dataset = tf.data.Dataset.range(2000).map(
-        lambda i: transforms.random_flip(image, tf.stack([tf.constant(0, tf.int64), i]))
+def reference_erasing_boxes(height, width, count=4000) -> np.ndarray:
+    """timm's RandomErasing._erase, literally."""
+    rng = np.random.default_rng(1)
+
+    def box():
+        for _ in range(10):
+            area = rng.uniform(0.02, 1 / 3) * height * width
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if w < width and h < height:
+                return rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
+        return 0, 0, 0, 0
+
+    return np.array([box() for _ in range(count)], float)
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (96, 160), (24, 24)])
+def test_erasing_boxes_are_distributed_as_timms(height, width):
+    drawn, expected = erasing_boxes(height, width), reference_erasing_boxes(height, width)
+    top, left, h, w = drawn.T
+    assert ((h < height) & (w < width) & (top + h <= height) & (left + w <= width)).all()
+
+    def features(sample):
+        top, left, h, w = sample.T
+        return [h * w, np.log(w / h), top + h / 2, left + w / 2]
+
+    for ours, theirs in zip(features(drawn), features(expected), strict=True):
+        assert kolmogorov_smirnov(ours, theirs) < 0.05
+
+
+def test_no_erasing_box_where_none_fits():
+    assert not np.prod(erasing_boxes(2, 1, count=20)[:, 2:], axis=1).any()
+
+
+def transform(**changes) -> TrainTransform:
+    options = {
+        "size": (24, 32),
+        "channels": 3,
+        "crop_scale": (0.3, 1.0),
+        "crop_ratio": (0.7, 1.4),
+        "flip": True,
+        "augment": None,
+        "erasing": 0.0,
+        "mean": MEAN,
+        "std": STD,
+    }
+    return TrainTransform(**{**options, **changes})
+
+
+def train_image(encoded, seed, **changes):
+    return transform(**changes)(encoded, tf.constant(seed, tf.int64)).numpy()
+
+
+def train_images(encoded, count, **changes) -> np.ndarray:
+    """Images of seeds (0, 0) to (0, count - 1), in graph mode."""
+    zero, make = tf.constant(0, tf.int64), transform(**changes)
+    images = tf.data.Dataset.range(count).map(
+        tf.autograph.experimental.do_not_convert(lambda i: make(encoded, tf.stack([zero, i])))
     )
-    flipped = np.stack(list(dataset.as_numpy_iterator()))
-    is_same = (flipped == image).all(axis=(1, 2, 3))
-    is_mirrored = (flipped == image[:, ::-1]).all(axis=(1, 2, 3))
+    return np.stack(list(images.as_numpy_iterator()))
+
+
+def test_it_is_crop_then_resize_then_mirror(photo, encode, close):
+    encoded = encode(photo, "PNG")
+    draws = tf.random.stateless_uniform([82], tf.constant([3, 4], tf.int64))
+    crop_draws = tf.reshape(draws[:40], [4, TRIES])
+    height, width = (tf.constant(side) for side in (photo.height, photo.width))
+    top, left, h, w = transforms.random_crop_box(height, width, (0.3, 1.0), (0.7, 1.4), crop_draws).numpy()
+    expected = photo.crop((left, top, left + w, top + h)).resize((32, 24), Image.Resampling.BICUBIC)
+    if draws[40] < 0.5:
+        expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert close(train_image(encoded, [3, 4]), expected)
+
+
+def test_half_of_the_images_are_mirrored(photo, encode):
+    encoded = encode(photo.resize((32, 24)), "PNG")
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (4 / 3, 4 / 3)}
+    images, plain = train_images(encoded, 2000, **whole), decode(encoded, 3).numpy()
+    is_same = (images == plain).all(axis=(1, 2, 3))
+    is_mirrored = (images == plain[:, ::-1]).all(axis=(1, 2, 3))
     assert (is_same ^ is_mirrored).all()
     assert abs(is_mirrored.mean() - 0.5) < 0.05  # more than 4 standard deviations
 
 
-def train_image(encoded, seed, **changes):
-    options = {"size": (24, 32), "channels": 3, "crop_scale": (0.3, 1.0), "crop_ratio": (0.7, 1.4)}
-    return transforms.train_image(
-        encoded, tf.constant(seed, tf.int64), **{**options, "flip": True, **changes}
-    ).numpy()
+def test_a_quarter_is_erased_with_noise_of_the_normalisation(encode):
+    grey = Image.new("RGB", (32, 32), (7, 7, 7))
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "size": (32, 32)}
+    images = train_images(encode(grey, "PNG"), 1000, erasing=0.25, **whole)
+    changed = (images != 7).any(axis=-1)
+    assert abs(changed.any(axis=(1, 2)).mean() - 0.25) < 0.06  # four standard deviations
+    erased = images[changed] / 255
+    # Of N(mean, std) cut off at 0 and 1, which moves both a little inwards.
+    assert np.abs(erased.mean(axis=0) - MEAN).max() < 0.01
+    assert np.abs(erased.std(axis=0) / STD - 1).max() < 0.06
+    # Every pixel and channel has a draw of its own.
+    assert np.abs(np.corrcoef(erased.T) - np.eye(3)).max() < 0.03
+    for mask in changed[changed.any(axis=(1, 2))]:
+        rows, columns = mask.any(axis=1), mask.any(axis=0)
+        box = np.outer(rows, columns)
+        assert mask.sum() > 0.9 * box.sum()  # a box, but for noise that happens to be 7 thrice
 
 
-def test_train_image_is_a_function_of_its_seed(photo):
+def test_everything_together_is_a_function_of_the_seed(photo, encode):
+    everything = {"augment": make_augmentation("rand-m9-mstd0.5-inc1", (124, 116, 104)), "erasing": 0.5}
+    images = train_images(encode(photo, "JPEG"), 24, **everything)
+    assert images.shape == (24, 24, 32, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(images, train_images(encode(photo, "JPEG"), 24, **everything))
+    assert len({image.tobytes() for image in images}) == 24
+
+
+def test_one_channel(photo, encode):
+    augment = make_augmentation("rand-m9-mstd0.5-inc1", (76,))
+    options = {"channels": 1, "augment": augment, "erasing": 0.5, "mean": (0.3,), "std": (0.35,)}
+    images = train_images(encode(photo.convert("L"), "PNG"), 60, **options)
+    assert images.shape == (60, 24, 32, 1)
+
+
+def test_train_image_is_a_function_of_its_seed(photo, encode):
     encoded = encode(photo, "JPEG")
     image = train_image(encoded, [1, 2])
     assert image.shape == (24, 32, 3) and image.dtype == np.uint8
@@ -227,7 +237,7 @@ def test_train_image_is_a_function_of_its_seed(photo):
         assert (image != train_image(encoded, other)).any()
 
 
-def test_train_image_flips_only_when_asked(photo):
+def test_train_image_flips_only_when_asked(photo, encode):
     encoded = encode(photo.resize((96, 64)), "PNG")
     whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.5, 1.5)}
     plain = train_image(encoded, [0, 0], flip=False, **whole)
@@ -238,13 +248,13 @@ def test_train_image_flips_only_when_asked(photo):
     }
 
 
-def test_flip_is_independent_of_the_crop():
+def test_flip_is_independent_of_the_crop(encode):
     # Red grows to the right and green downwards: red tells the flip and green the crop's height.
     ramp = np.arange(0, 256, 2, dtype=np.uint8)
     image = np.stack([*np.meshgrid(ramp, ramp), np.zeros((128, 128), np.uint8)], axis=-1)
     encoded = encode(Image.fromarray(image), "PNG")
     options = {"size": (8, 8), "crop_scale": (0.2, 1.0), "crop_ratio": (1.0, 1.0)}
-    images = np.stack([train_image(encoded, [0, i], **options) for i in range(400)]).astype(int)
+    images = train_images(encoded, 400, **options).astype(int)
     flipped = images[:, 0, 0, 0] > images[:, 0, -1, 0]
     height = images[:, -1, 0, 1] - images[:, 0, 0, 1]
     assert abs(np.corrcoef(flipped, height)[0, 1]) < 0.2  # four standard deviations
@@ -265,7 +275,7 @@ def reference_eval(image: Image.Image, size, crop_fraction) -> Image.Image:
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(("size", "crop_fraction"), [(224, 0.875), (65, 0.9), (96, 1.0), (383, 0.95)])
-def test_eval_image_equals_torchvisions(photo, turned, size, crop_fraction):
+def test_eval_image_equals_torchvisions(photo, turned, size, crop_fraction, encode, close):
     image = photo.transpose(Image.Transpose.ROTATE_90) if turned else photo
     ours = transforms.eval_image(
         encode(image, "PNG"), size=(size, size), channels=3, crop_fraction=crop_fraction
@@ -273,7 +283,7 @@ def test_eval_image_equals_torchvisions(photo, turned, size, crop_fraction):
     assert close(ours, reference_eval(image, size, crop_fraction))
 
 
-def test_eval_image_of_a_rectangle_covers_it_and_keeps_the_shape(photo):
+def test_eval_image_of_a_rectangle_covers_it_and_keeps_the_shape(photo, encode, close):
     # 427 x 640 covers 100 x 50 at 100 x 149; the centre 50 columns are cut out.
     ours = transforms.eval_image(encode(photo, "PNG"), size=(100, 50), channels=3, crop_fraction=1.0)
     resized = photo.resize((149, 100), Image.Resampling.BICUBIC)
@@ -281,12 +291,12 @@ def test_eval_image_of_a_rectangle_covers_it_and_keeps_the_shape(photo):
 
 
 @pytest.mark.parametrize("size", [(384, 384), (224, 384)])
-def test_eval_image_warps_from_384_up(photo, size):
+def test_eval_image_warps_from_384_up(photo, size, encode, close):
     ours = transforms.eval_image(encode(photo, "PNG"), size=size, channels=3, crop_fraction=0.875)
     assert close(ours, photo.resize(size[::-1], Image.Resampling.BICUBIC))
 
 
-def test_eval_image_of_one_channel(photo):
+def test_eval_image_of_one_channel(photo, encode, close):
     grey = photo.convert("L")
     ours = transforms.eval_image(encode(grey, "PNG"), size=(64, 64), channels=1, crop_fraction=0.875)
     assert close(ours[..., 0], reference_eval(grey, 64, 0.875))

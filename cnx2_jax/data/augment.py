@@ -1,0 +1,173 @@
+"""Sets of photometric and geometric augmentations, by the names that configs give them."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+from cnx2_jax.data import operations as ops
+from cnx2_jax.errors import UserError, nearest
+
+Fill = Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """A random change of an image.
+
+    Attributes:
+      draws: how many random numbers it takes.
+      apply: maps uint8 [h, w, C] and float32 [draws], uniform in [0, 1), to uint8 [h, w, C].
+    """
+
+    draws: int
+    apply: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+def make_augmentation(name: str, fill: Fill) -> Augmentation | None:
+    """Returns the augmentation that `data.augment` names; None for the empty name.
+
+    Args:
+      name: "rand-mM[-mstdS][-nN][-pP]-inc1": timm's RandAugment with its increasing set: N operations
+        (2), each with probability P (0.5), of magnitude M + S x normal noise within [0, 10]. Or
+        "jitter-V": torchvision's ColorJitter(V, V, V), which timm applies in place of RandAugment.
+      fill: the colour, one value a channel, of what geometric operations leave uncovered.
+
+    Raises:
+      UserError: a name of another form, or numbers out of range.
+    """
+    if not name:
+        return None
+    kind, *settings = name.split("-")
+    if kind not in _KINDS:
+        raise UserError(
+            f"unknown data.augment '{name}'{nearest(kind, _KINDS)}; known: rand-m9-mstd0.5-inc1, jitter-0.4"
+        )
+    return _KINDS[kind](name, settings, fill)
+
+
+# timm.data.auto_augment: level_to_arg and the set _RAND_INCREASING_TRANSFORMS, whose order matters to
+# nobody but to runs that are to be repeated. Magnitude m is a tenth of the level, sign is -1 or 1.
+Operation = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, Fill], tf.Tensor]
+
+
+def _enhanced(operation) -> Operation:
+    return lambda image, m, sign, _: operation(image, tf.maximum(0.1, 1.0 + sign * m * 0.9))
+
+
+INCREASING: dict[str, Operation] = {
+    "autocontrast": lambda image, *_: ops.autocontrast(image),
+    "equalize": lambda image, *_: ops.equalize(image),
+    "invert": lambda image, *_: ops.invert(image),
+    "rotate": lambda image, m, sign, fill: ops.rotate(image, sign * m * 30, fill),
+    "posterize": lambda image, m, *_: ops.posterize(image, 4 - tf.cast(m * 4, tf.int32)),
+    "solarize": lambda image, m, *_: ops.solarize(image, 256 - tf.cast(m * 256, tf.int32)),
+    "solarize_add": lambda image, m, *_: ops.solarize_add(image, tf.cast(m * 110, tf.int32)),
+    "color": _enhanced(ops.color),
+    "contrast": _enhanced(ops.contrast),
+    "brightness": _enhanced(ops.brightness),
+    "sharpness": _enhanced(ops.sharpness),
+    "shear_x": lambda image, m, sign, fill: ops.shear_x(image, sign * m * 0.3, fill),
+    "shear_y": lambda image, m, sign, fill: ops.shear_y(image, sign * m * 0.3, fill),
+    "translate_x": lambda image, m, sign, fill: ops.translate_x(image, sign * m * 0.45, fill),
+    "translate_y": lambda image, m, sign, fill: ops.translate_y(image, sign * m * 0.45, fill),
+}
+
+
+def rand_augment(
+    operations: Sequence[Operation],
+    fill: Fill,
+    *,
+    layers: int,
+    probability: float,
+    magnitude: float,
+    deviation: float,
+) -> Augmentation:
+    """Applies `layers` operations, each drawn from all and done with a probability (timm's RandAugment).
+
+    Magnitudes are normal around `magnitude`, cut to [0, 10].
+    """
+    per_layer = 4
+
+    def apply(image: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        for layer in range(layers):
+            choice, chance, noise, side = tf.unstack(draws[layer * per_layer : (layer + 1) * per_layer])
+            level = sampled_magnitude(noise, magnitude, deviation) / 10
+            sign = tf.where(side > 0.5, -1.0, 1.0)
+            branches = [
+                lambda operation=operation, image=image: operation(image, level, sign, fill)  # noqa: B023
+                for operation in operations
+            ]
+            chosen = tf.cast(choice * len(branches), tf.int32)
+            skipped = tf.where(chance > probability, len(branches), chosen)
+            image = tf.switch_case(skipped, [*branches, lambda image=image: image])
+        return image
+
+    return Augmentation(layers * per_layer, apply)
+
+
+def sampled_magnitude(draw: tf.Tensor, magnitude: float, deviation: float) -> tf.Tensor:
+    """Normal around `magnitude`, cut to [0, 10], of a uniform draw."""
+    # 0 would be infinitely far out.
+    normal = tf.math.ndtri(tf.maximum(draw, 1e-7))
+    return tf.clip_by_value(magnitude + deviation * normal, 0.0, 10.0)
+
+
+def colour_jitter(strength: float) -> Augmentation:
+    """Brightness, contrast and saturation, in random order, by factors uniform in 1 +- `strength`."""
+    kinds = (ops.brightness, ops.contrast, ops.color)
+    low, high = max(0.0, 1 - strength), 1 + strength
+
+    def apply(image: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        order = tf.argsort(draws[: len(kinds)])
+        factors = low + (high - low) * draws[len(kinds) :]
+        for place in range(len(kinds)):
+            branches = [
+                lambda kind=kind, factor=factor, image=image: kind(image, factor)
+                for kind, factor in zip(kinds, tf.unstack(factors), strict=True)
+            ]
+            image = tf.switch_case(order[place], branches)
+        return image
+
+    return Augmentation(2 * len(kinds), apply)
+
+
+def _parse_rand(name: str, settings: Sequence[str], fill: Fill) -> Augmentation:
+    values = {"m": 10.0, "mstd": 0.0, "n": 2.0, "p": 0.5, "inc": 0.0}
+    for setting in settings:
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", setting)
+        if match is None or match[1] not in values:
+            raise UserError(
+                f"data.augment '{name}': '{setting}' is none of {', '.join(values)} with a number"
+            )
+        values[match[1]] = float(match[2])
+    if values["inc"] != 1:
+        raise UserError(f"data.augment '{name}': only timm's increasing operations are here; add -inc1")
+    if not (values["m"] <= 10 and values["p"] <= 1 and 1 <= values["n"] <= 16 and values["n"] % 1 == 0):
+        raise UserError(f"data.augment '{name}': m must be at most 10, p at most 1, n from 1 to 16")
+    return rand_augment(
+        list(INCREASING.values()),
+        fill,
+        layers=int(values["n"]),
+        probability=values["p"],
+        magnitude=values["m"],
+        deviation=values["mstd"],
+    )
+
+
+def _parse_jitter(name: str, settings: Sequence[str], fill: Fill) -> Augmentation:
+    del fill  # nothing is uncovered
+    try:
+        (strength,) = map(float, settings)
+        if not 0 < strength <= 1:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"data.augment '{name}' must be jitter-V, V above 0 and at most 1") from None
+    return colour_jitter(strength)
+
+
+_KINDS: dict[str, Callable[[str, Sequence[str], Fill], Augmentation]] = {
+    "rand": _parse_rand,
+    "jitter": _parse_jitter,
+}

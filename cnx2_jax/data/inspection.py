@@ -1,0 +1,89 @@
+"""What a data set is like, and whether its order keeps its promises."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from cnx2_jax.data.decoding import decode
+from cnx2_jax.data.pipeline import Batch, epoch_order
+from cnx2_jax.data.sources import Source
+
+# Opens the training stream of a small batch: (first step, host, number of hosts) -> batches.
+Stream = Callable[[int, int, int], Iterator[Batch]]
+
+_HOST_COUNTS = (2, 4, 8)
+_FAR_STEP = 1_000_000
+
+
+def class_counts(source: Source) -> np.ndarray | None:
+    """Counts the records of each class, int64 [classes]; None where labels are not known unread."""
+    if source.labels is None or not source.class_names:
+        return None
+    return np.bincount(source.labels, minlength=len(source.class_names))
+
+
+def image_sizes(source: Source, most: int) -> np.ndarray:
+    """Returns height and width, int32 [n, 2], of up to `most` records spread over the source.
+
+    Records that cannot be read are left out.
+    """
+
+    @tf.autograph.experimental.do_not_convert
+    def size(index: tf.Tensor) -> tf.Tensor:
+        encoded = source.read(index)["bytes"]
+        # Of a JPEG, its header is enough.
+        return tf.cond(
+            tf.io.is_jpeg(encoded),
+            lambda: tf.io.extract_jpeg_shape(encoded)[:2],
+            lambda: tf.shape(decode(encoded, 3))[:2],
+        )
+
+    chosen = np.unique(np.linspace(0, source.num_records - 1, most).astype(np.int64))
+    sizes = tf.data.Dataset.from_tensor_slices(chosen).map(size, num_parallel_calls=4).ignore_errors()
+    return np.array(list(sizes.as_numpy_iterator()), np.int32).reshape(-1, 2)
+
+
+def order_checks(num_records: int, seed: int, stream: Stream) -> dict[str, bool]:
+    """Checks the training order on the data itself; what each check says is its name.
+
+    Args:
+      num_records: of an epoch.
+      seed: the run's.
+      stream: opens the training stream, of a batch that divides over 8 hosts.
+    """
+    one, two = (epoch_order(epoch, num_records, seed) for epoch in (0, 1))
+    everything = np.arange(num_records)
+    permuted = np.array_equal(np.sort(one), everything) and np.array_equal(np.sort(two), everything)
+    differ = num_records < 4 or not np.array_equal(one, two)
+
+    first = stream(0, 0, 1)
+    batches = [next(first) for _ in range(3)]
+    resumed = _same(next(stream(2, 0, 1)), batches[2])
+    alike = True
+    for step in (0, _FAR_STEP):
+        whole = next(stream(step, 0, 1))
+        for hosts in _HOST_COUNTS:
+            shares = [next(stream(step, host, hosts)) for host in range(hosts)]
+            joined = {key: np.concatenate([share[key] for share in shares]) for key in whole}
+            alike &= _same(joined, whole)
+    return {
+        "each epoch visits every record once": permuted,
+        "epochs differ in order": differ,
+        "starting at step 2 gives the batch that steps 0 and 1 lead to": resumed,
+        f"2, 4 and 8 hosts make the batch of one, at steps 0 and {_FAR_STEP:,}": alike,
+    }
+
+
+def images_per_second(batches: Iterator[Batch], seconds: float) -> float:
+    """Measures a stream for about so long, at least one batch; what starting it takes is not counted."""
+    next(batches)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds or not count:
+        count += len(next(batches)["image"])
+    return count / (time.perf_counter() - start)
+
+
+def _same(one: Batch, other: Batch) -> bool:
+    return all(np.array_equal(one[key], other[key]) for key in other)
