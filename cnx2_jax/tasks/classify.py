@@ -1,5 +1,6 @@
 """Classification: fine-tuning, training from scratch, evaluation, prediction."""
 
+import dataclasses
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from cnx2_jax.configuration import image_hw
+from cnx2_jax.data.mixing import draw_mix, mix_images, mix_targets
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.tasks import base
@@ -33,8 +36,6 @@ class Classify:
 
     def __init__(self, config: ConfigDict):
         base.check(config)
-        if not 0 <= config.label_smoothing < 1:
-            raise UserError(f"label_smoothing {config.label_smoothing} must be at least 0 and below 1")
         self.config = config
         self.data = base.open_images(config)
         self.class_names = self.data.class_names
@@ -52,20 +53,53 @@ class Classify:
             return params
         return base.starting_params(Path(self.config.init_from), self.config, params)
 
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+        """Mixes the images, as `mixup` and `cutmix` say, and makes targets of their labels."""
+        config = self.config
+        images = base.normalise(batch["image"], config.data)
+        mix = draw_mix(key, image_hw(config), config.mixup, config.cutmix)
+        if config.mixup or config.cutmix:
+            images = mix_images(images, mix)
+        targets = mix_targets(batch["label"], len(self.class_names), mix, config.label_smoothing)
+        return {**batch, "image": images, "target": targets}
+
     def loss(self, model: ConvNeXtV2, batch: Batch, keys: jax.Array):
-        logits = model(base.normalise(batch["image"], self.config.data), keys)
-        targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
-        targets = optax.smooth_labels(targets, self.config.label_smoothing)
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        logits = model(batch["image"], keys)
+        loss = optax.softmax_cross_entropy(logits, batch["target"]).mean()
         correct = logits.argmax(axis=-1) == batch["label"]
         return loss, {"accuracy": correct.mean()}
 
     def evaluate(self, model: ConvNeXtV2, batches: Iterable[Batch]) -> Metrics:
-        return average(self._score, model, batches)
+        return evaluate(model, self.config, batches)
 
-    def _score(self, model: ConvNeXtV2, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
+    def pictures(self, model: ConvNeXtV2) -> dict[str, np.ndarray]:
+        return {}
+
+    def card(self) -> dict:
+        return base.make_card(self.config, self.class_names)
+
+
+def evaluate(model: nnx.Module, config: ConfigDict, batches: Iterable[Batch]) -> Metrics:
+    """Returns `accuracy`, `top5_accuracy` and `loss` over one pass of padded batches.
+
+    Args:
+      model: maps normalised images `[B, H, W, C]` to logits.
+      config: of its run, for the normalisation.
+      batches: as `data.pipeline.eval_batches` gives them.
+    """
+    return average(_Score(tuple(config.data.mean), tuple(config.data.std)), model, batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Score:
+    """Each sample's scores; equal ones compile once."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, model, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
         del positions  # nothing is drawn
-        logits, labels = model(base.normalise(batch["image"], self.config.data)), batch["label"]
+        logits, labels = model(base.normalise(batch["image"], self)), batch["label"]
         # The label's rank is the number of classes above it; ties go to the lower index, as in argmax.
         label_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
         # Counted as those it does not beat, so that a NaN is never right.
@@ -76,12 +110,6 @@ class Classify:
             "top5_accuracy": rank < 5,
             "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
         }
-
-    def pictures(self, model: ConvNeXtV2) -> dict[str, np.ndarray]:
-        return {}
-
-    def card(self) -> dict:
-        return base.make_card(self.config, self.class_names)
 
 
 def probabilities(model: ConvNeXtV2, config: ConfigDict, images: np.ndarray) -> np.ndarray:

@@ -48,6 +48,9 @@ class Pretrain:
     def start(self, params: Params) -> Params:
         return params
 
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+        return batch  # every image is for itself
+
     def loss(self, model: FCMAE, batch: Batch, keys: jax.Array):
         images = base.normalise(batch["image"], self.config.data)
         return model(images, keys).loss.mean(), {}

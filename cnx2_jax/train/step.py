@@ -10,6 +10,13 @@ from cnx2_jax.train.sharding import BATCH, batch_sharding, state_sharding
 from cnx2_jax.train.state import Params, TrainState, merge
 from cnx2_jax.train.task import Batch, Task
 
+BATCH_DRAWS = 2**31  # no sample has this number
+
+
+def batch_key(seed: int, step: jax.Array) -> jax.Array:
+    """Returns the random key of what is drawn once for a whole batch."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), BATCH_DRAWS)
+
 
 def sample_keys(seed: int, step: jax.Array, batch_size: int) -> jax.Array:
     """Returns one random key per sample, a function of the seed, the step and the position in the batch.
@@ -29,7 +36,8 @@ def make_train_step(
 ):
     """Returns the jitted (state, batch) -> (state, metrics); the state is donated.
 
-    Metrics hold `loss`, `grad_norm` (before clipping), `update_norm` and the task's own, as float32 scalars.
+    Metrics hold `loss`, `grad_norm` (before clipping), `update_norm` and the task's own, as float32 scalars;
+    `unreadable` is the share of images that others stand in for, where the batch says which.
 
     Args:
       task: gives the loss.
@@ -62,6 +70,9 @@ def make_train_step(
         return jax.tree.map(lambda x: x / parts, total)
 
     def train_step(state: TrainState, batch: Batch):
+        batch = dict(batch)
+        unreadable = batch.pop("unreadable", None)
+        batch = task.prepare(batch, batch_key(config.seed, state.step))
         keys = sample_keys(config.seed, state.step, config.batch_size)
         compute = gradient if parts == 1 else accumulated
         (value, metrics), gradients = compute(state.params, batch, keys)
@@ -69,6 +80,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         norms = {"grad_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
         metrics = {"loss": value, **norms, **metrics}
+        if unreadable is not None:
+            metrics["unreadable"] = unreadable.mean()
         return TrainState(state.step + 1, params, opt_state), metrics
 
     states = state_sharding(like, mesh)

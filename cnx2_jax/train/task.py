@@ -59,6 +59,13 @@ class Task(Protocol):
         """Returns the parameters that step 0 begins with, given the fresh ones."""
         ...
 
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+        """Returns a global batch as `loss` wants it: here is what happens between its samples.
+
+        `key` is a function of the seed and the step. Traced, and not differentiated.
+        """
+        ...
+
     def loss(self, model: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the mean loss of a batch, and metrics that are means over the batch too.
 

@@ -8,8 +8,9 @@ from flax import nnx
 from PIL import Image
 
 from cnx2_jax.configuration import defaults, override, use_digits
+from cnx2_jax.data.mixing import draw_mix, mix_targets
 from cnx2_jax.errors import UserError
-from cnx2_jax.tasks import make_task
+from cnx2_jax.tasks import base, make_task
 from cnx2_jax.tasks.classify import probabilities
 
 
@@ -49,7 +50,8 @@ def test_loss_is_smoothed_cross_entropy(smoothing):
     expected = -(targets * log_softmax(logits)).sum(axis=1).mean()
 
     task = classify(f"label_smoothing={smoothing}")
-    loss, metrics = task.loss(Given(logits), batch_of(labels), jax.random.split(jax.random.key(0), 6))
+    batch = task.prepare(batch_of(labels), jax.random.key(0))
+    loss, metrics = task.loss(Given(logits), batch, jax.random.split(jax.random.key(0), 6))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     assert float(metrics["accuracy"]) == pytest.approx((logits.argmax(axis=1) == labels).mean())
 
@@ -121,3 +123,29 @@ def test_one_class_or_none(tmp_path, folders):
     with pytest.raises(UserError, match="at least two classes") as raised:
         classify("data.source=folder", f"data.root={tmp_path}")
     assert str(tmp_path) in str(raised.value)
+
+
+def test_prepare_mixes_images_and_targets_by_one_draw():
+    task = classify("mixup=0.8", "cutmix=1.0", "label_smoothing=0.1", "image_size=8")
+    labels = np.int32([0, 9, 3, 5])
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1)).astype(np.uint8)
+    normal = base.normalise(jnp.asarray(images), task.config.data)
+    prepare, seen = jax.jit(task.prepare), set()
+    for number in range(12):
+        key = jax.random.key(number)
+        batch = prepare({"image": images, "label": labels}, key)
+        mix = draw_mix(key, (8, 8), 0.8, 1.0)
+        expected = normal * mix.keep + normal[::-1] * (1 - mix.keep)
+        np.testing.assert_allclose(batch["image"], expected, atol=1e-6)
+        np.testing.assert_allclose(batch["target"], mix_targets(labels, 10, mix, 0.1), atol=1e-6)
+        np.testing.assert_array_equal(batch["label"], labels)
+        seen.add(bool(np.isin(mix.keep, (0, 1)).all()))
+    assert seen == {True, False}
+
+
+def test_prepare_alone_changes_nothing():
+    task, labels = classify(), np.int32([0, 9, 3])
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
+    batch = task.prepare({"image": images, "label": labels}, jax.random.key(0))
+    np.testing.assert_array_equal(batch["image"], base.normalise(jnp.asarray(images), task.config.data))
+    np.testing.assert_array_equal(batch["target"], np.eye(10)[labels])

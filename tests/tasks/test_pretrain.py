@@ -52,14 +52,14 @@ def random_model(task):
 
 @functools.cache
 def evaluated(batch_size, seed=0):
-    task = pretrain(f"seed={seed}")
-    return task.evaluate(random_model(task), task.data.eval_batches(batch_size=batch_size))["loss"]
+    task = pretrain(f"seed={seed}", f"batch_size={batch_size}")
+    return task.evaluate(random_model(task), task.data.eval_batches())["loss"]
 
 
 def test_evaluation_is_a_function_of_the_seed_and_the_images():
-    task = pretrain()
+    task = pretrain("batch_size=90")
     model = random_model(task)
-    first, second = (task.evaluate(model, task.data.eval_batches(batch_size=90)) for _ in range(2))
+    first, second = (task.evaluate(model, task.data.eval_batches()) for _ in range(2))
     assert first == second
     assert first.keys() == {"loss"}
     assert evaluated(90) == first["loss"]  # nor of the task object
