@@ -7,32 +7,74 @@ from pathlib import Path
 from flax import nnx
 
 from cnx2_jax.configuration import override, read_config
-from cnx2_jax.tasks import base, make_task
+from cnx2_jax.errors import UserError
+from cnx2_jax.models import ConvNeXtV2
+from cnx2_jax.tasks import base, make_task, robustness
 from cnx2_jax.train import checkpoint, sharding
+from cnx2_jax.train.report import say
 from cnx2_jax.train.state import merge, split
 
 TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, type=Path, help="the run, for its config")
+    parser.add_argument("--workdir", type=Path, help="the run, for its config")
     parser.add_argument(
         "--checkpoint",
         type=Path,
         help="a checkpoints/STEP or an exported checkpoint; the run's latest by default",
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="instead of the run's validation images, one of ImageNet's other sets: "
+        f"{', '.join(robustness.SETS)}; FOLDER as it was published, or tfds[:DATA_DIR]; may be repeated",
+    )
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    if not args.set and args.workdir is None:
+        raise UserError("evaluate needs --workdir, or --set NAME=FOLDER with --checkpoint")
+    print(json.dumps(_on_sets(args, overrides) if args.set else _on_own_images(args, overrides)))
+
+
+def _on_own_images(args: argparse.Namespace, overrides: list[str]) -> dict:
     config = override(read_config(args.workdir), overrides)
     task = make_task(config)
     folder = checkpoint.find(args.checkpoint or args.workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)
+    base.check_class_names(checkpoint.read_card(folder), task.card(), str(folder))
     graph, like = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
     params = checkpoint.read_params(folder)
     base.check_params(params, like, str(folder))
     params = sharding.put_params(params, mesh)
     batches = sharding.put_batches(task.data.eval_batches(), mesh)
-    metrics = task.evaluate(merge(graph, params), batches)
-    print(json.dumps({"checkpoint": str(folder), **metrics}))
+    return {"checkpoint": str(folder), **task.evaluate(merge(graph, params), batches)}
+
+
+def _on_sets(args: argparse.Namespace, overrides: list[str]) -> dict:
+    places = dict(choice.partition("=")[::2] for choice in args.set)
+    for name, location in places.items():
+        robustness.check(name)
+        if not location:
+            raise UserError(f"--set {name} needs a place: --set {name}=FOLDER")
+    path = args.checkpoint or args.workdir
+    if path is None:
+        raise UserError("--set needs --checkpoint or --workdir, for the model")
+    model, config, class_names = base.load(path)
+    if not isinstance(model, ConvNeXtV2):
+        raise UserError(f"checkpoint '{path}' is of pretraining and names no classes; fine-tune it first")
+    config = override(config, overrides)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.batch_size, 1, mesh)
+    graph, params = split(model)
+    model = merge(graph, sharding.put_params(params, mesh))
+    results: dict = {"checkpoint": str(checkpoint.find(path))}
+    for name, location in places.items():
+        metrics = robustness.evaluate_set(model, config, class_names, name, location, mesh)
+        say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+        results[name] = metrics
+    return results

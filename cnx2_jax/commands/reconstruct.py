@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from PIL import Image
-
 from cnx2_jax.configuration import image_hw
 from cnx2_jax.data.pipeline import preprocess_files
 from cnx2_jax.errors import UserError
@@ -31,10 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    if args.out.exists():
-        raise UserError(f"'{args.out}' exists already; nothing was overwritten, choose another --out")
-    if args.out.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"'{args.out}' names no image format; end it in .png")
+    base.check_picture(args.out)
     model, config, _ = base.load(args.workdir)
     if not isinstance(model, FCMAE):
         raise UserError(f"'{args.workdir}' is no pretraining run but '{config.task}': it has no decoder")
@@ -48,9 +43,5 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     else:
         images = some_images(base.open_images(config))
     grid = reconstruct(model, config, images, args.seed)
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grid).save(args.out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write '{args.out}': {error}") from None
+    base.write_picture(grid, args.out)
     print(args.out)

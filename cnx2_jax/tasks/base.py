@@ -5,9 +5,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
+from PIL import Image
 
 from cnx2_jax.configuration import from_json, image_hw
 from cnx2_jax.data.pipeline import ImageData
@@ -164,6 +166,19 @@ def check_params(params: Params, like: Params, source: str) -> None:
         raise UserError(f"checkpoint '{source}' is of another model: '{surplus[0]}' has no place here")
 
 
+def check_class_names(theirs: dict, ours: dict, source: str) -> None:
+    """Raises UserError unless two cards name the same classes, or the checkpoint's names none."""
+    stored, here = theirs.get("class_names"), ours["class_names"]
+    if stored and here and stored != here:
+        place = next(
+            (i for i, pair in enumerate(zip(stored, here, strict=False)) if pair[0] != pair[1]), None
+        )
+        difference = f"{len(stored)} classes there, {len(here)} here"
+        if place is not None:
+            difference = f"class {place} is '{stored[place]}' there and '{here[place]}' here"
+        raise UserError(f"checkpoint '{source}' was trained on other classes: {difference}; check data.root")
+
+
 def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
     """Returns `fresh` with the encoder's parameters taken from a checkpoint.
 
@@ -194,3 +209,24 @@ def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
     taken = {name: leaf for name, leaf in stored.items() if name not in own}
     check_params(taken, {name: leaf for name, leaf in fresh.items() if name not in own}, str(path))
     return {name: leaf if name in own else jax.device_get(stored[name]) for name, leaf in fresh.items()}
+
+
+def check_picture(path: Path) -> None:
+    """Raises UserError if a picture cannot be written there: something is there, or it names no format."""
+    if path.exists():
+        raise UserError(f"'{path}' exists already; nothing was overwritten, choose another --out")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"'{path}' names no image format; end it in .png")
+
+
+def write_picture(picture: UInt8[np.ndarray, "height width 3"], path: Path) -> None:
+    """Writes a picture, in the format that its name ends in.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write '{path}': {error}") from None

@@ -1,5 +1,7 @@
 """A labelled grid of images to look at."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -19,10 +21,7 @@ def draw_grid(columns: dict[str, np.ndarray]) -> np.ndarray:
     Returns:
       uint8 `[H', W', 3]`: a row per image, under a line of names.
     """
-    images = np.stack(list(columns.values()), axis=1)  # N, columns, H, W, C
-    images = images if images.shape[-1] == 3 else np.repeat(images[..., :1], 3, axis=-1)
-    factor = max(1, -(-LEAST_SIDE // min(images.shape[2:4])))
-    images = images.repeat(factor, axis=2).repeat(factor, axis=3)
+    images = _shown(np.stack(list(columns.values()), axis=1))  # N, columns, H, W, C
     rows, count, height, width, _ = images.shape
     page = Image.new(
         "RGB", (GAP + count * (width + GAP), HEADER + rows * (height + GAP)), color=(255, 255, 255)
@@ -34,3 +33,37 @@ def draw_grid(columns: dict[str, np.ndarray]) -> np.ndarray:
         for row in range(rows):
             page.paste(Image.fromarray(images[row, column]), (left, HEADER + row * (height + GAP)))
     return np.asarray(page)
+
+
+def draw_sheet(images: np.ndarray, captions: Sequence[str], columns: int) -> np.ndarray:
+    """Draws images in rows, each with a caption under it.
+
+    Args:
+      images: uint8 `[N, H, W, C]`, shown as `draw_grid` does.
+      captions: N of them; what is wider than its image is cut off.
+      columns: images in a row.
+
+    Returns:
+      uint8 `[H', W', 3]`.
+    """
+    images = _shown(images)
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    size = (GAP + columns * (width + GAP), GAP + rows * (height + HEADER + GAP))
+    page = Image.new("RGB", size, color=(255, 255, 255))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(TEXT)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left = GAP + index % columns * (width + GAP)
+        top = GAP + index // columns * (height + HEADER + GAP)
+        page.paste(Image.fromarray(image), (left, top))
+        while draw.textlength(caption, font) > width:
+            caption = caption[:-2] + "…" if len(caption) > 2 else ""
+        draw.text((left, top + height + 1), caption, fill=(0, 0, 0), font=font)
+    return np.asarray(page)
+
+
+def _shown(images: np.ndarray) -> np.ndarray:
+    """Three channels of images `[..., H, W, C]`, enlarged if they are small."""
+    images = images if images.shape[-1] == 3 else np.repeat(images[..., :1], 3, axis=-1)
+    factor = max(1, -(-LEAST_SIDE // min(images.shape[-3:-1])))
+    return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
