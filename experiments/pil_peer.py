@@ -1,7 +1,7 @@
 """The peers of the input pipeline: Pillow in a PyTorch DataLoader, as torchvision and timm do it.
 
-Either all of it on the host, normalised in float32, as the official ConvNeXt V2 code does; or with images that stay
-uint8 to the end, as timm's prefetcher has it, which leaves normalising to the accelerator.
+Either all of it on the host, normalised in float32, as the official ConvNeXt V2 code does; or with images
+that stay uint8 to the end, as timm's prefetcher has it, which leaves normalising to the accelerator.
 """
 
 import io

@@ -61,18 +61,16 @@ def order_checks(num_records: int, seed: int, stream: Stream) -> dict[str, bool]
     first = stream(0, 0, 1)
     batches = [next(first) for _ in range(3)]
     resumed = _same(next(stream(2, 0, 1)), batches[2])
-    alike = True
-    for step in (0, _FAR_STEP):
-        whole = next(stream(step, 0, 1))
-        for hosts in _HOST_COUNTS:
-            shares = [next(stream(step, host, hosts)) for host in range(hosts)]
-            joined = {key: np.concatenate([share[key] for share in shares]) for key in whole}
-            alike &= _same(joined, whole)
+    alike, whole = True, next(stream(_FAR_STEP, 0, 1))
+    for hosts in _HOST_COUNTS:
+        shares = [next(stream(_FAR_STEP, host, hosts)) for host in range(hosts)]
+        joined = {key: np.concatenate([share[key] for share in shares]) for key in whole}
+        alike &= _same(joined, whole)
     return {
         "each epoch visits every record once": permuted,
         "epochs differ in order": differ,
         "starting at step 2 gives the batch that steps 0 and 1 lead to": resumed,
-        f"2, 4 and 8 hosts make the batch of one, at steps 0 and {_FAR_STEP:,}": alike,
+        f"2, 4 and 8 hosts make the batch of one, at step {_FAR_STEP:,}": alike,
     }
 
 
