@@ -461,7 +461,9 @@ def test_every_key_is_read(name, tmp_path, reads):
             image.save(tmp_path / "images" / label / f"{index}.png")
     config = defaults(name)
     config.update(image_size=(32, 32), batch_size=4, total_epochs=1.0, log_steps=1, checkpoint_steps=1)
-    config.data.root = str(tmp_path / "images")
+    config.data.root = config.data.val_root = str(tmp_path / "images")
+    config.data.val_source = "folder"
+    config.data.unreadable = "skip"
     config.model.variant = "atto"
     config.model.patch_size = 2
     config.model.nobody_reads_this = 1
@@ -477,7 +479,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     next(task.data.eval_batches())
     model = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))
     keys = jax.random.split(jax.random.key(0), 4)
-    nnx.eval_shape(lambda m, b, k: task.loss(m, b, k)[0], model, batch, keys)
+    nnx.eval_shape(lambda m, b, k: task.loss(m, task.prepare(b, k[0]), k)[0], model, batch, keys)
     fit(CheapTask(task), tmp_path / "run")
 
     read = {prefixes[place] + key for place, key in reads if place in prefixes}

@@ -1,5 +1,6 @@
 """What the tasks share: models from configs and cards, normalisation, starting weights."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -212,9 +213,15 @@ def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
 
 
 def check_picture(path: Path) -> None:
-    """Raises UserError if a picture cannot be written there: something is there, or it names no format."""
-    if path.exists():
+    """Raises UserError if a picture cannot be written there, before the work that it is to show.
+
+    Something is there already, it names no format, or its folder cannot be made or written to.
+    """
+    if os.path.lexists(path):
         raise UserError(f"'{path}' exists already; nothing was overwritten, choose another --out")
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"cannot write '{path}': '{folder}' is no folder, or may not be written to")
     if path.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"'{path}' names no image format; end it in .png")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cnx2_jax.tasks.grid import GAP, HEADER, LEAST_SIDE, draw_grid
+from cnx2_jax.tasks.grid import GAP, HEADER, LEAST_SIDE, draw_grid, draw_sheet
 
 
 def images(*shape, seed=0):
@@ -54,3 +54,26 @@ def test_names_stand_above_their_columns_and_nothing_between_images():
     assert (grid[HEADER:, GAP + 96 : GAP + 96 + GAP] == 255).all()
     assert (grid[HEADER + 96 :] == 255).all()
     assert (grid[:, :GAP] == 255).all()
+
+
+def test_sheet_has_images_in_rows_with_captions_below():
+    values = images(5, 100, 120, 3)
+    captions = ["cat", "dog", "", "a caption that is far too long for its image", "ox"]
+    sheet = draw_sheet(values, captions, columns=3)
+    assert sheet.shape == (GAP + 2 * (100 + HEADER + GAP), GAP + 3 * (120 + GAP), 3)
+    inked = []
+    for index, value in enumerate(values):
+        top, left = GAP + index // 3 * (100 + HEADER + GAP), GAP + index % 3 * (120 + GAP)
+        np.testing.assert_array_equal(sheet[top : top + 100, left : left + 120], value)
+        inked.append((sheet[top + 100 : top + 100 + HEADER, left : left + 120] < 255).any())
+        # What is too long is cut off, and does not run into the gap.
+        assert (sheet[top + 100 : top + 100 + HEADER, left + 120 : left + 120 + GAP] == 255).all()
+    assert inked == [True, True, False, True, True]
+    assert (sheet[GAP + 100 + HEADER + GAP :, GAP + 2 * (120 + GAP) :] == 255).all()  # no sixth
+
+
+def test_sheet_enlarges_small_images_of_one_channel():
+    values = images(2, 8, 12, 1)
+    sheet = draw_sheet(values, ["1", "2"], columns=2)
+    big = values.repeat(12, axis=1).repeat(12, axis=2).repeat(3, axis=3)
+    np.testing.assert_array_equal(sheet[GAP : GAP + 96, GAP : GAP + 144], big[0])

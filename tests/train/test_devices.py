@@ -23,11 +23,20 @@ SMALL = [
     "--config.log_steps=1",
     "--config.optimizer.warmup_epochs=0.05",
 ]
-TASKS = {"pretrain": "configs/pretrain.py:digits", "classify": "configs/finetune.py:digits"}
+TASKS = {
+    "pretrain": ["configs/pretrain.py:digits"],
+    # Mixing takes images from other devices, and from other parts of an accumulated batch.
+    "classify": [
+        "configs/finetune.py:digits",
+        "--config.mixup=0.8",
+        "--config.cutmix=1.0",
+        "--config.optimizer.base_learning_rate=2e-3",
+    ],
+}
 
 
 def train(task, workdir, devices, *overrides):
-    command = [sys.executable, "-m", "cnx2_jax.cli", "train", "--config", TASKS[task], "--workdir", workdir]
+    command = [sys.executable, "-m", "cnx2_jax.cli", "train", "--workdir", workdir, "--config", *TASKS[task]]
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     done = subprocess.run(
         [*map(str, command), *SMALL, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -55,6 +64,6 @@ def test_metrics_and_parameters_do_not_depend_on_the_devices(task, tmp_path):
         rows, params = train(task, tmp_path / name, *arguments)
         assert params.keys() == expected.keys()
         for row, other in zip(rows, expected_rows, strict=True):
-            assert row == pytest.approx(other, rel=1e-5, abs=1e-5), name
+            assert row == pytest.approx(other, rel=3e-5, abs=1e-5), name
         for path, value in expected.items():
             np.testing.assert_allclose(params[path], value, rtol=0, atol=1e-5, err_msg=f"{name} {path}")
