@@ -209,9 +209,10 @@ class _Contestant:
 
 def _speed(args: argparse.Namespace) -> tuple[list[dict], str]:
     root = args.out.absolute() / "photographs"
-    (root / "one").mkdir(parents=True, exist_ok=True)
     for index, content in enumerate(_photographs()):
-        (root / "one" / f"{index:03}.jpg").write_bytes(content)
+        path = root / ("china", "flower")[index % 2] / f"{index:03}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     records = []
     lines = ["| | cores | over the official way | over timm's uint8 |", "|---|---|---|---|"]
     for kind in KINDS:

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=FOLDER",
         help="instead of the run's validation images, one of ImageNet's other sets: "
-        f"{', '.join(robustness.SETS)}; FOLDER as it was published, or tfds[:DATA_DIR]; may be repeated",
+        f"{', '.join(robustness.SETS)}; FOLDER as it was published, or tfds[:DATA_DIR]; may be given "
+        "once for each set",
     )
 
 
@@ -56,9 +57,13 @@ def _on_own_images(args: argparse.Namespace, overrides: list[str]) -> dict:
 
 
 def _on_sets(args: argparse.Namespace, overrides: list[str]) -> dict:
-    places = dict(choice.partition("=")[::2] for choice in args.set)
-    for name, location in places.items():
+    places: dict[str, str] = {}
+    for choice in args.set:
+        name, _, location = choice.partition("=")
         robustness.check(name)
+        if name in places:
+            raise UserError(f"--set {name} is given twice; evaluate one at a time")
+        places[name] = location
         if not location:
             raise UserError(f"--set {name} needs a place: --set {name}=FOLDER")
     path = args.checkpoint or args.workdir

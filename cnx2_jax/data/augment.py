@@ -134,13 +134,13 @@ def colour_jitter(strength: float) -> Augmentation:
 
 
 def _parse_rand(name: str, settings: Sequence[str], fill: Fill) -> Augmentation:
-    values = {"m": 10.0, "mstd": 0.0, "n": 2.0, "p": 0.5, "inc": 0.0}
+    values, given = {"m": 10.0, "mstd": 0.0, "n": 2.0, "p": 0.5, "inc": 0.0}, set[str]()
     for setting in settings:
-        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", setting)
-        if match is None or match[1] not in values:
-            raise UserError(
-                f"data.augment '{name}': '{setting}' is none of {', '.join(values)} with a number"
-            )
+        match = re.fullmatch(r"([a-z]+)([0-9]+(?:\.[0-9]+)?)", setting)
+        if match is None or match[1] not in values or match[1] in given:
+            known = ", ".join(f"{key}NUMBER" for key in values)
+            raise UserError(f"data.augment '{name}': '{setting}' must be one of {known}, each at most once")
+        given.add(match[1])
         values[match[1]] = float(match[2])
     if values["inc"] != 1:
         raise UserError(f"data.augment '{name}': only timm's increasing operations are here; add -inc1")

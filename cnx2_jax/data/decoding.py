@@ -13,7 +13,7 @@ _ORIENTATION = 0x0112
 
 
 def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
-    """Decodes a JPEG, PNG, WebP, GIF or BMP image, told apart by its content, not by its name.
+    """Decodes a JPEG, PNG, WebP or GIF image, told apart by its content, not by its name.
 
     Alpha is dropped and the first frame taken, as Pillow's `convert("RGB")` does; an animated WebP
     is refused. Of 16 bits the upper 8 are kept. A JPEG that its EXIF data calls rotated is turned
@@ -97,8 +97,10 @@ def _decode_webp(encoded: tf.Tensor) -> tf.Tensor:
     # Only with channels=0 does TensorFlow 2.21 read WebP both with and without alpha; but that
     # overruns its buffer on an animation. With channels=3 an animation is a clean error. The flag is
     # bit 1 of the byte after the VP8X chunk's header.
-    flags = tf.io.decode_raw(tf.strings.substr(encoded, 20, 1), tf.uint8)[0]
-    extended = tf.strings.substr(encoded, 12, 4) == b"VP8X"
+    # Padded: an error about a file that is too short would quote its bytes, which Python cannot decode.
+    header = tf.strings.substr(encoded + bytes(21), 0, 21)
+    flags = tf.io.decode_raw(header, tf.uint8)[20]
+    extended = tf.strings.substr(header, 12, 4) == b"VP8X"
     return tf.cond(
         tf.logical_and(extended, tf.bitwise.bitwise_and(flags, tf.constant(2, tf.uint8)) > 0),
         lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),

@@ -5,6 +5,7 @@ batch s is at position s * batch_size + i. Which record stands there and how it 
 function of (seed, position) alone, so the stream can be entered at any step, on any number of hosts.
 """
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,9 @@ from cnx2_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
-_PREFETCHED_BATCHES = 2
+PREFETCHED_BATCHES = 2
+# TensorFlow quotes names and contents in its messages; where they are no text, its own error is lost.
+_FAILURES = (tf.errors.OpError, UnicodeDecodeError)
 _END_OF_STREAM = 2**62
 
 
@@ -57,13 +60,18 @@ class ImageData:
             # As timm fills: with the mean colour.
             augment=make_augmentation(data.augment, [round(255 * mean) for mean in data.mean]),
             erasing=data.random_erasing,
-            mean=tuple(data.mean),
-            std=tuple(data.std),
+            mean=tuple(map(float, data.mean)),
+            std=tuple(map(float, data.std)),
         )
         # Traced once, for however many streams are opened.
-        self._transform = tf.function(transform, autograph=False)
+        self._crop = tf.function(transform.crop, autograph=False)
+        self._change = tf.function(transform.change, autograph=False)
         faults.check(data.unreadable)
         self.train = open_source(data, "train", config.seed)
+        if data.val_root and not data.val_source:
+            raise UserError(
+                f"data.val_root '{data.val_root}' without data.val_source; set it to folder or tfds:..."
+            )
         if data.val_source:
             self.val = open_set(data.val_source, data.val_root, self.train.class_names)
         else:
@@ -82,6 +90,14 @@ class ImageData:
         """Empty when the images carry no labels."""
         return self.train.class_names
 
+    def of_batch(self, batch_size: int) -> "ImageData":
+        """The same images in batches of another size."""
+        other = copy.copy(self)
+        other._config = self._config.copy_and_resolve_references()
+        other._config.unlock()
+        other._config.batch_size = batch_size
+        return other
+
     def train_batches(
         self, start_step: int, *, process_index: int = 0, process_count: int = 1
     ) -> Iterator[Batch]:
@@ -98,15 +114,20 @@ class ImageData:
         Raises:
           UserError: at once if the batch does not divide over the hosts; from the iterator at the
             batch that holds an unreadable image, or with "skip" once more than `data.max_unreadable`
-            of all records were.
+            of all records were, as far as this host and this iterator have seen them. Of a JPEG only the
+            part that is needed is read: damage below it does not matter.
         """
         config = self._config
-        seed = tf.constant(config.seed, tf.int64)
+
+        def seed(position: tf.Tensor) -> tf.Tensor:
+            return tf.stack([tf.constant(config.seed, tf.int64), position])
+
         return _stream(
             self.train,
             config.data,
             lambda position: shuffled_record(position, self.num_train, config.seed),
-            lambda encoded, position: self._transform(encoded, tf.stack([seed, position])),
+            lambda encoded, position: self._crop(encoded, seed(position)),
+            lambda image, position: self._change(image, seed(position)),
             steps=(start_step, _END_OF_STREAM // config.batch_size),
             positions=_Positions(config.batch_size, process_index, process_count),
             # In a later epoch another record stands at the same place.
@@ -145,6 +166,7 @@ def eval_batches(
             channels=_checked_channels(config.model.in_chans),
             crop_fraction=config.data.eval_crop,
         ),
+        lambda image, _: image,
         steps=(0, -(-source.num_records // positions.batch_size)),
         positions=positions,
         stand_in=None,
@@ -174,11 +196,11 @@ def preprocess_files(
     images = np.empty((len(paths), *size, channels), np.uint8)
     for index, path in enumerate(paths):
         try:
-            encoded = tf.io.read_file(os.fspath(path))
+            encoded = tf.io.read_file(os.fsencode(path))
             images[index] = transforms.eval_image(
                 encoded, size=size, channels=channels, crop_fraction=eval_crop
             )
-        except tf.errors.OpError as error:
+        except _FAILURES as error:
             raise _unreadable(os.fspath(path), error) from error
     return images
 
@@ -244,6 +266,7 @@ def _stream(
     data: Any,
     record_at: Callable[[tf.Tensor], tf.Tensor],
     image_of: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    change: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     *,
     steps: tuple[int, int],
     positions: _Positions,
@@ -252,7 +275,7 @@ def _stream(
     """Yields the batches of `range(*steps)`, the host's share of each.
 
     `record_at` maps a position to a record's index; `image_of` an encoded image and its position to
-    uint8 [h, w, C].
+    uint8 [h, w, C], which may fail; `change` that and the position to the final image, which may not.
     """
 
     # No Python control flow here depends on a tensor; converting it anyway takes seconds of every start.
@@ -262,16 +285,18 @@ def _stream(
         return {"image": image_of(record["bytes"], position), "label": record["label"]}
 
     @tf.autograph.experimental.do_not_convert
-    def tolerant(position: tf.Tensor) -> dict[str, tf.Tensor]:
+    def changed(position: tf.Tensor) -> dict[str, tf.Tensor]:
         if data.unreadable == "error":
-            return example(position, position)
-        return faults.tolerate(example, position, stand_in)
+            made = example(position, position)
+        else:
+            made = faults.tolerate(example, position, stand_in)
+        return {**made, "image": change(made["image"], position)}
 
     threads = usable_cores()
     first, last = steps
     dataset = tf.data.Dataset.range(first * positions.per_host, last * positions.per_host)
-    dataset = dataset.map(positions.at).map(tolerant, num_parallel_calls=threads, deterministic=True)
-    dataset = dataset.batch(positions.per_host, drop_remainder=True).prefetch(_PREFETCHED_BATCHES)
+    dataset = dataset.map(positions.at).map(changed, num_parallel_calls=threads, deterministic=True)
+    dataset = dataset.batch(positions.per_host, drop_remainder=True).prefetch(PREFETCHED_BATCHES)
     options = tf.data.Options()
     # Fixed widths instead of autotuning, whose buffers grow until the host's memory is full.
     options.autotune.enabled = False
@@ -299,11 +324,11 @@ def _guarded(
             batch = next(iterator)
         except StopIteration:
             return
-        except tf.errors.OpError:
+        except _FAILURES:
             for position in tf.constant(positions.at_step(step), tf.int64):
                 try:
                     example(position, position)
-                except tf.errors.OpError as error:
+                except _FAILURES as error:
                     name = source.describe(int(record_at(position)))
                     raise _unreadable(name, error) from error
             raise  # It is readable now: not the image's fault, so say what TensorFlow said.
@@ -337,7 +362,7 @@ def _counted(
         yield batch
 
 
-def _unreadable(name: str, error: tf.errors.OpError) -> UserError:
+def _unreadable(name: str, error: Exception) -> UserError:
     if isinstance(error, tf.errors.NotFoundError):
         return UserError(f"image '{name}' does not exist; check the path or restore it")
     if isinstance(error, tf.errors.PermissionDeniedError):

@@ -50,12 +50,11 @@ class TrainTransform:
 
     def __call__(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Maps a scalar string and int64 [2] to uint8 [*size, channels]."""
-        # One call for all numbers: each costs as much as a small operation on an image.
-        count = self.augment.draws if self.augment else 0
-        parts = (4 * _TRIES, 1, count, 1, 4 * _TRIES)
-        draws = tf.split(tf.random.stateless_uniform([sum(parts)], seed), parts)
-        crop_draws, flip_draw, augment_draws, erasing_draw, box_draws = draws
+        return self.change(self.crop(encoded, seed), seed)
 
+    def crop(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """The part that fails on what is no image: decodes, crops, resizes and mirrors."""
+        crop_draws, flip_draw, *_ = self._draws(seed)
         image = decode_crop(
             encoded,
             self.channels,
@@ -64,7 +63,11 @@ class TrainTransform:
             ),
         )
         image = resize(image, self.size, mirrored=(flip_draw[0] < 0.5) if self.flip else False)
-        image = tf.ensure_shape(image, [*self.size, self.channels])
+        return tf.ensure_shape(image, [*self.size, self.channels])
+
+    def change(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """The part after it: augments and erases uint8 [*size, channels]."""
+        *_, augment_draws, erasing_draw, box_draws = self._draws(seed)
         if self.augment:
             image = self.augment.apply(image, augment_draws)
         if self.erasing:
@@ -75,6 +78,12 @@ class TrainTransform:
                 lambda: image,
             )
         return tf.ensure_shape(image, [*self.size, self.channels])
+
+    def _draws(self, seed: tf.Tensor) -> list[tf.Tensor]:
+        # One call for all numbers: each costs as much as a small operation on an image.
+        count = self.augment.draws if self.augment else 0
+        parts = (4 * _TRIES, 1, count, 1, 4 * _TRIES)
+        return tf.split(tf.random.stateless_uniform([sum(parts)], seed), parts)
 
     def _erase(self, image: tf.Tensor, box: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Replaces a box by noise that is standard normal once the image is normalised (timm's pixel mode).

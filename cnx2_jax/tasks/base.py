@@ -50,6 +50,8 @@ def check(config: ConfigDict) -> None:
                 f"data.{name} has {len(data[name])} value(s) for model.in_chans {model.in_chans}; give one "
                 "per channel"
             )
+    if not 0 <= min(data.mean) <= max(data.mean) <= 1:
+        raise UserError(f"data.mean {tuple(data.mean)} must be shares of the full range, from 0 to 1")
     if min(data.std) <= 0:
         raise UserError(f"data.std {tuple(data.std)} must be above 0")
     for name in ("crop_scale", "crop_ratio"):

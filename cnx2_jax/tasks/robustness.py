@@ -1,6 +1,5 @@
 """ImageNet's other validation sets: how accuracy holds on images unlike those trained on."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,7 +146,9 @@ def _evaluate(model, config: ConfigDict, source: Source, of_present_classes: boo
     if of_present_classes:
         classes = np.unique(_labels(source))
         model = _Restricted(model, tuple(classes.tolist()))
-        source = _renumbered(source, classes)
+        table = np.zeros(len(source.class_names), np.int32)
+        table[classes] = np.arange(len(classes))
+        source = source.relabelled(table)
     batches = sharding.put_batches(eval_batches(source, config), mesh)
     return evaluate(model, config, batches)
 
@@ -157,15 +158,3 @@ def _labels(source: Source) -> np.ndarray:
         return source.labels
     labels = tf.data.Dataset.range(source.num_records).map(lambda index: source.read(index)["label"])
     return np.fromiter(labels.as_numpy_iterator(), np.int32)
-
-
-def _renumbered(source: Source, classes: np.ndarray) -> Source:
-    table = np.zeros(len(source.class_names), np.int32)
-    table[classes] = np.arange(len(classes))
-    there = tf.constant(table)
-
-    def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
-        record = source.read(index)
-        return {**record, "label": there[record["label"]]}
-
-    return dataclasses.replace(source, read=read)

@@ -73,6 +73,10 @@ def test_sets_in_one_line(stored, tmp_path, capfd):
         (["--checkpoint", "{stored}", "--set", "imagenet-a={tmp}/no"], "'{tmp}/no' is not a folder"),
         (["--checkpoint", "{stored}", "--set", "imagenet-c={tmp}"], "it is not ImageNet-C"),
         (
+            ["--checkpoint", "{stored}", "--set", "imagenet-a={tmp}", "--set", "imagenet-a=x"],
+            "is given twice",
+        ),
+        (
             ["--checkpoint", "{stored}", "--set", "imagenet-a=tfds:{tmp}"],
             "'imagenet_a' is not prepared in '{tmp}'",
         ),

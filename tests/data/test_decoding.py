@@ -29,7 +29,6 @@ ENCODINGS = {
     "jpeg 4:4:4": lambda image: encoded(image, "JPEG", subsampling=0),
     "gif": lambda image: encoded(image, "GIF"),
     "gif animated": lambda image: encoded(image, "GIF", save_all=True, append_images=[image.rotate(90)]),
-    "bmp": lambda image: encoded(image, "BMP"),
     "png animated": lambda image: encoded(image, "PNG", save_all=True, append_images=[image.rotate(90)]),
     "png bilevel": lambda image: encoded(image.convert("1"), "PNG"),
     "png palette alpha": lambda image: encoded(image.convert("P"), "PNG", transparency=3),
@@ -72,6 +71,7 @@ def animation(photo) -> bytes:
     [
         pytest.param(lambda photo: b"", id="empty"),
         pytest.param(lambda photo: b"RIFF", id="cut header"),
+        pytest.param(lambda photo: b"RIFF\xff\xfe", id="header that is no text"),
         pytest.param(lambda photo: b"no image at all, but some text", id="text"),
         pytest.param(lambda photo: encoded(photo, "JPEG")[:9000], id="cut jpeg"),
         pytest.param(lambda photo: encoded(photo, "PNG")[:9000], id="cut png"),

@@ -1,5 +1,6 @@
 """The pipeline: a batch is a function of (seed, step), whoever asks for it; evaluation counts once."""
 
+import dataclasses
 import itertools
 import re
 
@@ -13,7 +14,6 @@ from PIL import Image
 from cnx2_jax.configuration import defaults
 from cnx2_jax.data import pipeline
 from cnx2_jax.data.pipeline import ImageData, epoch_order, preprocess_files, shuffled_record
-from cnx2_jax.data.transforms import TrainTransform
 from cnx2_jax.errors import UserError
 
 
@@ -260,19 +260,42 @@ def test_bad_val_image_is_named(tmp_path):
         list(ImageData(config(tmp_path)).eval_batches())
 
 
-def test_failure_that_does_not_repeat_is_not_blamed_on_an_image(textured, monkeypatch):
-    transform = TrainTransform.__call__
+def test_errors_whose_text_is_no_text(tmp_path):
+    strange = tmp_path / b"\xff.png".decode("utf-8", "surrogateescape")
+    for path in (tmp_path / "fine.png", strange):
+        Image.new("RGB", (20, 20)).save(path, "PNG")
+    data = ImageData(config(tmp_path, batch_size=2, **{"data.val_fraction": 0.0}))
+    strange.unlink()
+    with pytest.raises(UserError, match=r"does not exist|is not a readable"):
+        next(data.train_batches(0))
+    with pytest.raises(UserError, match=r"does not exist|is not a readable"):
+        preprocess_files([strange], size=(8, 8), channels=3, eval_crop=1.0)
 
-    def fails_in_the_pipeline(self, *args):
-        image = transform(self, *args)
-        if tf.executing_eagerly():  # when the pipeline looks for the image at fault
-            return image
-        with tf.control_dependencies([tf.debugging.Assert(False, ["disk full"])]):
-            return tf.identity(image)
 
-    monkeypatch.setattr(TrainTransform, "__call__", fails_in_the_pipeline)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="disk full"):
-        next(ImageData(config(textured)).train_batches(0))
+def test_whole_numbers_as_mean_and_deviation(textured):
+    plain = {"data.mean": (0, 0, 0), "data.std": (1, 1, 1)}
+    assert next(ImageData(config(textured, **EVERYTHING, **plain)).train_batches(0))["image"].any()
+
+
+def test_failure_that_does_not_repeat_is_not_blamed_on_an_image(textured):
+    failed = []
+
+    def fail_once(index):
+        if not failed:
+            failed.append(True)
+            raise OSError("disk full")
+        return index
+
+    data = ImageData(config(textured))
+    source = data.train
+
+    def read(index):
+        index = tf.numpy_function(fail_once, [index], tf.int64)
+        return source.read(tf.ensure_shape(index, []))
+
+    data.train = dataclasses.replace(source, read=read)
+    with pytest.raises(tf.errors.OpError, match="disk full"):
+        next(data.train_batches(0))
 
 
 @pytest.mark.parametrize("batches", ["train", "eval"])
@@ -293,6 +316,8 @@ def test_val_images_from_elsewhere(folder, tmp_path):
     data = ImageData(config(folder, **elsewhere))
     (batch,) = data.eval_batches()
     assert data.num_val == 1 and batch["label"][0] == 1 and identity(batch)[0] == 7
+    with pytest.raises(UserError, match=r"without data\.val_source"):
+        ImageData(config(folder, **{"data.val_root": str(tmp_path)}))
     (tmp_path / "neither").mkdir()
     (tmp_path / "neither" / "2.png").write_bytes((tmp_path / "odd" / "1.png").read_bytes())
     with pytest.raises(UserError, match="a class 'neither' that the model was not trained on"):

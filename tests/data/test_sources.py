@@ -169,6 +169,8 @@ def test_home_is_expanded(tmp_path, monkeypatch):
         ([], {"source": "synthetic:ten"}, "'synthetic:ten' must be synthetic"),
         ([], {"source": "synthetic:10:11"}, "no more classes than records"),
         ([], {"source": "synthetic:0"}, "'synthetic:0' must be synthetic"),
+        ([], {"source": "synthetic:9999999999"}, "fewer than a billion records"),
+        ([], {"source": "synthetic::5"}, "'synthetic::5' must be synthetic"),
         ([], {"root": ""}, "data.root is not set"),
         ([], {"root": "/no/such"}, "data.root '/no/such' is not a folder"),
         ([], {}, "no images .* in '{root}'"),
@@ -190,6 +192,17 @@ def test_user_errors(tmp_path, files, changes, message):
         for split in ("train", "val"):
             open_source(config(**{"root": str(tmp_path), **changes}), split, seed=0)
     assert "\n" not in str(caught.value)
+
+
+def test_links_in_a_circle_are_named(tmp_path):
+    make(tmp_path, "images/a/1.png")
+    (tmp_path / "images" / "a" / "loop").symlink_to(tmp_path / "images")
+    with pytest.raises(UserError, match=r"cannot list '.*loop.*': Too many levels of symbolic links"):
+        open_source(config(root=tmp_path / "images"), "train", seed=0)
+    (tmp_path / "images" / "a" / "loop").unlink()
+    (tmp_path / "images" / "a" / "self.png").symlink_to("self.png")
+    with pytest.raises(UserError, match=r"cannot list '.*': Too many levels of symbolic links"):
+        open_source(config(root=tmp_path / "images"), "train", seed=0)
 
 
 def test_unlistable_folder_is_named(tmp_path, monkeypatch):
@@ -231,6 +244,12 @@ def test_a_set_is_labelled_by_the_models_classes(tmp_path):
     }
     with pytest.raises(UserError, match="a class '10' that the model was not trained on"):
         open_set("folder", str(tmp_path / "numbers"), names[:5])
+    # Numbers that are names are names.
+    assert open_set("folder", str(tmp_path / "numbers"), ("10", "2", "0")).labels.tolist() == [2, 0, 1]
+    with pytest.raises(UserError, match="a class '0' that the model was not trained on"):
+        open_set("folder", str(tmp_path / "numbers"), ("10", "2", "5"))
+    with pytest.raises(UserError, match=r"numbers/0' has no class folders"):
+        open_set("folder", str(tmp_path / "numbers" / "0"), names)
     with pytest.raises(UserError, match="a class 'dog' that"):
         open_set("folder", str(tmp_path / "a"), ("ant",))
     with pytest.raises(UserError, match=r"data\.val_root is not set"):

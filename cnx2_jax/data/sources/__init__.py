@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from cnx2_jax.data.sources.base import Source, first_of_each_class, held_out
 from cnx2_jax.data.sources.digits import open_digits
@@ -72,7 +71,7 @@ def open_set(name: str, root: str, class_names: Sequence[str]) -> Source:
       class_names: those of the model.
 
     Raises:
-      UserError: as `open_source`, or a class that the model does not know.
+      UserError: as `open_source`, a class that the model does not know, or no classes at all.
     """
     kind, detail = _kind(name, "data.val_source")
     match kind:
@@ -84,7 +83,7 @@ def open_set(name: str, root: str, class_names: Sequence[str]) -> Source:
             source = open_tfds(detail, root)
         case _:
             source = open_synthetic(detail, "val")
-    return _relabelled(source, class_names, name if kind == "tfds" else root or name)
+    return _matched(source, class_names, name if kind == "tfds" else root or name)
 
 
 def _kind(name: str, key: str) -> tuple[str, str]:
@@ -104,20 +103,17 @@ def _open_tfds_split(spec: str, data: Any, split: str) -> Source:
     return source.only(chosen if split == "val" else ~chosen)
 
 
-def _relabelled(source: Source, class_names: Sequence[str], name: str) -> Source:
+def _matched(source: Source, class_names: Sequence[str], name: str) -> Source:
+    if class_names and not source.class_names:
+        raise UserError(
+            f"'{name}' has no class folders; put each class's images into one named as in training"
+        )
     label_of = {name: label for label, name in enumerate(class_names)}
-    unknown = [name for name in source.class_names if name not in label_of]
-    if len(unknown) == len(source.class_names) and all(name.isdecimal() for name in unknown):
-        label_of = {name: int(name) for name in unknown}
-        unknown = [name for name in unknown if int(name) >= len(class_names)]
-    if unknown:
-        raise UserError(f"'{name}' has a class '{unknown[0]}' that the model was not trained on")
-    new = np.array([label_of[name] for name in source.class_names] or [0], np.int32)
-    table = tf.constant(new)
-
-    def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
-        record = source.read(index)
-        return {**record, "label": table[record["label"]]}
-
-    labels = None if source.labels is None else new[source.labels]
-    return dataclasses.replace(source, class_names=tuple(class_names), labels=labels, read=read)
+    numbered = not any(name.isdecimal() for name in class_names)
+    if numbered and all(name.isdecimal() for name in source.class_names):
+        label_of = {name: int(name) for name in source.class_names if int(name) < len(class_names)}
+    unknown = next((name for name in source.class_names if name not in label_of), None)
+    if unknown is not None:
+        raise UserError(f"'{name}' has a class '{unknown}' that the model was not trained on")
+    table = np.array([label_of[name] for name in source.class_names] or [0], np.int32)
+    return dataclasses.replace(source.relabelled(table), class_names=tuple(class_names))

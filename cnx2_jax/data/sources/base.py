@@ -39,6 +39,17 @@ class Source:
             describe=lambda index: self.describe(int(indices[index])),
         )
 
+    def relabelled(self, table: np.ndarray) -> "Source":
+        """The same records with label `table[label]`, table being int32."""
+        there = tf.constant(table)
+
+        def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
+            record = self.read(index)
+            return {**record, "label": there[record["label"]]}
+
+        labels = None if self.labels is None else table[self.labels]
+        return dataclasses.replace(self, labels=labels, read=read)
+
 
 def held_out(names: Iterable[bytes], labels: np.ndarray | None, fraction: float) -> np.ndarray:
     """Which records are val, boolean [n]: about `fraction` of each class, by a hash of the name.

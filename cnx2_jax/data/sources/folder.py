@@ -104,27 +104,25 @@ def _list_records(folder: str, class_names: Sequence[str]) -> Source:
 
 
 def _sub_folders(folder: str) -> tuple[str, ...]:
-    with _listed(folder) as entries:
-        return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
+    return tuple(sorted(name for name, is_folder in _listed(folder) if is_folder))
 
 
 def _image_names(folder: str, prefix: str = "") -> Iterator[str]:
     """Paths relative to the top folder, in no particular order."""
-    with _listed(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _image_names(entry.path, f"{prefix}{entry.name}/")
-            elif entry.name.lower().endswith(_ENDINGS):
-                yield prefix + entry.name
+    for name, is_folder in _listed(folder):
+        if is_folder:
+            yield from _image_names(os.path.join(folder, name), f"{prefix}{name}/")
+        elif name.lower().endswith(_ENDINGS):
+            yield prefix + name
 
 
-def _listed(folder: str):
+def _listed(folder: str) -> list[tuple[str, bool]]:
+    """Names, and whether they are of folders, of what is not hidden."""
     try:
-        return os.scandir(folder)
-    except OSError as error:
-        raise UserError(f"cannot list '{error.filename}': {error.strerror}") from error
+        with os.scandir(folder) as entries:
+            return [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:  # such as links that lead in a circle
+        raise UserError(f"cannot list '{error.filename or folder}': {error.strerror}") from error
 
 
 def _kinds() -> str:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import numpy as np
 import tensorflow as tf
@@ -28,17 +29,15 @@ def open_synthetic(size: str, split: str) -> Source:
     Raises:
       UserError: `size` is not that.
     """
-    records, _, classes = size.partition(":")
-    try:
-        num_records = int(records) if records else _TRAIN_RECORDS
-        num_classes = int(classes) if classes else min(_CLASSES, num_records)
-        if not 1 <= num_classes <= num_records:
-            raise ValueError
-    except ValueError:
+    # Nine digits: the labels of more would not fit into memory.
+    match = re.fullmatch(r"(?:([0-9]{1,9})(?::([0-9]{1,9}))?)?", size)
+    num_records = int((match and match[1]) or _TRAIN_RECORDS)
+    num_classes = int((match and match[2]) or min(_CLASSES, num_records))
+    if match is None or not 1 <= num_classes <= num_records:
         raise UserError(
             f"data.source 'synthetic:{size}' must be synthetic, synthetic:RECORDS or "
-            "synthetic:RECORDS:CLASSES, with no more classes than records"
-        ) from None
+            "synthetic:RECORDS:CLASSES, with no more classes than records and fewer than a billion records"
+        )
     if split == "val":
         num_records = max(1, num_records // _TRAIN_PER_VAL)
     rng = np.random.default_rng(0 if split == "train" else 1)
