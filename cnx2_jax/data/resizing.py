@@ -35,11 +35,17 @@ def resize(
     indices, weights = _filters(shape[:2], size, window, tf.convert_to_tensor(mirrored))
 
     def rows(pixels: tf.Tensor) -> tf.Tensor:
-        return _filter_first_axis(pixels, indices[0], weights[0], window[2])
+        height, width, channels = tf.unstack(tf.shape(pixels))
+        flat = tf.reshape(pixels, [height, width * channels])
+        return tf.reshape(_filter(flat, indices[0], weights[0], window[2]), [window[2], width, channels])
 
     def columns(pixels: tf.Tensor) -> tf.Tensor:
-        turned = tf.transpose(pixels, [1, 0, 2])
-        return tf.transpose(_filter_first_axis(turned, indices[1], weights[1], window[3]), [1, 0, 2])
+        # Turned as a matrix, pixels taken apart into channels: twice as fast as to turn whole pixels.
+        height, width, channels = tf.unstack(tf.shape(pixels))
+        turned = tf.transpose(tf.reshape(pixels, [height, width * channels]))
+        filtered = _filter(tf.reshape(turned, [width, channels * height]), indices[1], weights[1], window[3])
+        turned = tf.transpose(tf.reshape(filtered, [window[3] * channels, height]))
+        return tf.reshape(turned, [height, window[3], channels])
 
     # Pillow 13's choice of what comes first (older versions: always the columns).
     shrinking = shape[:2] - size
@@ -49,15 +55,13 @@ def resize(
     return result
 
 
-def _filter_first_axis(
-    pixels: tf.Tensor, indices: tf.Tensor, weights: tf.Tensor, count: tf.Tensor
-) -> tf.Tensor:
-    """Filters uint8 [n, m, C] to uint8 [count, m, C], by what `_filters` gives for one axis."""
-    inputs, others, channels = tf.unstack(tf.shape(pixels))
-    rows = tf.cast(tf.reshape(pixels, [inputs, others * channels]), tf.float32)
-    filtered = tf.matmul(weights, tf.gather(rows, tf.minimum(indices, inputs - 1)))
-    rounded = tf.cast(tf.clip_by_value(filtered + 0.5, 0.0, 255.0), tf.uint8)
-    return tf.reshape(rounded, [-1, others, channels])[:count]
+def _filter(rows: tf.Tensor, indices: tf.Tensor, weights: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    """Filters uint8 [n, m] to uint8 [count, m], by what `_filters` gives for one axis."""
+    inputs, others = tf.unstack(tf.shape(rows))
+    seen = tf.cast(tf.gather(rows, tf.minimum(indices, inputs - 1)), tf.float32)
+    # Clips and rounds halves up in one operation: 256 levels from 0 to 255.
+    rounded = tf.quantization.fake_quant_with_min_max_args(tf.matmul(weights, seen), 0.0, 255.0)
+    return tf.reshape(tf.cast(rounded, tf.uint8), [-1, others])[:count]
 
 
 def _filters(

@@ -33,8 +33,9 @@ def test_noise(shape, size, seed):
     image = np.random.default_rng(seed).choice(np.uint8([0, 3, 128, 255]), (*shape, 3))
     resized = resize(image, size).numpy().astype(int)
     expected = np.asarray(Image.fromarray(image).resize(size[::-1], BICUBIC), int)
-    # Exact ties in even ratios may go either way, by one level.
-    assert np.abs(resized - expected).max() <= 1
+    # Exact ties, which such values and ratios give, may go either way; the second pass can add two up.
+    difference = np.abs(resized - expected)
+    assert difference.max() <= 2 and (difference <= 1).mean() > 0.999
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
