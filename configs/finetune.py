@@ -44,7 +44,7 @@ def get_config(argument="tiny"):
     if name == "digits":
         use_digits(config)
         config.batch_size = 64
-        config.total_epochs = options["epochs"] or (60.0 if options["labels"] else 17.0)
+        config.total_epochs = options["epochs"] or (60.0 if options["labels"] else 20.0)
         config.eval_epochs = 20.0 if options["labels"] else 5.0
         config.label_smoothing = 0.1
         config.model.drop_path = 0.1
