@@ -11,9 +11,9 @@ from cnx2_jax.errors import RunError, UserError
 
 # Modules are imported only when their verb runs: `--help` should not wait for JAX and TensorFlow.
 VERBS = {
-    "data": "look at a config's training images, and check and time their pipeline",
+    "data": "look at training images, and check and time their pipeline",
     "train": "train a model as a config says, or go on with a workdir's run",
-    "evaluate": "evaluate a checkpoint on its run's validation images, or on ImageNet's other sets",
+    "evaluate": "evaluate a checkpoint on its run's validation images or other sets",
     "predict": "name the top classes of image files",
     "reconstruct": "mask images and draw what a pretrained model makes of them",
     "export": "write a checkpoint's parameters for use elsewhere",
