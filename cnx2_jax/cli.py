@@ -13,7 +13,7 @@ from cnx2_jax.errors import RunError, UserError
 VERBS = {
     "data": "look at training images, and check and time their pipeline",
     "train": "train a model as a config says, or go on with a workdir's run",
-    "evaluate": "evaluate a checkpoint on its run's validation images or other sets",
+    "evaluate": "evaluate a checkpoint on its run's images or on other sets",
     "predict": "name the top classes of image files",
     "reconstruct": "mask images and draw what a pretrained model makes of them",
     "export": "write a checkpoint's parameters for use elsewhere",
