@@ -154,6 +154,33 @@ def load(path: Path) -> tuple[ConvNeXtV2 | FCMAE, ConfigDict, tuple[str, ...]]:
     return merge(graph, params), config, class_names
 
 
+def without_decoder(model: ConvNeXtV2 | FCMAE) -> ConvNeXtV2:
+    """Returns a classifier as it is, and of an FCMAE its encoder, with a fresh final norm and no head.
+
+    So everything that takes a classifier takes a pretrained encoder: it gives features `[B, dims[3]]`.
+    """
+    if isinstance(model, ConvNeXtV2):
+        return model
+    encoder = model.encoder
+    depths = [len(blocks) for blocks in encoder.stages]
+    dtype = encoder.stages[0][0].norm.dtype
+    empty = nnx.eval_shape(
+        lambda: ConvNeXtV2(
+            depths,
+            encoder.dims,
+            num_classes=0,
+            in_chans=encoder.in_chans,
+            patch_size=encoder.patch_size,
+            scan=encoder.scan,
+            dtype=dtype,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    graph, _ = split(empty)
+    fresh = {"norm.scale": jnp.ones(encoder.dims[-1]), "norm.bias": jnp.zeros(encoder.dims[-1])}
+    return merge(graph, {**split(encoder)[1], **fresh})
+
+
 def check_params(params: Params, like: Params, source: str) -> None:
     """Raises UserError unless `params` has the names of `like`, no others, and the same shapes."""
     for name, leaf in like.items():

@@ -1,6 +1,7 @@
 """What the tasks share: checks, normalisation, starting weights, loading."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -235,3 +236,13 @@ def test_unknown_task():
     config.task = "clasify"
     with pytest.raises(UserError, match="unknown task 'clasify'; did you mean 'classify'"):
         make_task(config)
+
+
+def test_an_encoder_without_its_decoder_gives_the_mean_of_its_last_map(build):
+    fcmae = build(FCMAE, (1, 1, 2, 1), (4, 4, 8, 12), decoder_dim=8, in_chans=1, patch_size=1)
+    encoder = base.without_decoder(fcmae)
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16, 24, 1)), jnp.float32)
+    mean = np.asarray(fcmae.encoder.features(images)[-1], np.float64).mean(axis=(1, 2))
+    expected = (mean - mean.mean(-1, keepdims=True)) / np.sqrt(mean.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(encoder(images), expected, atol=1e-4)
+    assert base.without_decoder(encoder) is encoder
