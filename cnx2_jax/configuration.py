@@ -57,6 +57,8 @@ RANGES = {
     "optimizer.b1": (0, 0.999999),
     "optimizer.b2": (0, 0.9999999),
     "optimizer.clip_norm": (0, 1e9),
+    "optimizer.layer_decay": (0, 1),
+    "ema_decay": (0, 0.999999999),
 }
 
 
@@ -74,6 +76,7 @@ def defaults(task: str) -> ConfigDict:
     config.eval_epochs = 10.0
     config.checkpoint_steps = 1000
     config.keep_checkpoints = 2  # the latest ones; the best is kept besides
+    config.ema_decay = 0.0  # of the exponential moving average of the parameters; 0: none is kept
 
     model = config.model = ConfigDict()
     model.variant = "tiny"  # or "custom", with depths and dims
@@ -112,6 +115,9 @@ def defaults(task: str) -> ConfigDict:
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.clip_norm = 0.0  # 0: no clipping
+    optimizer.layer_decay = 1.0  # factor on the learning rate from each layer to the one before it
+    optimizer.layer_decay_type = "single"  # what counts as a layer: single blocks, or a group of them
+    optimizer.trainable = ""  # a regular expression: train only parameters in whose names it is found
 
     mesh = config.mesh = ConfigDict()
     mesh.data = -1  # -1: all devices that are left
