@@ -16,7 +16,7 @@ def test_a_thousand_ids_in_order():
 
 def test_labels_are_those_of_tensorflow_datasets():
     labels = resources.files("tensorflow_datasets") / "datasets" / "imagenet2012" / "labels.txt"
-    assert CLASS_IDS == tuple(labels.read_text().split())
+    assert tuple(labels.read_text().split()) == CLASS_IDS
 
 
 def test_no_two_names_are_alike():
