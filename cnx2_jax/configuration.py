@@ -24,6 +24,7 @@ FREE_KEYS = (
     "eval_epochs",
     "checkpoint_steps",
     "keep_checkpoints",
+    "data.feature_cache",
 )
 
 # Least and greatest value of what is not checked by name elsewhere.
@@ -139,6 +140,11 @@ def defaults(task: str) -> ConfigDict:
         # batch draws which.
         config.mixup = 0.0
         config.cutmix = 0.0
+    elif task == "probe":
+        config.init_from = ""  # a checkpoint whose encoder is frozen; empty: a random one
+        model.head_init_scale = 1.0
+        data.feature_cache = ""  # a folder in which other runs find the features too
+        optimizer.trainable = "^head\\."
     return config
 
 

@@ -64,7 +64,7 @@ def _on_own_images(args: argparse.Namespace, overrides: list[str]) -> dict:
 
 def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
     task, model, mesh, folder = _run_of(args, overrides)
-    metrics = neighbours.evaluate(base.without_decoder(model), task.config, task.data, args.knn, mesh)
+    metrics = neighbours.evaluate(base.without_decoder(model), task.config, task.images, args.knn, mesh)
     return {"checkpoint": str(folder), **metrics}
 
 
