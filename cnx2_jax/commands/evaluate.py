@@ -96,8 +96,8 @@ def _on_sets(args: argparse.Namespace, overrides: list[str]) -> dict:
     if path is None:
         raise UserError("--set needs --checkpoint or --workdir, for the model")
     model, config, class_names = base.load(path)
-    if not isinstance(model, ConvNeXtV2):
-        raise UserError(f"checkpoint '{path}' is of pretraining and names no classes; fine-tune it first")
+    if not isinstance(model, ConvNeXtV2) or not class_names:
+        raise UserError(f"checkpoint '{path}' names no classes, as pretraining does not; fine-tune it first")
     config = override(config, overrides)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)
