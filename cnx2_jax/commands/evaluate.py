@@ -11,6 +11,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.tasks import base, make_task, neighbours, robustness
 from cnx2_jax.train import checkpoint, sharding
+from cnx2_jax.train.loop import AVERAGED
 from cnx2_jax.train.report import say
 from cnx2_jax.train.state import merge, split
 
@@ -57,9 +58,15 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _on_own_images(args: argparse.Namespace, overrides: list[str]) -> dict:
-    task, model, mesh, folder = _run_of(args, overrides)
-    batches = sharding.put_batches(task.data.eval_batches(), mesh)
-    return {"checkpoint": str(folder), **task.evaluate(model, batches)}
+    task, model, mesh, folder = _run_of(args, overrides, averaged=False)
+    results: dict = {"checkpoint": str(folder)}
+    results |= task.evaluate(model, sharding.put_batches(task.data.eval_batches(), mesh))
+    if checkpoint.has_average(folder):
+        graph, _ = split(model)
+        model = merge(graph, sharding.put_params(checkpoint.read_params(folder), mesh))
+        metrics = task.evaluate(model, sharding.put_batches(task.data.eval_batches(), mesh))
+        results |= {AVERAGED + name: value for name, value in metrics.items()}
+    return results
 
 
 def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
@@ -68,7 +75,7 @@ def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
     return {"checkpoint": str(folder), **metrics}
 
 
-def _run_of(args: argparse.Namespace, overrides: list[str]):
+def _run_of(args: argparse.Namespace, overrides: list[str], *, averaged: bool = True):
     """The task of a run, its model on the mesh, the mesh, and the checkpoint that the model is from."""
     config = override(read_config(args.workdir), overrides)
     task = make_task(config)
@@ -77,7 +84,7 @@ def _run_of(args: argparse.Namespace, overrides: list[str]):
     sharding.check_batch(config.batch_size, 1, mesh)
     base.check_class_names(checkpoint.read_card(folder), task.card(), str(folder))
     graph, like = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
-    params = checkpoint.read_params(folder)
+    params = checkpoint.read_params(folder, averaged=averaged)
     base.check_params(params, like, str(folder))
     return task, merge(graph, sharding.put_params(params, mesh)), mesh, folder
 
@@ -96,8 +103,8 @@ def _on_sets(args: argparse.Namespace, overrides: list[str]) -> dict:
     if path is None:
         raise UserError("--set needs --checkpoint or --workdir, for the model")
     model, config, class_names = base.load(path)
-    if not isinstance(model, ConvNeXtV2):
-        raise UserError(f"checkpoint '{path}' is of pretraining and names no classes; fine-tune it first")
+    if not isinstance(model, ConvNeXtV2) or not class_names:
+        raise UserError(f"checkpoint '{path}' names no classes, as pretraining does not; fine-tune it first")
     config = override(config, overrides)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)

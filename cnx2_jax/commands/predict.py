@@ -59,9 +59,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     source = open_files(args.images)
     model, config, class_names = base.load(args.checkpoint)
     if not class_names and args.features is None:
+        kind = "is of pretraining and" if config.task == "pretrain" else "has no head and"
         raise UserError(
-            f"checkpoint '{args.checkpoint}' is of pretraining and names no classes; fine-tune it first, "
-            "or write --features"
+            f"checkpoint '{args.checkpoint}' {kind} names no classes; fine-tune it first, or write --features"
         )
     config.batch_size = min(args.batch_size, source.num_records)
     config.data.unreadable = "error"  # whatever training did: nobody would miss an image that was left out

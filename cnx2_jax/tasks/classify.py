@@ -1,8 +1,7 @@
-"""Classification: fine-tuning, training from scratch, evaluation, prediction."""
+"""Classification: fine-tuning, training from scratch, evaluation."""
 
 import dataclasses
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +19,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.tasks import base
 from cnx2_jax.train.evaluation import average
-from cnx2_jax.train.state import Params, merge, split
+from cnx2_jax.train.state import Params
 from cnx2_jax.train.task import Batch, Data, Metrics
 
 
@@ -116,14 +115,3 @@ def class_scores(logits: Float[Array, "b classes"], labels: Int[Array, " b"]) ->
         "top5_accuracy": rank < 5,
         "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
     }
-
-
-def probabilities(model: ConvNeXtV2, config: ConfigDict, images: np.ndarray) -> np.ndarray:
-    """Returns class probabilities `[N, classes]` in float32 of uint8 images `[N, H, W, C]`."""
-    graph, params = split(model)
-    return np.asarray(_probabilities(graph, params, base.normalise(jnp.asarray(images), config.data)))
-
-
-@partial(jax.jit, static_argnames="graph")
-def _probabilities(graph: nnx.GraphDef, params: Params, images: jax.Array) -> jax.Array:
-    return jax.nn.softmax(merge(graph, params)(images), axis=-1)

@@ -16,7 +16,6 @@ from PIL import Image
 from cnx2_jax.cli import main
 from cnx2_jax.configuration import defaults, use_digits
 from cnx2_jax.data.pipeline import preprocess_files
-from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.tasks import base
 from cnx2_jax.train import checkpoint
 from cnx2_jax.train.state import merge, split
@@ -88,7 +87,7 @@ def expected(folder, paths):
     graph, params = split(encoder)
     pooled = jax.jit(lambda x: merge(graph, params).pooled(x))
     vectors = np.concatenate([pooled(base.normalise(image[None], values.data)) for image in pixels])
-    if not isinstance(model, ConvNeXtV2):
+    if not encoder.num_classes:
         return vectors, None
     logits = vectors @ np.asarray(model.head.kernel) + np.asarray(model.head.bias)
     return vectors, np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -211,9 +210,14 @@ def test_mistakes_are_said_before_any_work(images, tmp_path, capfd, words, messa
     assert (tmp_path / "there.npy").read_text() == "mine"
 
 
-def test_pretraining_names_no_classes(pretrained, images, capfd):
-    assert run("--checkpoint", pretrained, *images) == 2
-    assert "is of pretraining and names no classes; fine-tune it first, or" in capfd.readouterr().err
+@pytest.mark.parametrize(("task", "why"), [("pretrain", "is of pretraining"), ("classify", "has no head")])
+def test_where_there_are_no_classes_to_name(task, why, images, tmp_path, random_params, capfd):
+    folder = store(tmp_path / "checkpoint", task, (), random_params)
+    assert run("--checkpoint", folder, *images) == 2
+    assert f"{why} and names no classes; fine-tune it first, or write --feat" in capfd.readouterr().err
+    assert run("--checkpoint", folder, "--features", tmp_path / "out.npy", images[0]) == 0
+    assert capfd.readouterr().out == ""
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected(folder, images[:1])[0], atol=2e-5)
 
 
 def test_a_reader_that_leaves_early(classifier, images):
