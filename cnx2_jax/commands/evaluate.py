@@ -70,7 +70,7 @@ def _on_sets(args: argparse.Namespace, overrides: list[str]) -> dict:
     if path is None:
         raise UserError("--set needs --checkpoint or --workdir, for the model")
     model, config, class_names = base.load(path)
-    if not isinstance(model, ConvNeXtV2):
+    if not isinstance(model, ConvNeXtV2) or not model.num_classes:
         raise UserError(f"checkpoint '{path}' is of pretraining and names no classes; fine-tune it first")
     config = override(config, overrides)
     mesh = sharding.make_mesh(config.mesh)

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     model, config, class_names = base.load(args.checkpoint)
-    if not isinstance(model, ConvNeXtV2):
+    if not isinstance(model, ConvNeXtV2) or not model.num_classes:
         raise UserError(
             f"checkpoint '{args.checkpoint}' is of pretraining and names no classes; fine-tune it first"
         )

@@ -213,7 +213,7 @@ def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
     """Returns `fresh` with the encoder's parameters taken from a checkpoint.
 
     From an FCMAE checkpoint the encoder, the final norm and the head staying fresh; from a classifier
-    everything but a head of another class count.
+    everything but a head of another class count; from a model without a head all that it has.
 
     Raises:
       UserError: there is no checkpoint, or it is of another variant.
@@ -234,7 +234,7 @@ def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
         name
         for name in fresh
         if (pretrained and name.startswith(("norm.", "head.")))
-        or (name.startswith("head.") and name in stored and stored[name].shape != fresh[name].shape)
+        or (name.startswith("head.") and (name not in stored or stored[name].shape != fresh[name].shape))
     }
     taken = {name: leaf for name, leaf in stored.items() if name not in own}
     check_params(taken, {name: leaf for name, leaf in fresh.items() if name not in own}, str(path))
