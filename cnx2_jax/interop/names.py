@@ -133,8 +133,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
     form = next((form for form in _FORMS if form[1] + MARKERS[form[0]] in tensors), None)
     if form is None:
         raise UserError(
-            f"'{source}' holds no ConvNeXt V2 in official, timm or Hugging Face naming, but {len(tensors)} "
-            f"tensor(s) such as {_listed(tensors)}"
+            f"'{source}' holds no ConvNeXt V2 in official, timm or Hugging Face naming; the first of its "
+            f"{len(tensors)} tensor(s): {_listed(tensors) or 'none'}"
         )
     naming, prefix = form
     has_decoder = naming == "official" and any(name.startswith(_DECODER) for name in tensors)
@@ -212,25 +212,26 @@ def _check(
 ) -> None:
     """Raises UserError unless the tensors have just the names wanted, with right shapes."""
     theirs = {rename(name): name for name in wanted}
-    misshapen = []
+    misshapen = {}
     for name in theirs.keys() & tensors.keys():
         ours = theirs[name]
         empty = np.broadcast_to(np.float32(0), wanted[ours])  # takes no memory
         right = {their_layout(ours, empty, naming, conv_mlp).shape for conv_mlp in {False, naming == "timm"}}
         if tensors[name].shape not in right:
             shapes = " or ".join(str(list(shape)) for shape in sorted(right, key=len))
-            misshapen.append(f"'{name}' {list(tensors[name].shape)}, not {shapes}")
+            misshapen[name] = f" {list(tensors[name].shape)}, not {shapes}"
     wrong = {
-        "unknown": [f"'{name}'" for name in tensors if name not in theirs],
-        "missing": [f"'{name}'" for name in theirs if name not in tensors],
-        "misshapen": misshapen,
+        "unknown": tensors.keys() - theirs.keys(),
+        "missing": theirs.keys() - tensors.keys(),
+        "misshapen": misshapen.keys(),
     }
-    said = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in wrong.items() if names]
+    said = [f"{len(names)} {kind}: {_listed(names, misshapen)}" for kind, names in wrong.items() if names]
     if said:
         raise UserError(f"'{source}' is no whole {naming} ConvNeXt V2; tensors {'; '.join(said)}")
 
 
-def _listed(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str], remarks: Mapping[str, str] | None = None) -> str:
+    """Returns the first names in quotes, each with its remark, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    return ", ".join(f"'{name}'{(remarks or {}).get(name, '')}" for name in names[:_LISTED]) + more
