@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cnx2_jax.configuration import check_ranges, defaults
+from cnx2_jax.configuration import check_ranges, defaults, image_hw
 from cnx2_jax.errors import UserError
 from cnx2_jax.interop import facts, hub
 from cnx2_jax.interop.files import read_tensors
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         "classes": imported.num_classes,
         "parameters": sum(math.prod(value.shape) for value in imported.params.values()),
         "naming": imported.naming,
-        "image_size": list(config.image_size),
+        "image_size": list(image_hw(config)),
     }
     print(json.dumps(result))
 
