@@ -176,9 +176,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
     _check(tensors, wanted, rename, naming, source)
     params = {name: our_layout(tensors[rename(name)], shape) for name, shape in wanted.items()}
     if imported.fresh_norm:
-        params |= dict(
-            zip(_NORM, (np.ones(dims[-1], np.float32), np.zeros(dims[-1], np.float32)), strict=True)
-        )
+        params["norm.scale"] = np.ones(dims[-1], np.float32)
+        params["norm.bias"] = np.zeros(dims[-1], np.float32)
     return dataclasses.replace(imported, params=params)
 
 
