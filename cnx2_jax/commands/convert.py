@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import check_ranges, defaults, image_hw
+from cnx2_jax.data.imagenet import CLASS_IDS
 from cnx2_jax.errors import UserError
 from cnx2_jax.interop import facts, hub
 from cnx2_jax.interop.files import read_tensors
@@ -49,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    if os.path.lexists(args.to):
-        raise UserError(f"'{args.to}' exists already; nothing was overwritten, choose another --to")
+    base.check_new(args.to, "--to")
     path = hub.fetch(args.source) if args.source.startswith(hub.SCHEME) else Path(args.source)
     imported = from_torch(read_tensors(path), args.source)
     told = facts.read(path.parent)
@@ -112,8 +111,6 @@ def _class_names(count: int, file: Path | None, told: tuple[str, ...], source: s
         )
     if names or not count:
         return names
-    if count == 1000:
-        from cnx2_jax.data.imagenet import CLASS_IDS
-
+    if count == len(CLASS_IDS):
         return CLASS_IDS
     return tuple(f"class_{index:0{max(4, len(str(count - 1)))}}" for index in range(count))

@@ -213,7 +213,7 @@ def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
     """Returns `fresh` with the encoder's parameters taken from a checkpoint.
 
     From an FCMAE checkpoint the encoder, the final norm and the head staying fresh; from a classifier
-    everything but a head of another class count; from a model without a head all that it has.
+    everything but a head of another class count, or none.
 
     Raises:
       UserError: there is no checkpoint, or it is of another variant.
@@ -241,16 +241,21 @@ def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
     return {name: leaf if name in own else jax.device_get(stored[name]) for name, leaf in fresh.items()}
 
 
-def check_picture(path: Path) -> None:
-    """Raises UserError if a picture cannot be written there, before the work that it is to show.
+def check_new(path: Path, option: str) -> None:
+    """Raises UserError if no new file can be made there, before the work of which it is to tell.
 
-    Something is there already, it names no format, or its folder cannot be made or written to.
+    Something is there already, or its folder cannot be made or written to. `option` gave the path.
     """
     if os.path.lexists(path):
-        raise UserError(f"'{path}' exists already; nothing was overwritten, choose another --out")
+        raise UserError(f"'{path}' exists already; nothing was overwritten, choose another {option}")
     folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"cannot write '{path}': '{folder}' is no folder, or may not be written to")
+
+
+def check_picture(path: Path) -> None:
+    """Raises UserError if a picture cannot be written there: see `check_new`, or it names no format."""
+    check_new(path, "--out")
     if path.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"'{path}' names no image format; end it in .png")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import image_hw
@@ -20,7 +21,7 @@ from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.tasks import base
 from cnx2_jax.train.evaluation import average
 from cnx2_jax.train.state import Params, merge, split
-from cnx2_jax.train.task import Batch, Metrics
+from cnx2_jax.train.task import Batch, Data, Metrics
 
 
 class Classify:
@@ -37,8 +38,9 @@ class Classify:
     def __init__(self, config: ConfigDict):
         base.check(config)
         self.config = config
-        self.data = base.open_images(config)
-        self.class_names = self.data.class_names
+        self.images = base.open_images(config)
+        self.data: Data = self.images
+        self.class_names = self.images.class_names
         if len(self.class_names) < 2:
             raise UserError(
                 f"classification needs at least two classes, '{config.data.root}' has "
@@ -99,17 +101,21 @@ class _Score:
 
     def __call__(self, model, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
         del positions  # nothing is drawn
-        logits, labels = model(base.normalise(batch["image"], self)), batch["label"]
-        # The label's rank is the number of classes above it; ties go to the lower index, as in argmax.
-        label_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
-        # Counted as those it does not beat, so that a NaN is never right.
-        later = jnp.arange(logits.shape[1]) >= labels[:, None]
-        rank = (~((logits < label_logit) | ((logits == label_logit) & later))).sum(axis=1)
-        return {
-            "accuracy": rank < 1,
-            "top5_accuracy": rank < 5,
-            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
-        }
+        return class_scores(model(base.normalise(batch["image"], self)), batch["label"])
+
+
+def class_scores(logits: Float[Array, "b classes"], labels: Int[Array, " b"]) -> dict[str, jax.Array]:
+    """Returns `accuracy`, `top5_accuracy` and `loss` of every sample, `[B]` each."""
+    # The label's rank is the number of classes above it; ties go to the lower index, as in argmax.
+    label_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    # Counted as those it does not beat, so that a NaN is never right.
+    later = jnp.arange(logits.shape[1]) >= labels[:, None]
+    rank = (~((logits < label_logit) | ((logits == label_logit) & later))).sum(axis=1)
+    return {
+        "accuracy": rank < 1,
+        "top5_accuracy": rank < 5,
+        "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+    }
 
 
 def probabilities(model: ConvNeXtV2, config: ConfigDict, images: np.ndarray) -> np.ndarray:
