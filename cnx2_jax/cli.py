@@ -17,6 +17,7 @@ VERBS = {
     "evaluate": "evaluate a checkpoint on its run's images or on other sets",
     "predict": "name the top classes of image files",
     "reconstruct": "mask images and draw what a pretrained model makes of them",
+    "convert": "take weights from PyTorch, timm or Hugging Face, as a checkpoint",
     "export": "write a checkpoint's parameters for use elsewhere",
 }
 
