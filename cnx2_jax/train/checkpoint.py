@@ -143,6 +143,8 @@ def read_card(path: Path) -> dict:
 def read_params(path: Path) -> Params:
     """Reads the parameters of the checkpoint folder `path` (see `find`) onto this process's first device.
 
+    They are float32, whatever they were exported in.
+
     Raises:
       UserError: they cannot be read.
     """
@@ -152,7 +154,7 @@ def read_params(path: Path) -> Params:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata
             like = {
-                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+                name: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=device)
                 for name, leaf in dict(tree).items()
             }
             return checkpointer.restore(folder, like)
