@@ -1,6 +1,5 @@
 """What the tasks share: models from configs and cards, normalisation, starting weights."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from PIL import Image
 from cnx2_jax.configuration import from_json, image_hw
 from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.interop import program
+from cnx2_jax.interop.export import check_new
 from cnx2_jax.models import FCMAE, ConvNeXtV2, variant
 from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.train import checkpoint
@@ -25,7 +26,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 def normalise(images: UInt8[Array, "b height width c"], data: ConfigDict) -> Float[Array, "b height width c"]:
     """Maps uint8 images to float32: (x / 255 - mean) / std per channel."""
-    return (images.astype(jnp.float32) / 255 - jnp.array(data.mean)) / jnp.array(data.std)
+    return program.normalise(images, data.mean, data.std)  # the very one that leaves with the weights
 
 
 def denormalise(
@@ -246,11 +247,7 @@ def check_picture(path: Path) -> None:
 
     Something is there already, it names no format, or its folder cannot be made or written to.
     """
-    if os.path.lexists(path):
-        raise UserError(f"'{path}' exists already; nothing was overwritten, choose another --out")
-    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(f"cannot write '{path}': '{folder}' is no folder, or may not be written to")
+    check_new(path)
     if path.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"'{path}' names no image format; end it in .png")
 

@@ -1,0 +1,158 @@
+"""The formats that a network leaves in, and the way out: written, run by its own runtime, compared, moved.
+
+What stands under the asked name is whole and has been compared, or is not there.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnx2_jax.errors import RunError, UserError
+from cnx2_jax.interop.program import Program
+
+# Largest difference over largest value. float32: ten times what sums of another order make of the deepest
+# variants. bfloat16 keeps 8 bits: weights are off by up to 1/512, and what layers add to that is random.
+BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
+IMAGES = 3  # a batch of no size that any writer knows
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One export.
+
+    Attributes:
+      checkpoint: the folder (see `train.checkpoint.find`), for formats that take more than the network.
+      program: the network.
+      dtype: of the parameters, `float32` or `bfloat16`.
+    """
+
+    checkpoint: Path
+    program: Program
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+      summary: one line for `--help`.
+      write: writes a job's result as a file or folder; OSError if it cannot.
+      run: loads that and maps images `[B, H, W, C]` to results `[B, width]`.
+      writer: the package that `write` needs.
+      runtime: the package that `run` needs.
+      extra: the one of cnx2_jax that installs both; empty where they are always there.
+    """
+
+    summary: str
+    write: Callable[[Path, Job], None]
+    run: Callable[[Path, np.ndarray], np.ndarray]
+    writer: str
+    runtime: str
+    extra: str = ""
+
+
+def of_program(summary: str, module: str, writer: str, runtime: str, extra: str = "") -> Format:
+    """Returns the format of a module of this room, which is imported when it is used."""
+
+    def load() -> Any:
+        return importlib.import_module(f"cnx2_jax.interop.{module}")
+
+    return Format(
+        summary,
+        write=lambda path, job: load().write(path, job.program),
+        run=lambda path, images: load().run(path, images),
+        writer=writer,
+        runtime=runtime,
+        extra=extra,
+    )
+
+
+FORMATS = {
+    "stablehlo": of_program("a file that JAX alone runs, on CPU, GPU and TPU", "stablehlo", "jax", "jax"),
+    "savedmodel": of_program("a folder for TensorFlow", "savedmodel", "tensorflow", "tensorflow"),
+    "onnx": of_program("a file for ONNX runtimes", "onnx", "onnx", "onnxruntime", "onnx"),
+}
+
+
+def check_writable(form: Format) -> None:
+    """Raises UserError unless the package that writes a format is installed."""
+    if importlib.util.find_spec(form.writer) is None:
+        raise UserError(f"package '{form.writer}' is not installed; pip install 'cnx2_jax[{form.extra}]'")
+
+
+def export(out: Path, form: Format, job: Job) -> dict[str, Any]:
+    """Writes a job to `out` and returns how far its results are from this network's.
+
+    Returns:
+      `runtime` with its version, `max_difference` and, to compare it with, the `largest` value; each None
+      where the runtime is not installed.
+
+    Raises:
+      UserError: something is there already, or it cannot be written.
+      RunError: the results differ by more than `BOUNDS`; nothing is left at `out`.
+    """
+    with whole(out) as place:
+        form.write(place, job)
+        return _compare(place, form, job)
+
+
+@contextlib.contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """Gives a path of the same name to write to; what is there at the end, and beside it, moves to `out`.
+
+    Raises:
+      UserError: something is there already, or it cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{out.name}.partial-", dir=out.parent) as folder:
+            yield Path(folder) / out.name
+            # `out` itself last: when it is there, so is everything it names.
+            made = sorted(Path(folder).iterdir(), key=lambda path: path.name == out.name)
+            for path in made:
+                check_new(out.with_name(path.name))
+            for path in made:
+                os.replace(path, out.with_name(path.name))
+    except OSError as error:
+        raise UserError(f"cannot write '{out}': {error.strerror or error}") from None
+
+
+def check_new(path: Path) -> None:
+    """Raises UserError if something is there already, or its folder cannot be made or written to."""
+    if os.path.lexists(path):
+        raise UserError(f"'{path}' exists already; nothing was overwritten, choose another --out")
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"cannot write '{path}': '{folder}' is no folder, or may not be written to")
+
+
+def _compare(path: Path, form: Format, job: Job) -> dict[str, Any]:
+    package = form.runtime.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        return {"runtime": None, "max_difference": None, "largest": None}
+    images = job.program.some_images(IMAGES)
+    found, expected = form.run(path, images), job.program.reference(images)
+    if found.shape != expected.shape:
+        raise RunError(f"{form.runtime} gives {found.shape} for {expected.shape}; nothing was exported")
+    difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+    bound = BOUNDS[job.dtype]
+    if not difference <= bound * largest:  # NaN as well
+        raise RunError(
+            f"{form.runtime} gives results that differ by {difference:.1e} where the largest is {largest:.1e}, "
+            f"more than {bound:.0e} of it, the bound for {job.dtype}; nothing was exported, please report this"
+        )
+    version = importlib.import_module(form.runtime).__version__
+    return {
+        "runtime": f"{form.runtime} {version}",
+        "max_difference": difference,
+        "largest": largest,
+    }
