@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     for option, formats in OPTIONS.items():
         if getattr(args, option) is not None and args.format not in formats:
-            raise UserError(f"--{option} is for --format {' and '.join(formats)}, not for {args.format}")
+            raise UserError(f"--{option} is for --format {', '.join(formats)}, not for {args.format}")
     export.check_new(args.out)
     form = FORMATS[args.format]
     export.check_writable(form)

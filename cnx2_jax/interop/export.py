@@ -147,8 +147,9 @@ def _compare(path: Path, form: Format, job: Job) -> dict[str, Any]:
     bound = BOUNDS[job.dtype]
     if not difference <= bound * largest:  # NaN as well
         raise RunError(
-            f"{form.runtime} gives results that differ by {difference:.1e} where the largest is {largest:.1e}, "
-            f"more than {bound:.0e} of it, the bound for {job.dtype}; nothing was exported, please report this"
+            f"{form.runtime} gives results that differ by {difference:.1e} where the largest is "
+            f"{largest:.1e}, more than {bound:.0e} of it, the bound for {job.dtype}; nothing was exported, "
+            "please report this"
         )
     version = importlib.import_module(form.runtime).__version__
     return {

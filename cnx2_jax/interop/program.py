@@ -80,7 +80,8 @@ class Program:
         """Returns logits or features `[B, width]` in float32; to be traced by JAX."""
         graph, empty = nnx.split(self._empty)
         leaves = [
-            (path, leaf.replace(params[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(empty)
+            (path, leaf.replace(jnp.asarray(params[".".join(map(str, path))])))
+            for path, leaf in nnx.to_flat_state(empty)
         ]
         if self.uint8:
             images = normalise(images, self.mean, self.std)
