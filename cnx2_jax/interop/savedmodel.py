@@ -38,8 +38,8 @@ def write(path: Path, program: Program) -> None:
 
 def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]:
     """Runs a folder that `write` has written."""
-    signature = tf.saved_model.load(str(path)).signatures["serving_default"]
-    (result,) = signature(images=tf.constant(images)).values()
+    loaded = tf.saved_model.load(str(path))  # a signature alone does not keep its variables alive
+    (result,) = loaded.signatures["serving_default"](images=tf.constant(images)).values()
     return result.numpy()
 
 

@@ -68,8 +68,8 @@ def in_stablehlo(path, x):
 
 
 def in_tensorflow(path, x):
-    signature = tf.saved_model.load(str(path)).signatures["serving_default"]
-    return next(iter(signature(images=tf.constant(x)).values()))
+    loaded = tf.saved_model.load(str(path))
+    return next(iter(loaded.signatures["serving_default"](images=tf.constant(x)).values()))
 
 
 def in_onnxruntime(path, x):

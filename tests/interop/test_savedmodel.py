@@ -15,8 +15,8 @@ for name in ("cnx2_jax", "flax", "jax", "jaxlib"):
     sys.modules[name] = None  # an import of it fails
 import numpy, tensorflow
 folder, images, result = sys.argv[1:]
-signature = tensorflow.saved_model.load(folder).signatures["serving_default"]
-numpy.save(result, signature(images=tensorflow.constant(numpy.load(images)))["logits"])
+loaded = tensorflow.saved_model.load(folder)
+numpy.save(result, loaded.signatures["serving_default"](images=tensorflow.constant(numpy.load(images)))["logits"])
 """
 
 
@@ -34,7 +34,8 @@ def test_results(kind, written, example, error):
 
 def test_signature_and_variables(kind, written, program, example, error):
     exported = program(kind)
-    signature = tf.saved_model.load(str(written)).signatures["serving_default"]
+    loaded = tf.saved_model.load(str(written))  # a signature alone does not keep its variables alive
+    signature = loaded.signatures["serving_default"]
     ((_, inputs),) = signature.structured_input_signature[1].items()
     assert inputs.name == "images" and inputs.dtype == exported.dtype
     assert inputs.shape.as_list() == [None, *exported.shape]
