@@ -16,7 +16,8 @@ for name in ("cnx2_jax", "flax", "jax", "jaxlib"):
 import numpy, tensorflow
 folder, images, result = sys.argv[1:]
 loaded = tensorflow.saved_model.load(folder)
-numpy.save(result, loaded.signatures["serving_default"](images=tensorflow.constant(numpy.load(images)))["logits"])
+images = tensorflow.constant(numpy.load(images))
+numpy.save(result, loaded.signatures["serving_default"](images=images)["logits"])
 """
 
 
