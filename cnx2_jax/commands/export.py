@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     for option, formats in OPTIONS.items():
         if getattr(args, option) is not None and args.format not in formats:
             raise UserError(f"--{option} is for --format {', '.join(formats)}, not for {args.format}")
-    export.check_new(args.out)
+    base.check_new(args.out, "--out")
     form = FORMATS[args.format]
     export.check_writable(form)
     folder = checkpoint.find(args.checkpoint)  # once: a run that goes on may have a later one in a moment

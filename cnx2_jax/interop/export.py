@@ -18,9 +18,9 @@ import numpy as np
 from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.interop.program import Program
 
-# Largest difference over largest value. float32: sums in another order change atto's logits by less than 1e-6;
-# deeper networks and other processors may take a hundred times that. bfloat16: it keeps 8 bits, so weights are
-# off by up to 1/512, at random; that makes less than 1% of atto's logits, and five times that is let pass.
+# Largest difference over largest value. float32: sums in another order change atto's logits by less than 1e-6
+# of the largest; deeper networks and other processors may take a hundred times that. bfloat16: 8 bits are kept,
+# weights are off by up to 1/512, at random; that makes less than 1% of atto's logits, five times it passes.
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
 IMAGES = 3  # a batch of no size that any writer knows
 
@@ -120,20 +120,12 @@ def whole(out: Path) -> Iterator[Path]:
             # `out` itself last: when it is there, so is everything it names.
             made = sorted(Path(folder).iterdir(), key=lambda path: path.name == out.name)
             for path in made:
-                check_new(out.with_name(path.name))
+                if os.path.lexists(out.with_name(path.name)):
+                    raise UserError(f"'{out.with_name(path.name)}' exists already; nothing was overwritten")
             for path in made:
                 os.replace(path, out.with_name(path.name))
     except OSError as error:
         raise UserError(f"cannot write '{out}': {error.strerror or error}") from None
-
-
-def check_new(path: Path) -> None:
-    """Raises UserError if something is there already, or its folder cannot be made or written to."""
-    if os.path.lexists(path):
-        raise UserError(f"'{path}' exists already; nothing was overwritten, choose another --out")
-    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(f"cannot write '{path}': '{folder}' is no folder, or may not be written to")
 
 
 def _compare(path: Path, form: Format, job: Job) -> dict[str, Any]:
