@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from typing import NoReturn
 
@@ -36,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except RunError as error:
         print(f"cnx2: stopped: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Who read the output, such as `head`, has seen enough; Python would complain of it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("cnx2: interrupted", file=sys.stderr)

@@ -24,6 +24,7 @@ FREE_KEYS = (
     "eval_epochs",
     "checkpoint_steps",
     "keep_checkpoints",
+    "data.feature_cache",
 )
 
 # Least and greatest value of what is not checked by name elsewhere.
@@ -57,6 +58,8 @@ RANGES = {
     "optimizer.b1": (0, 0.999999),
     "optimizer.b2": (0, 0.9999999),
     "optimizer.clip_norm": (0, 1e9),
+    "optimizer.layer_decay": (0, 1),
+    "ema_decay": (0, 0.999999999),
 }
 
 
@@ -74,6 +77,7 @@ def defaults(task: str) -> ConfigDict:
     config.eval_epochs = 10.0
     config.checkpoint_steps = 1000
     config.keep_checkpoints = 2  # the latest ones; the best is kept besides
+    config.ema_decay = 0.0  # of the exponential moving average of the parameters; 0: none is kept
 
     model = config.model = ConfigDict()
     model.variant = "tiny"  # or "custom", with depths and dims
@@ -112,6 +116,9 @@ def defaults(task: str) -> ConfigDict:
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.clip_norm = 0.0  # 0: no clipping
+    optimizer.layer_decay = 1.0  # factor on the learning rate from each layer to the one before it
+    optimizer.layer_decay_type = "single"  # what counts as a layer: single blocks, or a group of them
+    optimizer.trainable = ""  # a regular expression: train only parameters in whose names it is found
 
     mesh = config.mesh = ConfigDict()
     mesh.data = -1  # -1: all devices that are left
@@ -133,6 +140,11 @@ def defaults(task: str) -> ConfigDict:
         # batch draws which.
         config.mixup = 0.0
         config.cutmix = 0.0
+    elif task == "probe":
+        config.init_from = ""  # a checkpoint whose encoder is frozen; empty: a random one
+        model.head_init_scale = 1.0
+        data.feature_cache = ""  # a folder in which other runs find the features too
+        optimizer.trainable = "^head\\."
     return config
 
 
@@ -151,6 +163,27 @@ def use_digits(config: ConfigDict) -> None:
     config.data.eval_crop = 1.0
     config.data.mean = (0.3,)
     config.data.std = (0.35,)
+
+
+def use_smoke(config: ConfigDict) -> None:
+    """Shrinks a recipe to less than a minute on a CPU, in place: made-up images, a few steps of atto.
+
+    All else stays as it is, so every part of the recipe runs.
+    """
+    config.image_size = (64, 64)
+    config.batch_size = 16
+    config.total_steps = 6
+    config.log_steps = 1
+    config.model.variant = "atto"
+    config.data.source = "synthetic:400:8"  # and 16 to evaluate on
+
+
+def use_imagenet_recipe(config: ConfigDict) -> None:
+    """Sets what all the authors' classification recipes have in common, in place (tables 9 to 13)."""
+    config.label_smoothing = 0.1
+    config.data.augment = "rand-m9-mstd0.5-inc1"
+    config.data.random_erasing = 0.25
+    config.optimizer.min_learning_rate = 1e-6
 
 
 def parse_argument(argument: str, names: Iterable[str], **options: float) -> tuple[str, dict]:

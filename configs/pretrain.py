@@ -12,15 +12,16 @@ accident (its issue 64), which is not followed.
 
   cnx2 train --config configs/pretrain.py:digits --workdir runs/digits
 
-pretrains a small network on scikit-learn's 1,797 embedded digits in about a minute on a CPU.
+pretrains a small network on scikit-learn's 1,797 embedded digits in about a minute on a CPU;
+`configs/pretrain.py:smoke` runs a few steps of the recipe above on made-up images.
 """
 
-from cnx2_jax.configuration import defaults, parse_argument, use_digits
+from cnx2_jax.configuration import defaults, parse_argument, use_digits, use_smoke
 from cnx2_jax.models import VARIANTS
 
 
 def get_config(argument="tiny"):
-    name, options = parse_argument(argument, [*VARIANTS, "digits"], epochs=0.0)
+    name, options = parse_argument(argument, [*VARIANTS, "digits", "smoke"], epochs=0.0)
     config = defaults("pretrain")
     if name == "digits":
         use_digits(config)
@@ -34,7 +35,7 @@ def get_config(argument="tiny"):
         config.model.decoder_dim = 64
         return config
 
-    config.model.variant = name
+    config.model.variant = "tiny" if name == "smoke" else name
     config.batch_size = 4096
     config.total_epochs = options["epochs"] or 800.0
     config.optimizer.base_learning_rate = 1.5e-4
@@ -43,4 +44,6 @@ def get_config(argument="tiny"):
     config.optimizer.b2 = 0.95
     config.data.crop_scale = (0.2, 1.0)
     config.data.val_fraction = 0.01
+    if name == "smoke":
+        use_smoke(config)
     return config

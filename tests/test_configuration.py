@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import jax
@@ -19,7 +20,18 @@ from cnx2_jax.train.loop import fit
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge")
-RECIPES = [f"{file}.py:{name}" for file in ("pretrain", "finetune") for name in (*VARIANTS, "digits")]
+LARGER = ("nano", "tiny", "base", "large", "huge")
+RECIPES = [
+    f"{file}.py:{name}"
+    for file, names in {
+        "pretrain": (*VARIANTS, "digits"),
+        "finetune": (*VARIANTS, "digits"),
+        "finetune_22k": LARGER,
+        "finetune_22k_1k": LARGER,
+        "scratch": VARIANTS,
+    }.items()
+    for name in (*names, "smoke")
+]
 
 
 def flat(config, prefix=""):
@@ -302,7 +314,8 @@ def test_no_workdir(tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_loads_and_survives_json(recipe, tmp_path):
     config = load_config(f"{CONFIGS}/{recipe}")
-    assert config.model.variant == (recipe.split(":")[1] if "digits" not in recipe else "custom")
+    name = recipe.split(":")[1]
+    assert config.model.variant == {"digits": "custom", "smoke": "atto"}.get(name, name)
     configuration.record_config(config, tmp_path)
     again = configuration.read_config(tmp_path)
     assert flat(again) == flat(config)
@@ -319,7 +332,15 @@ def test_the_test_knows_every_recipe():
 
 # Recipes, copied once more from the paper and TRAINING.md (shared/reference/recipes.md).
 
+
+def published(table, column):
+    """A column of a table as printed, by the rows' names."""
+    rows = [line for line in table.splitlines() if line.strip()][1:]
+    return {line[:18].strip(): float(line[18:].split()[column]) for line in rows}
+
+
 IMAGENET = {"data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225), "data.flip": True}
+AUGMENTED = {**IMAGENET, "data.augment": "rand-m9-mstd0.5-inc1", "data.random_erasing": 0.25}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -358,13 +379,15 @@ warmup            0     0     0     0     40    20       20       10
 epochs            600   600   600   600   300   100      100      50
 label smoothing   .2    .2    .2    .2    .1    .1       .1       .1
 drop path         .1    0     0     .1    .2    .1       .2       .3
+layer decay       .9    .9    .9    .9    .9    .6       .6       .75
+mixup             0     .3    .3    .5    .8    .8       .8       .8
+cutmix            0     .3    .3    .5    1     1        1        1
 """
 
 
 @pytest.mark.parametrize("column", range(8))
 def test_finetuning_is_as_published(column):
-    rows = [line for line in FINETUNING.splitlines() if line.strip()][1:]
-    table = {line[:18].strip(): float(line[18:].split()[column]) for line in rows}
+    table = published(FINETUNING, column)
     name = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")[column]
     values = flat(load_config(f"{CONFIGS}/finetune.py:{name}"))
     expected = {
@@ -375,6 +398,11 @@ def test_finetuning_is_as_published(column):
         "total_epochs": table["epochs"],
         "label_smoothing": table["label smoothing"],
         "model.drop_path": table["drop path"],
+        "optimizer.layer_decay": table["layer decay"],
+        "optimizer.layer_decay_type": "single" if column < 5 else "group",
+        "mixup": table["mixup"],
+        "cutmix": table["cutmix"],
+        "ema_decay": 0.9999,
         "model.variant": name,
         "optimizer.b1": 0.9,
         "optimizer.b2": 0.999,
@@ -385,9 +413,80 @@ def test_finetuning_is_as_published(column):
         "data.train_per_class": 0,
         "image_size": (224, 224),
         "model.patch_size": 4,
-        **IMAGENET,
+        **AUGMENTED,
     }
     assert {key: values[key] for key in expected} == expected
+
+
+FINETUNING_22K = """
+                  N     T     B     L     H
+layer decay       .9    .9    .8    .8    .8
+drop path         0     0     .1    .1    .3
+"""
+
+
+@pytest.mark.parametrize("column", range(5))
+def test_intermediate_finetuning_is_as_published(column):
+    table = published(FINETUNING_22K, column)
+    values = flat(load_config(f"{CONFIGS}/finetune_22k.py:{LARGER[column]}"))
+    expected = {
+        "optimizer.base_learning_rate": 2.5e-4,
+        "optimizer.weight_decay": 0.05,
+        "optimizer.warmup_epochs": 5.0,
+        "optimizer.layer_decay": table["layer decay"],
+        "model.drop_path": table["drop path"],
+        "batch_size": 4096,
+        "total_epochs": 90.0,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.0,
+        "model.head_init_scale": 0.001,
+        "model.variant": LARGER[column],
+        **AUGMENTED,
+    }
+    assert {key: values[key] for key in expected} == expected
+
+
+FINETUNING_22K_1K = """
+                  N       T       B       L       H
+layer decay       .9      .9      .8      .8      .85
+epochs            90      90      30      30      30
+drop path         .1      .1      .2      .3      .5
+ema               .9999   .9999   .9999   .9999   0
+"""
+
+
+@pytest.mark.parametrize("column", range(5))
+@pytest.mark.parametrize("size", [224, 384, 512])
+def test_finetuning_after_22k_is_as_published(column, size):
+    table = published(FINETUNING_22K_1K, column)
+    values = flat(load_config(f"{CONFIGS}/finetune_22k_1k.py:{LARGER[column]},image_size={size}"))
+    expected = {
+        "optimizer.base_learning_rate": 2.5e-5,
+        "optimizer.weight_decay": 1e-8,
+        "optimizer.warmup_epochs": 0.0,
+        "optimizer.layer_decay": table["layer decay"],
+        "total_epochs": table["epochs"],
+        "model.drop_path": table["drop path"],
+        "ema_decay": table["ema"],
+        "batch_size": 512,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "label_smoothing": 0.1,
+        "model.head_init_scale": 0.001,
+        "image_size": (size, size),
+        "model.variant": LARGER[column],
+        **AUGMENTED,
+    }
+    assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_key_and_learning_rate_is_as_recorded(path):
+    """What `python tests/make_recipe_golden.py` wrote: a change of a recipe shows there."""
+    golden = runpy.run_path(str(Path(__file__).parent / "make_recipe_golden.py"))
+    assert golden["dump"](path) == (golden["GOLDEN"] / f"{path.stem}.txt").read_text()
 
 
 # Every key is read by something.
@@ -466,6 +565,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     config.data.unreadable = "skip"
     config.model.variant = "atto"
     config.model.patch_size = 2
+    config.ema_decay = config.optimizer.layer_decay = 0.9
     config.model.nobody_reads_this = 1
     prefixes = {
         id(config): "",

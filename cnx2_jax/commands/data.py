@@ -54,7 +54,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     task = make_task(config)
     images = task.data
-    assert isinstance(images, ImageData)
+    if not isinstance(images, ImageData):
+        raise UserError(f"task '{config.task}' trains on features, not on images; give a config of another")
     for split, source in (("train", images.train), ("val", images.val)):
         _describe(split, source)
 

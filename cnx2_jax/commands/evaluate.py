@@ -9,8 +9,9 @@ from flax import nnx
 from cnx2_jax.configuration import override, read_config
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import ConvNeXtV2
-from cnx2_jax.tasks import base, make_task, robustness
+from cnx2_jax.tasks import base, make_task, neighbours, robustness
 from cnx2_jax.train import checkpoint, sharding
+from cnx2_jax.train.loop import AVERAGED
 from cnx2_jax.train.report import say
 from cnx2_jax.train.state import merge, split
 
@@ -33,15 +34,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(robustness.SETS)}; FOLDER as it was published, or tfds[:DATA_DIR]; may be given "
         "once for each set",
     )
+    parser.add_argument(
+        "--knn",
+        type=int,
+        metavar="K",
+        help="instead, how well the K nearest training images tell a validation image's class; 20 is usual, "
+        "and it works on pretraining, if the images have classes",
+    )
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if not args.set and args.workdir is None:
         raise UserError("evaluate needs --workdir, or --set NAME=FOLDER with --checkpoint")
-    print(json.dumps(_on_sets(args, overrides) if args.set else _on_own_images(args, overrides)))
+    if args.set and args.knn is not None:
+        raise UserError("--knn is of the run's own images; give it without --set")
+    if args.set:
+        results = _on_sets(args, overrides)
+    elif args.knn is not None:
+        results = _by_neighbours(args, overrides)
+    else:
+        results = _on_own_images(args, overrides)
+    print(json.dumps(results))
 
 
 def _on_own_images(args: argparse.Namespace, overrides: list[str]) -> dict:
+    task, model, mesh, folder = _run_of(args, overrides, averaged=False)
+    results: dict = {"checkpoint": str(folder)}
+    results |= task.evaluate(model, sharding.put_batches(task.data.eval_batches(), mesh))
+    if checkpoint.has_average(folder):
+        graph, _ = split(model)
+        model = merge(graph, sharding.put_params(checkpoint.read_params(folder), mesh))
+        metrics = task.evaluate(model, sharding.put_batches(task.data.eval_batches(), mesh))
+        results |= {AVERAGED + name: value for name, value in metrics.items()}
+    return results
+
+
+def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
+    task, model, mesh, folder = _run_of(args, overrides)
+    metrics = neighbours.evaluate(base.without_decoder(model), task.config, task.images, args.knn, mesh)
+    return {"checkpoint": str(folder), **metrics}
+
+
+def _run_of(args: argparse.Namespace, overrides: list[str], *, averaged: bool = True):
+    """The task of a run, its model on the mesh, the mesh, and the checkpoint that the model is from."""
     config = override(read_config(args.workdir), overrides)
     task = make_task(config)
     folder = checkpoint.find(args.checkpoint or args.workdir)
@@ -49,11 +84,9 @@ def _on_own_images(args: argparse.Namespace, overrides: list[str]) -> dict:
     sharding.check_batch(config.batch_size, 1, mesh)
     base.check_class_names(checkpoint.read_card(folder), task.card(), str(folder))
     graph, like = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
-    params = checkpoint.read_params(folder)
+    params = checkpoint.read_params(folder, averaged=averaged)
     base.check_params(params, like, str(folder))
-    params = sharding.put_params(params, mesh)
-    batches = sharding.put_batches(task.data.eval_batches(), mesh)
-    return {"checkpoint": str(folder), **task.evaluate(merge(graph, params), batches)}
+    return task, merge(graph, sharding.put_params(params, mesh)), mesh, folder
 
 
 def _on_sets(args: argparse.Namespace, overrides: list[str]) -> dict:
@@ -70,8 +103,8 @@ def _on_sets(args: argparse.Namespace, overrides: list[str]) -> dict:
     if path is None:
         raise UserError("--set needs --checkpoint or --workdir, for the model")
     model, config, class_names = base.load(path)
-    if not isinstance(model, ConvNeXtV2):
-        raise UserError(f"checkpoint '{path}' is of pretraining and names no classes; fine-tune it first")
+    if not isinstance(model, ConvNeXtV2) or not class_names:
+        raise UserError(f"checkpoint '{path}' names no classes, as pretraining does not; fine-tune it first")
     config = override(config, overrides)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)

@@ -19,7 +19,7 @@ from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.interop.program import Program
 
 # Largest difference over largest value. float32: sums in another order change atto's logits by less than 1e-6
-# of the largest; deeper networks and other processors may take a hundred times that. bfloat16: 8 bits are kept,
+# of the largest; deeper networks and other processors may take a hundred times that. bfloat16 has 8 bits, so
 # weights are off by up to 1/512, at random; that makes less than 1% of atto's logits, five times it passes.
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
 IMAGES = 3  # a batch of no size that any writer knows

@@ -259,9 +259,15 @@ class ConvNeXtV2(Encoder):
         self, images: Float[Array, "b height width c"], keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b classes"]:
         """Returns logits `[B, num_classes]` in float32; see `features` for the arguments and errors."""
-        x = self.features(images, keys)[-1]
-        x = self.norm(x.mean(axis=(1, 2), dtype=self.norm.dtype))
+        x = self.pooled(images, keys)
         return self.head(x) if self.num_classes else x
+
+    def pooled(
+        self, images: Float[Array, "b height width c"], keys: Key[Array, " b"] | None = None
+    ) -> Float[Array, "b dim"]:
+        """Returns what the head sees, the normalised mean over positions: `[B, dims[3]]` in float32."""
+        x = self.features(images, keys)[-1]
+        return self.norm(x.mean(axis=(1, 2), dtype=self.norm.dtype))
 
 
 def check_size(height: int, width: int, multiple: int, of: str = "stride") -> None:

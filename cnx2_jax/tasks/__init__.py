@@ -5,8 +5,13 @@ from ml_collections import ConfigDict
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.tasks.classify import Classify
 from cnx2_jax.tasks.pretrain import Pretrain
+from cnx2_jax.tasks.probe import Probe
 
-TASKS: dict[str, type[Pretrain] | type[Classify]] = {"pretrain": Pretrain, "classify": Classify}
+TASKS: dict[str, type[Pretrain] | type[Classify]] = {
+    "pretrain": Pretrain,
+    "classify": Classify,
+    "probe": Probe,
+}
 
 
 def make_task(config: ConfigDict) -> Pretrain | Classify:

@@ -1,5 +1,6 @@
 """What the tasks share: models from configs and cards, normalisation, starting weights."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from cnx2_jax.configuration import from_json, image_hw
 from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.interop import program
-from cnx2_jax.interop.export import check_new
 from cnx2_jax.models import FCMAE, ConvNeXtV2, variant
 from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.train import checkpoint
@@ -214,7 +214,7 @@ def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
     """Returns `fresh` with the encoder's parameters taken from a checkpoint.
 
     From an FCMAE checkpoint the encoder, the final norm and the head staying fresh; from a classifier
-    everything but a head of another class count.
+    everything but a head of another class count, or none.
 
     Raises:
       UserError: there is no checkpoint, or it is of another variant.
@@ -235,19 +235,28 @@ def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
         name
         for name in fresh
         if (pretrained and name.startswith(("norm.", "head.")))
-        or (name.startswith("head.") and name in stored and stored[name].shape != fresh[name].shape)
+        or (name.startswith("head.") and (name not in stored or stored[name].shape != fresh[name].shape))
     }
     taken = {name: leaf for name, leaf in stored.items() if name not in own}
     check_params(taken, {name: leaf for name, leaf in fresh.items() if name not in own}, str(path))
     return {name: leaf if name in own else jax.device_get(stored[name]) for name, leaf in fresh.items()}
 
 
-def check_picture(path: Path) -> None:
-    """Raises UserError if a picture cannot be written there, before the work that it is to show.
+def check_new(path: Path, option: str) -> None:
+    """Raises UserError if no new file can be made there, before the work of which it is to tell.
 
-    Something is there already, it names no format, or its folder cannot be made or written to.
+    Something is there already, or its folder cannot be made or written to. `option` gave the path.
     """
-    check_new(path)
+    if os.path.lexists(path):
+        raise UserError(f"'{path}' exists already; nothing was overwritten, choose another {option}")
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"cannot write '{path}': '{folder}' is no folder, or may not be written to")
+
+
+def check_picture(path: Path) -> None:
+    """Raises UserError if a picture cannot be written there: see `check_new`, or it names no format."""
+    check_new(path, "--out")
     if path.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"'{path}' names no image format; end it in .png")
 

@@ -1,8 +1,7 @@
-"""Classification: fine-tuning, training from scratch, evaluation, prediction."""
+"""Classification: fine-tuning, training from scratch, evaluation."""
 
 import dataclasses
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import image_hw
@@ -19,8 +19,8 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.tasks import base
 from cnx2_jax.train.evaluation import average
-from cnx2_jax.train.state import Params, merge, split
-from cnx2_jax.train.task import Batch, Metrics
+from cnx2_jax.train.state import Params
+from cnx2_jax.train.task import Batch, Data, Metrics
 
 
 class Classify:
@@ -37,8 +37,9 @@ class Classify:
     def __init__(self, config: ConfigDict):
         base.check(config)
         self.config = config
-        self.data = base.open_images(config)
-        self.class_names = self.data.class_names
+        self.images = base.open_images(config)
+        self.data: Data = self.images
+        self.class_names = self.images.class_names
         if len(self.class_names) < 2:
             raise UserError(
                 f"classification needs at least two classes, '{config.data.root}' has "
@@ -99,25 +100,18 @@ class _Score:
 
     def __call__(self, model, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
         del positions  # nothing is drawn
-        logits, labels = model(base.normalise(batch["image"], self)), batch["label"]
-        # The label's rank is the number of classes above it; ties go to the lower index, as in argmax.
-        label_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
-        # Counted as those it does not beat, so that a NaN is never right.
-        later = jnp.arange(logits.shape[1]) >= labels[:, None]
-        rank = (~((logits < label_logit) | ((logits == label_logit) & later))).sum(axis=1)
-        return {
-            "accuracy": rank < 1,
-            "top5_accuracy": rank < 5,
-            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
-        }
+        return class_scores(model(base.normalise(batch["image"], self)), batch["label"])
 
 
-def probabilities(model: ConvNeXtV2, config: ConfigDict, images: np.ndarray) -> np.ndarray:
-    """Returns class probabilities `[N, classes]` in float32 of uint8 images `[N, H, W, C]`."""
-    graph, params = split(model)
-    return np.asarray(_probabilities(graph, params, base.normalise(jnp.asarray(images), config.data)))
-
-
-@partial(jax.jit, static_argnames="graph")
-def _probabilities(graph: nnx.GraphDef, params: Params, images: jax.Array) -> jax.Array:
-    return jax.nn.softmax(merge(graph, params)(images), axis=-1)
+def class_scores(logits: Float[Array, "b classes"], labels: Int[Array, " b"]) -> dict[str, jax.Array]:
+    """Returns `accuracy`, `top5_accuracy` and `loss` of every sample, `[B]` each."""
+    # The label's rank is the number of classes above it; ties go to the lower index, as in argmax.
+    label_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    # Counted as those it does not beat, so that a NaN is never right.
+    later = jnp.arange(logits.shape[1]) >= labels[:, None]
+    rank = (~((logits < label_logit) | ((logits == label_logit) & later))).sum(axis=1)
+    return {
+        "accuracy": rank < 1,
+        "top5_accuracy": rank < 5,
+        "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+    }

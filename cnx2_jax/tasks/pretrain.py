@@ -38,7 +38,8 @@ class Pretrain:
         # What only masking can refuse, refused before anything is made.
         height, width = image_hw(config)
         jax.eval_shape(lambda key: self.init(nnx.Rngs(key)).mask(key[None], height, width), jax.random.key(0))
-        self.data = base.open_images(config)
+        self.images = base.open_images(config)
+        self.data: Data = self.images
 
     def init(self, rngs: nnx.Rngs) -> FCMAE:
         model = base.build(self.config, 0, rngs)
@@ -65,7 +66,7 @@ class Pretrain:
         return {"loss": model(images, keys, train=False).loss}
 
     def pictures(self, model: FCMAE) -> dict[str, np.ndarray]:
-        return {"reconstructions": reconstruct(model, self.config, some_images(self.data))}
+        return {"reconstructions": reconstruct(model, self.config, some_images(self.images))}
 
     def card(self) -> dict:
         return base.make_card(self.config, ())

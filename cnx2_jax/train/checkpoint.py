@@ -1,14 +1,14 @@
 """Orbax checkpoints: save, restore, and find the parameters in what a user points at.
 
 A run's checkpoint is a folder `checkpoints/STEP` with `params` (arrays by dotted name), `card` (JSON: what
-a user of the parameters must know) and `opt_state`. An exported checkpoint is the same without `opt_state`,
-so one reader serves both.
+a user of the parameters must know), `opt_state` and, where the run keeps an average of its parameters, `ema`.
+An exported checkpoint has `params` and `card` alone, so one reader serves both.
 """
 
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -58,6 +58,7 @@ class Checkpoints:
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
                 "opt_state": ocp.StandardCheckpointHandler(),
+                "ema": ocp.StandardCheckpointHandler(),
                 "card": ocp.JsonCheckpointHandler(),
             },
         )
@@ -74,12 +75,12 @@ class Checkpoints:
         if step in self._manager.all_steps():
             self._manager.wait_until_finished()
             self._manager.delete(step)
+        items = _items(state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
                 card=ocp.args.JsonSave(card),
+                **{name: ocp.args.StandardSave(item) for name, item in items.items()},
             ),
             metrics=metrics,
         )
@@ -89,12 +90,11 @@ class Checkpoints:
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(like.params),
-                opt_state=ocp.args.StandardRestore(like.opt_state),
+                **{name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
             ),
         )
         count = jax.device_put(np.int32(step), like.step.sharding)
-        return TrainState(count, items["params"], items["opt_state"])
+        return TrainState(count, items["params"], items["opt_state"], items.get("ema"))
 
     def best(self) -> Path:
         """Returns the folder of the best checkpoint; the latest where none was evaluated."""
@@ -104,6 +104,11 @@ class Checkpoints:
         """Waits for what is being saved; an error in saving is raised here at the latest."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    items = {"params": state.params, "opt_state": state.opt_state}
+    return items if state.ema is None else {**items, "ema": state.ema}
 
 
 def find(path: Path) -> Path:
@@ -140,15 +145,19 @@ def read_card(path: Path) -> dict:
         raise UserError(f"checkpoint '{path}' has no readable card; was it written by cnx2?") from None
 
 
-def read_params(path: Path) -> Params:
+def read_params(path: Path, *, averaged: bool = True) -> Params:
     """Reads the parameters of the checkpoint folder `path` (see `find`) onto this process's first device.
 
     They are float32, whatever they were exported in.
 
+    Args:
+      path: the folder.
+      averaged: whether to read their average, where the run keeps one; it is what a recipe's accuracy is of.
+
     Raises:
       UserError: they cannot be read.
     """
-    folder = (path / "params").absolute()
+    folder = ((path / "ema") if averaged and has_average(path) else (path / "params")).absolute()
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -161,6 +170,11 @@ def read_params(path: Path) -> Params:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the parameters in '{path}' cannot be read: {reason}") from None
+
+
+def has_average(path: Path) -> bool:
+    """Whether the checkpoint folder `path` holds averaged parameters too."""
+    return (path / "ema").is_dir()
 
 
 def write(path: Path, params: Params, card: dict) -> None:

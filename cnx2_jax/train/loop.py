@@ -23,6 +23,7 @@ from cnx2_jax.train.state import Params, TrainState, merge, split
 from cnx2_jax.train.step import make_train_step
 from cnx2_jax.train.task import Metrics, Task
 
+AVERAGED = "ema_"  # before the metrics of averaged parameters
 STEPS_AHEAD = 2  # updates in flight: enough to hide the host's work, few enough to stop soon
 
 
@@ -81,14 +82,16 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         configuration.in_steps(config.optimizer.warmup_epochs, config, data.num_train),
         total,
     )
-    transform = optimizer.make_optimizer(config.optimizer, schedule)
-
-    graph, like = _shapes(task, transform)
+    graph, params = _model(task)
+    transform = optimizer.make_optimizer(config.optimizer, schedule, params)
+    like = jax.eval_shape(lambda params: _begin(config, transform, params), params)
     step_fn = make_train_step(task, graph, transform, like, mesh)
     configuration.make_workdir(config, workdir)
 
     with only_run_in(workdir), _StopRequest() as stop:
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=task.best)
+        metric, end = task.best
+        metric = AVERAGED + metric if config.ema_decay else metric
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=(metric, end))
         state = _restore_or_start(task, transform, checkpoints, like, mesh)
         # Not before: a run that could not start, for a wrong init_from, leaves the workdir to the next.
         configuration.record_config(config, workdir)
@@ -111,7 +114,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                 if due and report.evaluation(step) is None and not stop.asked:
                     _land(flying, 0)
                     with report.paused():
-                        _evaluate(task, graph, state.params, mesh, hosts, stop, report, step)
+                        _evaluate(task, graph, state, mesh, hosts, stop, report, step)
                     if report.evaluation(step) is not None:
                         saved = -1  # what a signal saved without its evaluation is saved again, with it
                 asked = stop.asked  # once, as it may change between what depends on it
@@ -144,7 +147,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
     if evaluated is None:
         say(f"stopped after step {step:,} of {total:,}; the same command goes on from there")
         return None
-    say(f"done after step {total:,}; the best checkpoint by {task.best[0]} is {best}")
+    say(f"done after step {total:,}; the best checkpoint by {metric} is {best}")
     return {"step": step, **evaluated}
 
 
@@ -168,18 +171,25 @@ def only_run_in(workdir: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _shapes(task: Task, transform) -> tuple[nnx.GraphDef, TrainState]:
-    """Returns the model's structure and the shapes of a state, without making an array."""
+def _model(task: Task) -> tuple[nnx.GraphDef, Params]:
+    """Returns the model's structure and its parameters' shapes, without making an array."""
     graph = None
 
     def build(key):
         nonlocal graph
         graph, params = split(task.init(nnx.Rngs(key)))
-        return TrainState(jnp.int32(0), params, transform.init(params))
+        return params
 
-    like = jax.eval_shape(build, jax.random.key(0))
+    params = jax.eval_shape(build, jax.random.key(0))
     assert graph is not None
-    return graph, like
+    return graph, params
+
+
+def _begin(config, transform, params: Params) -> TrainState:
+    """Returns the state of step 0; the average begins at the parameters, as copies of them."""
+    moving = optimizer.trainable(params, config.optimizer.trainable)
+    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+    return TrainState(jnp.int32(0), params, transform.init(moving), ema)
 
 
 def _restore_or_start(task: Task, transform, checkpoints: Checkpoints, like, mesh) -> TrainState:
@@ -197,8 +207,7 @@ def _restore_or_start(task: Task, transform, checkpoints: Checkpoints, like, mes
 
     params = jax.jit(fresh, out_shardings=places.params)(jax.random.key(task.config.seed))
     params = jax.device_put(task.start(params), places.params)
-    opt_state = jax.jit(transform.init, out_shardings=places.opt_state)(params)
-    return TrainState(jax.device_put(jnp.int32(0), places.step), params, opt_state)
+    return jax.jit(lambda params: _begin(task.config, transform, params), out_shardings=places)(params)
 
 
 def _land(flying: collections.deque, most: int) -> None:
@@ -219,11 +228,16 @@ def _land(flying: collections.deque, most: int) -> None:
                 )
 
 
-def _evaluate(task: Task, graph, params, mesh, hosts, stop, report: Report, step: int) -> None:
-    model = merge(graph, params)
-    batches = stop.check(sharding.put_batches(task.data.eval_batches(**hosts), mesh))
+def _evaluate(task: Task, graph, state: TrainState, mesh, hosts, stop, report: Report, step: int) -> None:
+    def pass_with(params: Params) -> Metrics:
+        batches = stop.check(sharding.put_batches(task.data.eval_batches(**hosts), mesh))
+        return task.evaluate(merge(graph, params), batches)
+
+    model = merge(graph, state.params)
     try:
-        metrics = task.evaluate(model, batches)
+        metrics = pass_with(state.params)
+        if state.ema is not None:
+            metrics |= {AVERAGED + name: value for name, value in pass_with(state.ema).items()}
     except _StopAskedError:
         return  # done when the run goes on, before its next update
     report.log(step, "val", metrics)

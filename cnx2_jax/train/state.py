@@ -19,12 +19,14 @@ class TrainState:
       step: int32 scalar, the number of updates done.
       params: float32 arrays by official dotted name, such as `stages.2.5.dwconv.kernel`. Flat, so that a
         checkpoint reads like the paper's code and sharding rules are patterns over names.
-      opt_state: the optimizer's.
+      opt_state: the optimizer's, of the parameters that train.
+      ema: the exponential moving average of `params`, if the run keeps one.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
+    ema: Params | None = None
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -6,6 +6,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cnx2_jax.train.optimizer import trainable
 from cnx2_jax.train.sharding import BATCH, batch_sharding, state_sharding
 from cnx2_jax.train.state import Params, TrainState, merge
 from cnx2_jax.train.task import Batch, Task
@@ -49,23 +50,24 @@ def make_train_step(
     config = task.config
     parts = config.accumulation_steps
 
-    def loss(params: Params, batch: Batch, keys: jax.Array):
-        return task.loss(merge(graph, params), batch, keys)
+    def loss(moving: Params, params: Params, batch: Batch, keys: jax.Array):
+        return task.loss(merge(graph, {**params, **moving}), batch, keys)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def accumulated(params: Params, batch: Batch, keys: jax.Array):
+    def accumulated(moving: Params, params: Params, batch: Batch, keys: jax.Array):
         # Every part takes each `parts`-th sample, so that no sample moves to another device.
         def divide(x: jax.Array) -> jax.Array:
             x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
             return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+            return jax.tree.map(jnp.add, total, gradient(moving, params, *part)), None
 
         divided = jax.tree.map(divide, (batch, keys))
         first = jax.tree.map(lambda x: x[0], divided)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *first))
+        shapes = jax.eval_shape(gradient, moving, params, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, divided)
         return jax.tree.map(lambda x: x / parts, total)
 
@@ -75,14 +77,18 @@ def make_train_step(
         batch = task.prepare(batch, batch_key(config.seed, state.step))
         keys = sample_keys(config.seed, state.step, config.batch_size)
         compute = gradient if parts == 1 else accumulated
-        (value, metrics), gradients = compute(state.params, batch, keys)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        moving = trainable(state.params, config.optimizer.trainable)
+        (value, metrics), gradients = compute(moving, state.params, batch, keys)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, moving)
+        params = {**state.params, **optax.apply_updates(moving, updates)}
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1 - config.ema_decay)
         norms = {"grad_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
         metrics = {"loss": value, **norms, **metrics}
         if unreadable is not None:
             metrics["unreadable"] = unreadable.mean()
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     states = state_sharding(like, mesh)
     return jax.jit(

@@ -1,19 +1,33 @@
-"""`cnx2 evaluate` on sets other than the run's own, and on data that the checkpoint does not fit."""
+"""`cnx2 evaluate` on sets other than the run's own, by neighbours, and on data that does not fit."""
 
 import json
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 
 from cnx2_jax.cli import main
 from cnx2_jax.configuration import defaults, use_digits
+from cnx2_jax.data.pipeline import ImageData, eval_batches
 from cnx2_jax.tasks import base
 from cnx2_jax.train import checkpoint
 from cnx2_jax.train.state import split
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ("n01", "n02", "n03")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def run(*arguments):
@@ -80,6 +94,11 @@ def test_sets_in_one_line(stored, tmp_path, capfd):
             ["--checkpoint", "{stored}", "--set", "imagenet-a=tfds:{tmp}"],
             "'imagenet_a' is not prepared in '{tmp}'",
         ),
+        (["--checkpoint", "{stored}", "--knn", "20"], "evaluate needs --workdir"),
+        (
+            ["--checkpoint", "{stored}", "--knn", "20", "--set", "imagenet-a={tmp}"],
+            "--knn is of the run's own images; give it without --set",
+        ),
     ],
 )
 def test_mistakes(stored, tmp_path, capfd, arguments, message):
@@ -128,3 +147,63 @@ def test_unreadable_images_are_left_out_and_counted(stored, tmp_path, capfd):
     result = json.loads(captured.out)
     assert result["accuracy"] == 0.75 and result["unreadable"] == 0.2
     assert captured.err == f"skipped: image '{val / 'n03' / 'broken.png'}' cannot be read\n"
+
+
+# By neighbours.
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, random_params):
+    """Workdirs: of a short pretraining on digits, and as training leaves a classifier's."""
+    pretrain, classify = (tmp_path_factory.mktemp("runs") / name for name in ("pretrain", "classify"))
+    small = ["total_steps=4", "batch_size=8", "eval_epochs=0", "image_size=16", "model.decoder_dim=8"]
+    small += ["model.variant=custom", "model.depths=(1,1,1,1)", "model.dims=(4,4,8,8)"]
+    arguments = ["train", "--config", f"{CONFIGS / 'pretrain.py'}:digits", "--workdir", str(pretrain)]
+    assert main([*arguments, *(f"--config.{one}" for one in small)]) == 0
+    classes = tuple("0123456789")
+    empty = nnx.eval_shape(lambda: base.build(config(), len(classes), nnx.Rngs(0)))
+    _, params = split(random_params(empty, 0))
+    checkpoint.write(classify / "checkpoints" / "4", params, base.make_card(config(), classes))
+    (classify / "config.json").write_text(json.dumps(config().to_dict()))
+    return {"pretrain": pretrain, "classify": classify}
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "classify"])
+def test_neighbours_of_validation_images_are_training_images(runs, kind, capfd):
+    assert run("--workdir", runs[kind], "--knn", 20, "--config.batch_size=100") == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    result = json.loads(captured.out)
+    assert result.keys() == {"checkpoint", "knn_accuracy", "knn_top5_accuracy"}
+    assert result["checkpoint"] == str(runs[kind] / "checkpoints" / "4")
+
+    model, values, _ = base.load(runs[kind])
+    pooled = jax.jit(lambda model, x: model.pooled(x))
+    data, encoder, sets = ImageData(values), base.without_decoder(model), []
+    for source in (data.train, data.val):
+        batches = [b["image"][b["mask"]] for b in eval_batches(source, values)]
+        images = base.normalise(jnp.asarray(np.concatenate(batches)), values.data)
+        sets.append((np.asarray(pooled(encoder, images)), source.labels))
+    assert [len(labels) for _, labels in sets] == [1438, 359]
+    model = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    # Of 359, none or one that a last bit decides.
+    assert result["knn_accuracy"] == pytest.approx(model.fit(*sets[0]).score(*sets[1]), abs=1.5 / 359)
+    assert 0.15 < result["knn_accuracy"] < result["knn_top5_accuracy"] <= 1  # 0.1 is chance
+
+
+def test_neighbours_need_classes_and_so_many_images(runs, tmp_path, capfd):
+    for index in range(10):
+        Image.new("L", (16, 16), 20 * index).save(tmp_path / f"{index}.png")
+    folder = ["--config.data.source=folder", f"--config.data.root={tmp_path}"]
+    for arguments, message in (
+        (
+            ["--knn", 20, *folder],
+            f"with data.root '{tmp_path}' has none; put each",
+        ),
+        (["--knn", 1439], "--knn 1439 must be at least 1 and at most 1438, the training images"),
+        (["--knn", 0], "--knn 0 must be at least 1"),
+    ):
+        assert run("--workdir", runs["pretrain"], *arguments) == 2
+        captured = capfd.readouterr()
+        assert captured.out == "" and len(captured.err.splitlines()) == 1
+        assert message in captured.err

@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cnx2_jax.data.sources import Source, open_set, open_source
+from cnx2_jax.data.sources.folder import open_files
 from cnx2_jax.errors import UserError
 
 
@@ -101,6 +102,26 @@ def test_train_and_val_folders_of_classes(tmp_path):
     ]
     assert records(val) == [(b"val/cat/2.png", 0), (b"val/ox/1.png", 2)]
     assert train.describe(1) == str(tmp_path / "train/dog/b.JPG")
+
+
+def test_files_and_folders_of_files_keep_their_order(tmp_path):
+    make(
+        tmp_path, "b/2.png", "b/deep/er/1.webp", "b/10.JPG", "b/.hidden.png", "b/notes.txt", "a/3.png", "own"
+    )
+    given = [str(tmp_path / name) for name in ("own", "b", "a/3.png", "own")]
+    source = open_files(given)
+    expected = ["own", "b/10.JPG", "b/2.png", "b/deep/er/1.webp", "a/3.png", "own"]
+    assert records(source) == [(name.encode(), 0) for name in expected]
+    assert [source.describe(i) for i in range(6)] == [str(tmp_path / name) for name in expected]
+    assert source.class_names == ()
+
+
+def test_files_that_are_not_there(tmp_path):
+    make(tmp_path, "a.png", "text/notes.txt")
+    with pytest.raises(UserError, match=r"image '.*/none.png' does not exist"):
+        open_files([str(tmp_path / "a.png"), str(tmp_path / "none.png")])
+    with pytest.raises(UserError, match=r"no images .* in '.*/text'"):
+        open_files([str(tmp_path / "text")])
 
 
 @pytest.mark.parametrize("base", ["", "train/"])

@@ -49,11 +49,13 @@ def test_logits_follow_from_the_last_map(build, error):
     images = normal(2, 16, 24, 3)
     options = {"patch_size": 1, "num_classes": 7}
     model = build(ConvNeXtV2, DEPTHS, DIMS, **options)
-    logits, last = jax.jit(lambda m, x: (m(x), m.features(x)[-1]))(model, images)
+    apply = jax.jit(lambda m, x: (m(x), m.pooled(x), m.features(x)[-1]))
+    logits, vectors, last = apply(model, images)
     pooled = np.asarray(last, np.float64).mean(axis=(1, 2))
     pooled -= pooled.mean(axis=1, keepdims=True)
     pooled /= np.sqrt((pooled**2).mean(axis=1, keepdims=True) + 1e-6)
     pooled = pooled * np.asarray(model.norm.scale[...]) + np.asarray(model.norm.bias[...])
+    assert error(vectors, pooled) < 1e-5
     expected = pooled @ np.asarray(model.head.kernel[...]) + np.asarray(model.head.bias[...])
     assert error(logits, expected) < 1e-5
 

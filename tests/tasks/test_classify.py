@@ -11,7 +11,6 @@ from cnx2_jax.configuration import defaults, override, use_digits
 from cnx2_jax.data.mixing import draw_mix, mix_targets
 from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import base, make_task
-from cnx2_jax.tasks.classify import probabilities
 
 
 class Given(nnx.Module):
@@ -91,13 +90,6 @@ def test_a_logit_that_is_no_number_is_no_answer():
     metrics = classify().evaluate(Given(logits), [batch_of([0, 3], mask=np.array([True, True]))])
     assert metrics["accuracy"] == metrics["top5_accuracy"] == 0
     assert np.isnan(metrics["loss"])
-
-
-def test_probabilities_are_a_softmax():
-    logits = np.random.default_rng(0).standard_normal((4, 10))
-    config = classify().config
-    shares = probabilities(Given(logits), config, np.zeros((4, 32, 32, 1), np.uint8))
-    np.testing.assert_allclose(shares, np.exp(log_softmax(logits)), rtol=1e-5)
 
 
 def test_card_carries_what_prediction_needs():

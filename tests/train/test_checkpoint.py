@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what is found, what is read back, and what damage is called."""
 
+import dataclasses
 import json
 import shutil
 
@@ -28,6 +29,10 @@ def make_state(seed=0, step=0):
     opt_state = optax.adamw(1e-3).init(params)
     opt_state = jax.tree.map(lambda x: (x + rng.integers(1, 9)).astype(x.dtype), opt_state)
     return TrainState(jnp.int32(step), params, opt_state)
+
+
+def averaged(state):
+    return dataclasses.replace(state, ema={name: value + 1 for name, value in state.params.items()})
 
 
 def save(directory, steps, *, keep=2, best=MAX):
@@ -287,3 +292,27 @@ def test_write_where_nothing_can_be_written(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         checkpoint.write(tmp_path / "file" / "out", make_state().params, CARD)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+# Averaged parameters.
+
+
+def test_averaged_parameters_come_back_and_are_what_a_user_reads(tmp_path):
+    state = averaged(make_state(1, 5))
+    ours = Checkpoints(tmp_path / "c", keep=1, best=MAX)
+    ours.save(5, state, CARD, None)
+    ours.close()
+    folder = tmp_path / "c" / "5"
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    again = Checkpoints(tmp_path / "c", keep=1, best=MAX)
+    assert bits(again.restore(5, like)) == bits(state)
+    again.close()
+    assert checkpoint.has_average(folder)
+    assert bits(checkpoint.read_params(folder)) == bits(state.ema)
+    assert bits(checkpoint.read_params(folder, averaged=False)) == bits(state.params)
+
+
+def test_without_an_average_the_parameters_are_read(run):
+    folder = run / "checkpoints" / "12"
+    assert not checkpoint.has_average(folder)
+    assert bits(checkpoint.read_params(folder)) == bits(checkpoint.read_params(folder, averaged=False))

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnx2_jax.cli import main
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError, UserError
-from cnx2_jax.tasks import make_task
+from cnx2_jax.tasks import base, make_task
 from cnx2_jax.train import checkpoint
 from cnx2_jax.train.loop import fit
 from cnx2_jax.train.report import read_metrics
+from cnx2_jax.train.state import split
 
 SMALL = [
     "--config.model.depths=(1,1,1,1)",
@@ -133,3 +135,26 @@ def test_a_stop_during_an_evaluation_keeps_the_best_checkpoint_known(tmp_path, m
     assert not (tmp_path / "checkpoints" / "8" / "metrics").exists()
     assert fit(small("pretrain.py:digits"), tmp_path)["loss"] > 0
     assert (tmp_path / "checkpoints" / "8" / "metrics").exists()
+
+
+def test_averaged_parameters_have_an_evaluation_of_their_own(tmp_path, capsys):
+    task = small(
+        "finetune.py:digits", "--config.ema_decay=0.5", "--config.eval_epochs=0.0445"
+    )  # every 4 steps
+    metrics = fit(task, tmp_path)
+    assert {"accuracy", "loss", "ema_accuracy", "ema_loss"} <= metrics.keys()
+    assert metrics["ema_loss"] != metrics["loss"]
+    assert "the best checkpoint by ema_accuracy is" in capsys.readouterr().err
+    # The command reads both from the checkpoint, and gets the same.
+    assert main(["evaluate", "--workdir", str(tmp_path)]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    expected = {name: value for name, value in metrics.items() if name != "step"}
+    assert {name: again[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    # What is used from then on is the average.
+    folder = checkpoint.find(tmp_path)
+    model, _, _ = base.load(tmp_path)
+    params = checkpoint.read_params(folder, averaged=False)
+    averaged = split(model)[1]
+    assert (averaged["head.kernel"] != params["head.kernel"]).any()
+    start = base.starting_params(tmp_path, task.config, params)
+    np.testing.assert_array_equal(start["head.kernel"], averaged["head.kernel"])

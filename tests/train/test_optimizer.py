@@ -12,7 +12,14 @@ from flax import nnx
 from cnx2_jax.configuration import defaults
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import create_model
-from cnx2_jax.train.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from cnx2_jax.train.optimizer import (
+    decay_mask,
+    layers,
+    learning_rate_scales,
+    learning_rate_schedule,
+    make_optimizer,
+    trainable,
+)
 from cnx2_jax.train.state import split
 
 
@@ -121,7 +128,7 @@ def test_updates_equal_adamw_written_out(clip):
     ]
     config = settings(base_learning_rate=0.1, b1=0.8, b2=0.95, weight_decay=0.3, clip_norm=clip)
     schedule = learning_rate_schedule(config, 256, 2, 8)
-    transform = make_optimizer(config, schedule)
+    transform = make_optimizer(config, schedule, shapes)
 
     @jax.jit
     def step(params, state, gradient):
@@ -142,3 +149,106 @@ def test_updates_equal_adamw_written_out(clip):
     assert np.abs(other["a.bias"] - expected["a.bias"]).max() > 1e-3
     other = literal_adamw(params, gradients, rates, b1=0.8, b2=0.95, decay=0.0, clip=clip)
     assert np.abs(other["a.kernel"] - expected["a.kernel"]).max() > 1e-3
+
+
+def shapes_of(name):
+    return split(nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0))))[1]
+
+
+# Of the published rules (official `optim_factory.py`), written down by hand.
+ATTO_SINGLE = {
+    "downsample_layers.0.0.kernel": 1,
+    "downsample_layers.0.1.scale": 1,
+    "stages.0.0.dwconv.kernel": 1,
+    "stages.0.1.norm.bias": 2,
+    "downsample_layers.1.1.kernel": 3,
+    "stages.1.0.grn.gamma": 3,
+    "stages.1.1.grn.beta": 4,
+    "downsample_layers.2.0.scale": 5,
+    "stages.2.0.pwconv1.kernel": 5,
+    "stages.2.5.pwconv2.bias": 10,
+    "downsample_layers.3.1.bias": 11,
+    "stages.3.0.dwconv.bias": 11,
+    "stages.3.1.dwconv.bias": 12,
+    "norm.scale": 13,
+    "head.kernel": 13,
+}
+BASE_GROUP = {
+    "downsample_layers.0.0.kernel": 0,
+    "stages.0.0.dwconv.kernel": 1,
+    "stages.0.2.dwconv.kernel": 1,
+    "downsample_layers.1.0.scale": 2,
+    "stages.1.0.norm.scale": 2,
+    "downsample_layers.2.1.kernel": 3,
+    "stages.2.0.grn.gamma": 3,
+    "stages.2.2.grn.gamma": 3,
+    "stages.2.3.grn.gamma": 4,
+    "stages.2.13.grn.gamma": 7,
+    "stages.2.26.grn.gamma": 11,
+    "downsample_layers.3.0.bias": 12,
+    "stages.3.0.pwconv1.kernel": 12,
+    "stages.3.2.pwconv1.kernel": 12,
+    "norm.bias": 13,
+    "head.bias": 13,
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind", "expected"), [("atto", "single", ATTO_SINGLE), ("base", "group", BASE_GROUP)]
+)
+def test_layers_are_those_of_the_published_rules(variant, kind, expected):
+    names = shapes_of(f"convnextv2_{variant}")
+    numbers, after = layers(names, kind)
+    assert numbers.keys() == names.keys()
+    assert {name: numbers[name] for name in expected} == expected
+    assert set(numbers.values()) == set(range(1 if kind == "single" else 0, after + 1))
+    scales = learning_rate_scales(names, 0.9, kind)
+    for name, number in expected.items():
+        assert scales[name] == pytest.approx(0.9 ** (13 - number))
+    assert scales["head.kernel"] == 1
+
+
+def test_an_encoder_in_a_larger_model_has_the_same_layers():
+    numbers, after = layers(shapes_of("fcmae_atto"), "single")
+    own, _ = layers(shapes_of("convnextv2_atto"), "single")
+    for name, number in own.items():
+        if not name.startswith(("norm.", "head.")):
+            assert numbers[f"encoder.{name}"] == number
+    assert {numbers[name] for name in ("mask_token", "pred.kernel", "decoder.0.grn.gamma")} == {after}
+
+
+def test_wrong_kinds_of_layers():
+    with pytest.raises(UserError, match="'groups'; did you mean 'group'"):
+        layers(["head.kernel"], "groups")
+    with pytest.raises(UserError, match="at most 27 blocks in stage 3, not 30"):
+        layers([f"stages.2.{block}.norm.bias" for block in range(30)], "group")
+
+
+def test_layer_decay_scales_whole_updates():
+    names = ["downsample_layers.0.0.kernel", "stages.0.0.dwconv.kernel", "head.kernel", "head.bias"]
+    rng = np.random.default_rng(0)
+    params, gradient = (
+        {name: jnp.asarray(rng.standard_normal(3), jnp.float32) for name in names} for _ in range(2)
+    )
+
+    def update(decay):
+        config = settings(weight_decay=0.5, layer_decay=decay)
+        transform = make_optimizer(config, lambda _: 0.1, params)
+        return transform.update(gradient, transform.init(params), params)[0]
+
+    plain, scaled = update(1.0), update(0.5)
+    # One block: the stem and it are layer 1, everything after them 2.
+    factors = dict(zip(names, (0.5, 0.5, 1, 1), strict=True))
+    for name in names:
+        np.testing.assert_allclose(scaled[name], factors[name] * plain[name], rtol=1e-6)
+
+
+def test_trainable_parameters_are_found_by_name():
+    params = dict.fromkeys(["stages.0.0.norm.bias", "norm.bias", "head.kernel", "head.bias"], 0)
+    assert trainable(params, "") == params
+    assert list(trainable(params, r"^head\.")) == ["head.kernel", "head.bias"]
+    assert list(trainable(params, r"norm")) == ["stages.0.0.norm.bias", "norm.bias"]
+    with pytest.raises(UserError, match="'haed' is found in no parameter's name"):
+        trainable(params, "haed")
+    with pytest.raises(UserError, match=r"'\(' is no regular expression"):
+        trainable(params, "(")

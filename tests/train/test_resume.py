@@ -29,6 +29,8 @@ SMALL = [
     "--config.optimizer.warmup_epochs=0.05",
     "--config.optimizer.clip_norm=1.0",
     "--config.model.drop_path=0.2",
+    "--config.ema_decay=0.9",
+    "--config.optimizer.layer_decay=0.8",
 ]
 TASKS = {"pretrain": "configs/pretrain.py:digits", "classify": "configs/finetune.py:digits"}
 
@@ -77,7 +79,7 @@ def arrays(workdir):
     """Every array of the last checkpoint, parameters and optimizer state, by path."""
     found = {}
     with ocp.StandardCheckpointer() as checkpointer:
-        for item in ("params", "opt_state"):
+        for item in ("params", "opt_state", "ema"):
             tree = checkpointer.restore((workdir / "checkpoints" / str(STEPS) / item).absolute())
             for path, leaf in ocp.utils.to_flat_dict(tree).items():
                 found[(item, *path)] = np.asarray(leaf)

@@ -74,14 +74,17 @@ def test_place_of_a_parameter(name, shape, spec):
 def test_moments_live_where_their_parameter_does():
     config = defaults("pretrain").optimizer
     config.clip_norm = 1.0
-    transform = optimizer.make_optimizer(config, optimizer.learning_rate_schedule(config, 256, 1, 10))
+    config.layer_decay = 0.9
     graph_and_params = nnx.eval_shape(lambda: create_model("fcmae_atto", rngs=nnx.Rngs(0)))
     params = split(graph_and_params)[1]
-    like = jax.eval_shape(lambda p: TrainState(jnp.int32(0), p, transform.init(p)), params)
+    schedule = optimizer.learning_rate_schedule(config, 256, 1, 10)
+    transform = optimizer.make_optimizer(config, schedule, params)
+    like = jax.eval_shape(lambda p: TrainState(jnp.int32(0), p, transform.init(p), p), params)
     mesh = abstract_mesh(2, 4)
     places = sharding.state_sharding(like, mesh)
     assert jax.tree.structure(places) == jax.tree.structure(like)
     assert places.step.spec == PartitionSpec()
+    assert places.ema == places.params
 
     moments = 0
     paths = jax.tree_util.tree_flatten_with_path(places.opt_state)[0]

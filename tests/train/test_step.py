@@ -14,6 +14,7 @@ from flax import nnx
 from cnx2_jax.configuration import defaults, override, use_digits
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train import sharding
+from cnx2_jax.train.optimizer import trainable
 from cnx2_jax.train.state import TrainState, merge, split
 from cnx2_jax.train.step import batch_key, make_train_step, sample_keys
 
@@ -64,9 +65,14 @@ def some_batches(count):
 
 
 @functools.cache
-def compiled(parts=1, dtype="float32"):
+def compiled(parts=1, dtype="float32", trained="", ema=0.0):
     """Returns the train step and a function that makes its first state."""
-    task = small_task(f"accumulation_steps={parts}", f"model.dtype={dtype}")
+    task = small_task(
+        f"accumulation_steps={parts}",
+        f"model.dtype={dtype}",
+        f"optimizer.trainable={trained}",
+        f"ema_decay={ema}",
+    )
     # The large epsilon keeps Adam from turning the rounding of a gradient near zero into whole steps.
     transform = optax.adam(1e-2, eps=1e-2)
     graph, _ = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
@@ -74,7 +80,9 @@ def compiled(parts=1, dtype="float32"):
 
     def first():
         params = {name: jnp.array(value) for name, value in first_params().items()}
-        return TrainState(jnp.int32(0), params, transform.init(params))
+        moments = transform.init(trainable(params, trained))
+        average = {name: jnp.array(value) for name, value in first_params().items()} if ema else None
+        return TrainState(jnp.int32(0), params, moments, average)
 
     like = jax.eval_shape(first)
     step = make_train_step(task, graph, transform, like, mesh)
@@ -171,3 +179,33 @@ def test_batch_key_is_no_samples_and_new_at_every_step():
     samples = sample_keys(3, jnp.int32(0), 1000)
     data = np.concatenate([jax.random.key_data(jnp.stack(keys)), jax.random.key_data(samples)])
     assert len(np.unique(data, axis=0)) == len(data)
+
+
+def test_the_average_follows_the_parameters():
+    average = {name: value.astype(np.float64) for name, value in first_params().items()}
+    for steps in (1, 2, 3):
+        params = run(steps)[0].params
+        average = {name: 0.75 * average[name] + 0.25 * params[name] for name in average}
+    state, metrics = run(3, ema=0.75)
+    for name, value in average.items():
+        np.testing.assert_allclose(state.ema[name], value, rtol=0, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(state.params[name], params[name], rtol=0, atol=2e-5, err_msg=name)
+    assert np.abs(state.ema["pred.kernel"] - params["pred.kernel"]).max() > 1e-3
+    assert metrics[2]["loss"] == pytest.approx(run(3)[1][2]["loss"], rel=1e-5)
+    assert run(3)[0].ema is None
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_only_what_is_trainable_moves(parts):
+    state, metrics = run(2, trained="^(pred|mask_token)", parts=parts)
+    moved = {name for name, value in state.params.items() if (value != first_params()[name]).any()}
+    assert moved == {"pred.kernel", "pred.bias", "mask_token"}
+    names = {
+        key.key
+        for path, _ in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
+        for key in path
+        if isinstance(key, jax.tree_util.DictKey)
+    }
+    assert names == moved  # nothing is kept for the others
+    assert 0 < metrics[0]["grad_norm"] < run(1)[1][0]["grad_norm"]
+    assert metrics[0]["loss"] == pytest.approx(run(1)[1][0]["loss"], rel=1e-5)

@@ -56,6 +56,28 @@ def open_whole_folder(root: str) -> Source:
     return _list_records(root, _sub_folders(root))
 
 
+def open_files(paths: Sequence[str]) -> Source:
+    """Image files, whatever their names end in, and all images below folders; unlabelled.
+
+    They are in the order given, each folder's sorted by path.
+
+    Raises:
+      UserError: a path leads nowhere, or a folder holds no images or cannot be listed.
+    """
+    found: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            names = sorted(_image_names(path))
+            if not names:
+                raise UserError(f"no {_kinds()} in '{path}'; check the path")
+            found.extend(os.path.join(path, name) for name in names)
+        elif os.path.lexists(path):
+            found.append(path)
+        else:
+            raise UserError(f"image '{path}' does not exist; check the path or restore it")
+    return _records_of("", found, (), np.zeros(len(found), np.int32))
+
+
 def _existing(root: str, key: str) -> str:
     root = os.path.expanduser(root)
     if not root:
@@ -85,7 +107,11 @@ def _list_records(folder: str, class_names: Sequence[str]) -> Source:
         labels = np.fromiter((label_of[name.split("/", 1)[0]] for name in names), np.int32)
     else:
         labels = np.zeros(len(names), np.int32)
-    top = os.path.join(folder, "")
+    return _records_of(os.path.join(folder, ""), names, class_names, labels)
+
+
+def _records_of(top: str, names: Sequence[str], class_names: Sequence[str], labels: np.ndarray) -> Source:
+    """The files `top + name`."""
     # One array of fixed width: 14 million Python strings would take several times its memory.
     paths = np.array([os.fsencode(name) for name in names], np.bytes_)
     encoded_paths, numbers = tf.constant(paths, tf.string), tf.constant(labels)

@@ -1,0 +1,16 @@
+"""What the classes of ImageNet-1K are called."""
+
+from importlib import resources
+
+# `ID NAME` a line, in the order of the labels. Names are WordNet's first lemma, but of four classes that
+# would share it with another: the two cranes, the tank suit (maillot) and the corgi (Cardigan).
+_LINES = resources.files(__package__).joinpath("imagenet1k.txt").read_text().splitlines()
+_NAMES = dict(line.split(" ", 1) for line in _LINES)
+
+# The WordNet id of each label.
+CLASS_IDS: tuple[str, ...] = tuple(_NAMES)
+
+
+def describe(class_name: str) -> str:
+    """Returns the plain name of an ImageNet-1K class given by its WordNet id, and anything else unchanged."""
+    return _NAMES.get(class_name, class_name)

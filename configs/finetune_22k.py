@@ -1,0 +1,48 @@
+"""Intermediate fine-tuning of an FCMAE encoder on ImageNet-22K (paper, table 12).
+
+  cnx2 train --config configs/finetune_22k.py:base --config.data.root=IMAGES_22K \\
+      --config.init_from=runs/pretrain --workdir runs/22k
+  cnx2 train --config configs/finetune_22k.py:smoke --workdir runs/smoke      # a minute on a CPU
+
+IMAGES_22K holds a folder for each of the 21,841 classes (14.2 million images); 1% of them is kept for
+validation, as there is no such set. Continue with `configs/finetune_22k_1k.py`. Recipes: the five
+variants for which the paper has one. Batch 4096, 90 epochs; no average of the weights is kept. No
+accuracy is published for this stage.
+
+Uncertain, and what is taken: random erasing (not in the table; the official code's default, 0.25), and that
+layers decay by group from base on, as on ImageNet-1K.
+"""
+
+from cnx2_jax.configuration import defaults, parse_argument, use_imagenet_recipe, use_smoke
+
+RECIPES = {
+    # variant: layer decay, its type, drop path
+    "nano": (0.9, "single", 0.0),
+    "tiny": (0.9, "single", 0.0),
+    "base": (0.8, "group", 0.1),
+    "large": (0.8, "group", 0.1),
+    "huge": (0.8, "group", 0.3),
+}
+
+
+def get_config(argument="tiny"):
+    name, _ = parse_argument(argument, [*RECIPES, "smoke"])
+    config = defaults("classify")
+    use_imagenet_recipe(config)
+    variant = "tiny" if name == "smoke" else name
+    layer_decay, kind, drop_path = RECIPES[variant]
+    config.model.variant = variant
+    config.model.drop_path = drop_path
+    config.model.head_init_scale = 0.001
+    config.batch_size = 4096
+    config.total_epochs = 90.0
+    config.mixup, config.cutmix = 0.8, 1.0
+    config.data.val_fraction = 0.01
+    config.optimizer.base_learning_rate = 2.5e-4
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.layer_decay = layer_decay
+    config.optimizer.layer_decay_type = kind
+    config.optimizer.warmup_epochs = 5.0
+    if name == "smoke":
+        use_smoke(config)
+    return config
