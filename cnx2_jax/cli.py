@@ -18,7 +18,7 @@ VERBS = {
     "predict": "name the top classes of image files",
     "reconstruct": "mask images and draw what a pretrained model makes of them",
     "convert": "take weights from PyTorch, timm or Hugging Face, as a checkpoint",
-    "export": "write a checkpoint's parameters for use elsewhere",
+    "export": "write a checkpoint for use elsewhere, and check it there",
 }
 
 

@@ -1,1 +1,1 @@
-"""Weights from and for other libraries: their names and layouts, files, folders and hub."""
+"""Weights on their way in from other libraries, and out to them and to other runtimes."""

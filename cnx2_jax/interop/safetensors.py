@@ -92,6 +92,19 @@ def run_huggingface(folder: Path, images: np.ndarray) -> np.ndarray:
     return (found.logits if has_head else found.pooler_output).numpy()
 
 
+def run_timm(folder: Path, images: np.ndarray) -> np.ndarray:
+    """The same of a folder made for timm, with timm."""
+    try:
+        import timm
+        import torch
+    except ImportError:
+        raise NoRuntimeError(f"timm is needed to run '{folder}'; pip install 'cnx2_jax[timm]'") from None
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    pixels = torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    with torch.inference_mode():
+        return model(pixels).numpy()
+
+
 def _documents(params: Mapping[str, np.ndarray], facts: Facts, naming: str) -> dict[str, dict]:
     """Returns the JSON files by name."""
     depths, dims = sizes_of(params)
