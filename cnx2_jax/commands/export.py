@@ -108,5 +108,5 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     job = Job(folder, program, _facts(folder, program), args.dtype or "float32")
     result = export.export(args.out, form, job)
     if result["runtime"] is None:
-        say(f"not checked: '{form.runtime}' is not installed; pip install 'cnx2_jax[{form.extra}]'")
+        say(f"not checked: '{form.runtime}' cannot be imported; pip install 'cnx2_jax[{form.extra}]'")
     print(json.dumps({"out": str(args.out), "format": args.format, **result}))
