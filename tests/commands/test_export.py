@@ -183,7 +183,9 @@ def test_weights_for_other_libraries(naming, task, stored, tmp_path, capfd):
     package = {"huggingface": "transformers", "timm": "timm"}[naming]
     if importlib.util.find_spec(package) is None:
         assert result["runtime"] is None
-        assert f"not checked: '{package}' cannot be imported; pip install 'cnx2_jax[{package}]'" in captured.err
+        assert (
+            f"not checked: '{package}' cannot be imported; pip install 'cnx2_jax[{package}]'" in captured.err
+        )
     else:
         assert result["runtime"].startswith(f"{package} ")
         assert 0 <= result["max_difference"] < 1e-5 * result["largest"]
