@@ -216,8 +216,8 @@ def check_ranges(config: ConfigDict) -> None:
     flat = _flatten(config.to_dict())
     for key, (least, greatest) in RANGES.items():
         if key in flat and not least <= flat[key] <= greatest:
-            most = "" if greatest == INFINITY else f" and at most {greatest:g}"
-            raise UserError(f"{key} {flat[key]} must be at least {least:g}{most}")
+            most = "" if greatest == INFINITY else f" and at most {greatest}"
+            raise UserError(f"{key} {flat[key]} must be at least {least}{most}")
     if not config.total_steps and not config.total_epochs:
         raise UserError("total_steps and total_epochs are both 0: there is nothing to do; set one of them")
 

@@ -17,6 +17,7 @@ from cnx2_jax.configuration import FREE_KEYS, defaults, load_config, override
 from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train.loop import fit
+from cnx2_jax.train.state import split
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge")
@@ -495,7 +496,7 @@ def test_every_key_and_learning_rate_is_as_recorded(path):
 
 class Counter(nnx.Module):
     def __init__(self):
-        self.kernel = nnx.Param(np.zeros((2, 2), np.float32))
+        self.head = nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0))
 
 
 class CheapTask:
@@ -512,11 +513,14 @@ class CheapTask:
     def start(self, params):
         return params
 
+    def begin(self, params):
+        pass
+
     def prepare(self, batch, key):
         return batch
 
     def loss(self, model, batch, keys):
-        return (model.kernel[...].sum() - 1) ** 2, {}
+        return (model.head.kernel[...].sum() - 1) ** 2, {}
 
     def evaluate(self, model, batches):
         return {"loss": float(sum(batch["mask"].sum() for batch in batches))}
@@ -575,7 +579,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     reads.clear()
 
     task = make_task(config)
-    task.start({})
+    task.start(split(task.init(nnx.Rngs(0)))[1])
     batch = next(task.data.train_batches(0))
     next(task.data.eval_batches())
     model = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import check_ranges, defaults, image_hw
-from cnx2_jax.data.imagenet import CLASS_IDS
+from cnx2_jax.data.imagenet import CLASS_IDS, describe
 from cnx2_jax.errors import UserError
 from cnx2_jax.interop import facts, hub
 from cnx2_jax.interop.files import read_tensors
@@ -52,6 +53,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     base.check_new(args.to, "--to")
     path = hub.fetch(args.source) if args.source.startswith(hub.SCHEME) else Path(args.source)
     imported = from_torch(read_tensors(path), args.source)
+    for name, value in imported.params.items():
+        if value.dtype != np.float32 or not np.isfinite(value).all():
+            raise UserError(
+                f"'{args.source}' holds no weights: '{name}' is of {value.dtype}, or not all of it is finite"
+            )
+    facts.check_sizes(path.parent, imported.depths, imported.dims)
     told = facts.read(path.parent)
     if args.image_size is not None:
         told["image_size"] = (args.image_size,)
@@ -92,6 +99,16 @@ def _config(imported: Imported, told: dict[str, Any], source: str) -> ConfigDict
     return config
 
 
+def _are_imagenets(names: tuple[str, ...]) -> bool:
+    """Whether these are ImageNet-1K's classes in their order, as the hub has them: WordNet's words for each.
+
+    A few are spelt otherwise or told apart by another word.
+    """
+    pairs = zip(names, map(describe, CLASS_IDS), strict=True)
+    same = sum(theirs.split(",")[0].strip().lower() == ours.lower() for theirs, ours in pairs)
+    return same > 0.95 * len(names)
+
+
 def _class_names(count: int, file: Path | None, told: tuple[str, ...], source: str) -> tuple[str, ...]:
     """Returns a name for each class; see the help of --class-names.
 
@@ -105,12 +122,17 @@ def _class_names(count: int, file: Path | None, told: tuple[str, ...], source: s
             names = tuple(file.read_text(encoding="utf-8").splitlines())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read class names from '{file}': {error}") from None
+        if not names and count:
+            raise UserError(f"{where} names no classes, the weights have {count}")
     if names and len(names) != count:
         raise UserError(
             f"{where} names {len(names)} classes, the weights have {count}; give {count} by --class-names"
         )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{where} names more than one class '{twice}'; give others by --class-names")
+    if file is None and count == len(CLASS_IDS) and (not names or _are_imagenets(names)):
+        return CLASS_IDS
     if names or not count:
         return names
-    if count == len(CLASS_IDS):
-        return CLASS_IDS
     return tuple(f"class_{index:0{max(4, len(str(count - 1)))}}" for index in range(count))

@@ -60,11 +60,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _on_own_images(args: argparse.Namespace, overrides: list[str]) -> dict:
     task, model, mesh, folder = _run_of(args, overrides, averaged=False)
     results: dict = {"checkpoint": str(folder)}
-    results |= task.evaluate(model, sharding.put_batches(task.data.eval_batches(), mesh))
+    results |= task.evaluate(model, sharding.put_batches(task.images.eval_batches(), mesh))
     if checkpoint.has_average(folder):
         graph, _ = split(model)
         model = merge(graph, sharding.put_params(checkpoint.read_params(folder), mesh))
-        metrics = task.evaluate(model, sharding.put_batches(task.data.eval_batches(), mesh))
+        metrics = task.evaluate(model, sharding.put_batches(task.images.eval_batches(), mesh))
         results |= {AVERAGED + name: value for name, value in metrics.items()}
     return results
 

@@ -92,9 +92,14 @@ def _json_line(path: str, top: list[tuple[str, float]]) -> str:
     return json.dumps({"image": path, "predictions": predictions})
 
 
+def _shown(name: str) -> str:
+    name = os.fsencode(name).decode(errors="replace")  # a name that is no text could not be printed
+    return name if name == describe(name) else f"{name} {describe(name)}"
+
+
 def _table(class_names: Sequence[str]) -> Callable[[str, list[tuple[str, float]]], str]:
     """Shows an image as its path and a row a class, in columns that hold the longest name."""
-    shown = {name: name if name == describe(name) else f"{name} {describe(name)}" for name in class_names}
+    shown = {name: _shown(name) for name in class_names}
     width = max(map(len, shown.values()), default=0)
 
     def table(path: str, top: list[tuple[str, float]]) -> str:

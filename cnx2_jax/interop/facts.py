@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cnx2_jax.errors import UserError
+from cnx2_jax.models import VARIANTS
 
 # From this size up images are warped, below it cut out of the centre: here, in timm's configs of ConvNeXt V2
 # (`crop_mode` squash) and in transformers' ConvNextImageProcessor.
@@ -141,6 +142,25 @@ def read(folder: Path) -> dict[str, Any]:
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise UserError(f"the JSON in '{folder}' is none of a model's ({error!r}); move it away") from None
     return {name: value for name, value in found.items() if value}
+
+
+def check_sizes(folder: Path, depths: tuple[int, ...], dims: tuple[int, ...]) -> None:
+    """Raises UserError if transformers' or timm's JSON in a folder is of a model of other sizes."""
+    config = _read_json(folder / "config.json")
+    said = (config.get("depths"), config.get("hidden_sizes"))
+    if config.get("model_type") == "convnextv2" and all(said) and said != (list(depths), list(dims)):
+        raise UserError(
+            f"'{folder / 'config.json'}' is of a model with depths {said[0]} and dims {said[1]}, the weights "
+            f"beside it have {list(depths)} and {list(dims)}; move it away"
+        )
+    named = str(config.get("architecture")).removeprefix("convnextv2_")
+    arguments = config.get("model_args") or {}
+    if named in VARIANTS and not {"depths", "dims"} & arguments.keys():
+        variant = VARIANTS[named]
+        if (variant.depths, variant.dims) != (tuple(depths), tuple(dims)):
+            raise UserError(
+                f"'{folder / 'config.json'}' is of '{named}', the weights beside it are not; move it away"
+            )
 
 
 def _from_timm(config: dict[str, Any]) -> dict[str, Any]:

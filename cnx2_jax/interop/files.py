@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
         raise UserError(f"'{path}' is damaged: {error}; download it again") from None
+    except (AttributeError, TypeError, KeyError) as error:  # a dtype that NumPy lacks, such as float8
+        raise UserError(f"'{path}' holds numbers of a kind that NumPy lacks ({error})") from None
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
@@ -68,7 +71,8 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     except ImportError:
         raise UserError(f"'{path}' needs PyTorch to be read; pip install 'cnx2_jax[torch]'") from None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what is refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a damaged file there is hardly one that torch.load does not raise
         if culprit := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -76,8 +80,8 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
                 f"'{path}' was not loaded: it asks for {culprit[1]}, which is no tensor and could run any "
                 "program; save its state dict alone, or as .safetensors"
             ) from None
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"'{path}' is damaged or no PyTorch file: {reason}; download it again") from None
+        # Not what PyTorch says: it advises to load such a file all the same.
+        raise UserError(f"'{path}' is damaged, or no file of tensors by PyTorch; download it again") from None
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -85,7 +89,8 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"'{path}' holds no state dict (also not as one of {', '.join(_WRAPPERS)})")
     for name, value in content.items():
-        if not (isinstance(value, torch.Tensor) and value.layout == torch.strided):
+        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+        if not plain:
             raise UserError(f"'{path}' is no state dict: '{name}' in it is no plain tensor")
     return {
         str(name): (value.float() if value.is_floating_point() else value).detach().numpy()

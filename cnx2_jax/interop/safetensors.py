@@ -78,6 +78,7 @@ def run_huggingface(folder: Path, images: np.ndarray) -> np.ndarray:
     try:
         import torch
         from transformers import AutoModel, AutoModelForImageClassification
+        from transformers.utils import logging
     except ImportError:
         raise NoRuntimeError(
             f"transformers is needed to run '{folder}'; pip install 'cnx2_jax[transformers]'"
@@ -85,6 +86,7 @@ def run_huggingface(folder: Path, images: np.ndarray) -> np.ndarray:
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     has_head = architecture == said.HUGGINGFACE_CLASSIFIER
     kind = AutoModelForImageClassification if has_head else AutoModel
+    logging.disable_progress_bar()
     model = kind.from_pretrained(folder, local_files_only=True).eval()
     pixels = torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     with torch.inference_mode():

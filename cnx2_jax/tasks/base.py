@@ -210,17 +210,20 @@ def check_class_names(theirs: dict, ours: dict, source: str) -> None:
         raise UserError(f"checkpoint '{source}' was trained on other classes: {difference}; check data.root")
 
 
-def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
+def starting_params(
+    path: Path, config: ConfigDict, fresh: Params, class_names: tuple[str, ...] = ()
+) -> Params:
     """Returns `fresh` with the encoder's parameters taken from a checkpoint.
 
     From an FCMAE checkpoint the encoder, the final norm and the head staying fresh; from a classifier
-    everything but a head of another class count, or none.
+    everything but a head of another class count, or of classes of other names than `class_names`.
 
     Raises:
       UserError: there is no checkpoint, or it is of another variant.
     """
     folder = checkpoint.find(path)
-    theirs, ours = checkpoint.read_card(folder)["config"]["model"]["variant"], config.model.variant
+    card = checkpoint.read_card(folder)
+    theirs, ours = card["config"]["model"]["variant"], config.model.variant
     if theirs != ours:
         raise UserError(
             f"checkpoint '{path}' holds variant '{theirs}', the config asks for '{ours}'; "
@@ -231,10 +234,12 @@ def starting_params(path: Path, config: ConfigDict, fresh: Params) -> Params:
     if pretrained:
         prefix = "encoder."
         stored = {n.removeprefix(prefix): value for n, value in stored.items() if n.startswith(prefix)}
+    others = bool(class_names and card["class_names"]) and tuple(card["class_names"]) != class_names
+    mine = ("norm.", "head.") if pretrained else ("head.",) if others else ()
     own = {
         name
         for name in fresh
-        if (pretrained and name.startswith(("norm.", "head.")))
+        if name.startswith(mine)
         or (name.startswith("head.") and (name not in stored or stored[name].shape != fresh[name].shape))
     }
     taken = {name: leaf for name, leaf in stored.items() if name not in own}

@@ -52,7 +52,10 @@ class Classify:
     def start(self, params: Params) -> Params:
         if not self.config.init_from:
             return params
-        return base.starting_params(Path(self.config.init_from), self.config, params)
+        return base.starting_params(Path(self.config.init_from), self.config, params, self.class_names)
+
+    def begin(self, params: Params) -> None:
+        pass  # no batch depends on them
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         """Mixes the images, as `mixup` and `cutmix` say, and makes targets of their labels."""

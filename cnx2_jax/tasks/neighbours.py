@@ -17,6 +17,8 @@ from cnx2_jax.train.task import Metrics
 
 TEMPERATURE = 0.07  # of the votes (Wu et al. 2018, section 3.4; DINO, facebookresearch/dino eval_knn.py)
 
+MOST = 1000  # neighbours: all of them are kept for every query
+
 # Similarities are held for this many images of both sides at a time: 128 MiB.
 _QUERIES = 512
 _BANK = 65_536
@@ -42,8 +44,9 @@ def evaluate(model: ConvNeXtV2, config: ConfigDict, data: ImageData, k: int, mes
             f"--knn needs classes, and data.source '{config.data.source}' with data.root "
             f"'{config.data.root}' has none; put each class's images into a sub-folder of its own"
         )
-    if not 1 <= k <= data.num_train:
-        raise UserError(f"--knn {k} must be at least 1 and at most {data.num_train}, the training images")
+    most = min(data.num_train, MOST)
+    if not 1 <= k <= most:
+        raise UserError(f"--knn {k} must be at least 1 and at most {most}; 20 is usual")
     bank, bank_labels = all_features(model, config, data.train, mesh)
     queries, labels = all_features(model, config, data.val, mesh)
     metrics = score(bank, bank_labels, queries, labels, num_classes=len(data.class_names), k=k)

@@ -49,6 +49,9 @@ class Pretrain:
     def start(self, params: Params) -> Params:
         return params
 
+    def begin(self, params: Params) -> None:
+        pass  # no batch depends on them
+
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         return batch  # every image is for itself
 

@@ -2,15 +2,18 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tensorflow as tf
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
@@ -23,9 +26,10 @@ from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.tasks.classify import Classify, class_scores
 from cnx2_jax.tasks.features import all_features
 from cnx2_jax.train.evaluation import average
+from cnx2_jax.train.optimizer import trainable
 from cnx2_jax.train.sharding import AXES, put_params
 from cnx2_jax.train.state import Params, merge, split
-from cnx2_jax.train.task import Batch, Metrics
+from cnx2_jax.train.task import Batch, Data, Metrics
 
 AT_ONCE = 64  # images per device whose features are computed at a time
 Features = tuple[Float32[np.ndarray, "n dim"], Int32[np.ndarray, " n"]]
@@ -35,30 +39,35 @@ class Probe(Classify):
     """Trains the head alone, on images prepared as for evaluation, of an encoder from `config.init_from`.
 
     The features are standardised over the training images, as by a batch normalisation without parameters
-    (MAE, arXiv 2111.06377, appendix A.1). Mean and deviation become part of the final norm, so a checkpoint
-    is an ordinary classifier. Without `init_from` the encoder is random, which is what others compare with.
+    (MAE, arXiv 2111.06377, appendix A.1). Mean and deviation become the final norm's bias and scale, so a
+    checkpoint is an ordinary classifier. Without `init_from` the encoder is random, which is what others
+    compare with.
 
     Raises:
-      UserError: see `Classify`.
+      UserError: `optimizer.trainable` is not the head; see `Classify`.
     """
 
     def __init__(self, config: ConfigDict):
         super().__init__(config)
-        self.data: FeatureData = FeatureData(self.images, config, self._encoder)
-
-    def _encoder(self) -> tuple[nnx.GraphDef, Params]:
-        graph, fresh = split(self.init(nnx.Rngs(self.config.seed)))
-        return graph, super().start(fresh)
+        _, shapes = split(nnx.eval_shape(lambda: self.init(nnx.Rngs(0))))
+        others = [name for name in trainable(shapes, config.optimizer.trainable) if not _in_head(name)]
+        if others:
+            raise UserError(
+                f"optimizer.trainable '{config.optimizer.trainable}' has '{others[0]}' trained, but a linear "
+                "probe trains the head alone, on features that it keeps; use '^head'"
+            )
+        self._features = FeatureData(self.images, config)
+        self.data: Data = self._features
 
     def start(self, params: Params) -> Params:
         """Returns the encoder's parameters, and a final norm whose output is standardised."""
         params = super().start(params)
-        mean, deviation = self.data.statistics
-        return {
-            **params,
-            "norm.scale": params["norm.scale"] / deviation,
-            "norm.bias": (params["norm.bias"] - mean) / deviation,
-        }
+        self.begin(params)
+        mean, deviation = self._features.statistics
+        return {**params, "norm.scale": 1 / deviation, "norm.bias": -mean / deviation}
+
+    def begin(self, params: Params) -> None:
+        self._features.encode(self.init, params)
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         return batch  # nothing is mixed
@@ -69,7 +78,15 @@ class Probe(Classify):
         return loss, {"accuracy": (logits.argmax(axis=-1) == batch["label"]).mean()}
 
     def evaluate(self, model: ConvNeXtV2, batches: Iterable[Batch]) -> Metrics:
-        return average(_score, model, batches)
+        """Returns metrics over one pass of features, or of images, which a checkpoint is judged by."""
+        rest = iter(batches)
+        first = next(rest)
+        batches = itertools.chain([first], rest)
+        return super().evaluate(model, batches) if "image" in first else average(_score, model, batches)
+
+
+def _in_head(name: str) -> bool:
+    return name.startswith("head.")
 
 
 def _score(model: ConvNeXtV2, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
@@ -80,34 +97,70 @@ def _score(model: ConvNeXtV2, batch: Batch, positions: jax.Array) -> dict[str, j
 class FeatureData:
     """Batches of standardised features, float32 [b, dim], and their labels, in the place of images.
 
-    Computed when they are first asked for, by every process for itself; with `data.feature_cache`, a folder,
-    they are kept there for other runs.
+    Every process computes all of them, once; with `data.feature_cache`, a folder, they are kept there for
+    other runs.
 
     Args:
       images: what they are the features of.
       config: of the run.
-      encoder: gives structure and parameters of the classifier whose features these are.
     """
 
-    def __init__(
-        self, images: ImageData, config: ConfigDict, encoder: Callable[[], tuple[nnx.GraphDef, Params]]
-    ):
+    def __init__(self, images: ImageData, config: ConfigDict):
         self.images = images
-        self.class_names = images.class_names
         self._config = config
-        self._encoder = encoder
+        self._encoder = ""
+        self._splits: tuple[Features, Features] | None = None
 
     @property
     def num_train(self) -> int:
-        return len(self._splits[0][1])
+        return self.images.num_train
+
+    def encode(self, init: Callable[[nnx.Rngs], nnx.Module], params: Params) -> None:
+        """Computes the features by a classifier's encoder, unless that is done already.
+
+        Its final norm has no part in them, as they are standardised.
+
+        Args:
+          init: makes the classifier.
+          params: its parameters.
+
+        Raises:
+          UserError: see `ImageData` and `_kept`.
+        """
+        host: dict[str, np.ndarray] = {name: np.asarray(leaf) for name, leaf in params.items()}
+        encoder = _digest(host)
+        if encoder == self._encoder:
+            return
+        # This process's devices alone: every process needs all features.
+        devices = np.array(jax.local_devices()).reshape(-1, 1)
+        mesh = Mesh(devices, AXES)
+        graph, _ = split(nnx.eval_shape(lambda: init(nnx.Rngs(0))))
+        dim = len(host["norm.scale"])
+        plain = {"norm.scale": np.ones(dim, np.float32), "norm.bias": np.zeros(dim, np.float32)}
+        whole = {name: jnp.asarray(leaf) for name, leaf in (host | plain).items()}
+        model = merge(graph, put_params(whole, mesh))
+        config = self._config.copy_and_resolve_references()
+        config.unlock()
+        config.batch_size = AT_ONCE * devices.size
+
+        def features(source: Source) -> Features:
+            if not self._config.data.feature_cache:
+                return all_features(model, config, source, mesh)
+            path = Path(self._config.data.feature_cache) / f"{_name(encoder, source, config)}.npz"
+            return _kept(path, lambda: all_features(model, config, source, mesh))
+
+        self._splits = features(self.images.train), features(self.images.val)
+        self._encoder = encoder
+        self.__dict__.pop("_standardised", None)
 
     @property
     def statistics(self) -> tuple[Float32[np.ndarray, " dim"], Float32[np.ndarray, " dim"]]:
         """Mean and deviation of every feature over the training images, before they are standardised."""
+        assert self._splits is not None, "features are computed first"
         vectors = self._splits[0][0]
-        return vectors.mean(axis=0, dtype=np.float64).astype(np.float32), np.sqrt(
-            vectors.var(axis=0, dtype=np.float64) + 1e-6
-        ).astype(np.float32)
+        variance = vectors.var(axis=0, dtype=np.float64)
+        mean = vectors.mean(axis=0, dtype=np.float64)
+        return mean.astype(np.float32), np.sqrt(variance + 1e-6).astype(np.float32)
 
     def train_batches(
         self, start_step: int, *, process_index: int = 0, process_count: int = 1
@@ -115,13 +168,11 @@ class FeatureData:
         """Yields this host's share of the batches from `start_step` on, in the order that images have."""
         vectors, labels = self._standardised[0]
         order = functools.lru_cache(2)(lambda epoch: epoch_order(epoch, len(labels), self._config.seed))
-        step = start_step
-        while True:
+        for step in itertools.count(start_step):
             positions = self._share(step, process_index, process_count)
             epochs, places = np.divmod(positions, len(labels))
             records = np.array([order(epoch)[place] for epoch, place in zip(epochs, places, strict=True)])
             yield {"features": vectors[records], "label": labels[records]}
-            step += 1
 
     def eval_batches(
         self, *, process_index: int = 0, process_count: int = 1
@@ -141,75 +192,64 @@ class FeatureData:
     @functools.cached_property
     def _standardised(self) -> tuple[Features, Features]:
         mean, deviation = self.statistics
+        assert self._splits is not None
         train, val = (((vectors - mean) / deviation, labels) for vectors, labels in self._splits)
         return train, val
 
-    @functools.cached_property
-    def _splits(self) -> tuple[Features, Features]:
-        graph, params = self._encoder()
-        # This process's devices alone: every process needs all features.
-        devices = np.array(jax.local_devices()).reshape(-1, 1)
-        mesh = Mesh(devices, AXES)
-        model = merge(graph, put_params({name: jnp.asarray(leaf) for name, leaf in params.items()}, mesh))
-        config = self._config.copy_and_resolve_references()
-        config.unlock()
-        config.batch_size = AT_ONCE * devices.size
 
-        def compute(source: Source) -> Features:
-            return all_features(model, config, source, mesh)
-
-        folder = self._config.data.feature_cache
-        if not folder:
-            return compute(self.images.train), compute(self.images.val)
-        encoder = _digest(params)
-
-        def kept(source: Source) -> Features:
-            return _kept(Path(folder) / f"{_name(encoder, source, config)}.npz", lambda: compute(source))
-
-        return kept(self.images.train), kept(self.images.val)
-
-
-def _digest(params: Params) -> str:
+def _digest(params: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(params):
-        if not name.startswith("head."):
+        if not name.startswith(("norm.", "head.")):
             digest.update(name.encode() + np.asarray(params[name]).tobytes())
     return digest.hexdigest()
 
 
 def _name(encoder: str, source: Source, config: ConfigDict) -> str:
-    """Names the features of these images by this encoder, by what they depend on and is cheap to see."""
+    """Names the features of these images by this encoder, by all that they depend on.
+
+    Of the images by a hundred of them, spread over all, and by all labels that can be seen without reading.
+    """
     data = config.data
-    some = np.unique(np.linspace(0, source.num_records - 1, 100).astype(int))
+    digest = hashlib.sha256()
     facts = {
         "encoder": encoder,
-        "records": [source.num_records, [source.describe(int(index)) for index in some]],
+        "classes": [source.num_records, source.class_names],
         "prepared": [list(config.image_size), data.eval_crop, list(data.mean), list(data.std)],
         "computed": [config.model.dtype, config.model.in_chans, data.unreadable],
     }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    digest.update(json.dumps(facts).encode())
+    if source.labels is not None:
+        digest.update(np.asarray(source.labels).tobytes())
+    for index in np.unique(np.linspace(0, source.num_records - 1, 100).astype(int)):
+        record = source.read(tf.constant(int(index), tf.int64))
+        digest.update(record["bytes"].numpy() + str(int(record["label"])).encode())
+    return digest.hexdigest()[:32]
 
 
 def _kept(path: Path, compute: Callable[[], Features]) -> Features:
     """Reads features from a file, or computes them and writes it, whole or not at all.
 
     Raises:
-      UserError: the folder cannot be written to, before they are computed; or the file is damaged.
+      UserError: the file is damaged, or the folder cannot be written to, which is seen before computing.
     """
     try:
         if path.exists():
             with np.load(path) as stored:
                 return stored["features"], stored["labels"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"data.feature_cache: '{path}' cannot be read ({error}); remove it") from None
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        try:
-            with partial.open("wb") as file:
-                features = compute()
-                np.savez(file, features=features[0], labels=features[1])
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return features
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data.feature_cache: '{path}' cannot be read or written: {reason}") from None
+        file = partial.open("wb")
+    except OSError as error:
+        raise UserError(f"data.feature_cache: cannot write '{path}': {error.strerror}") from None
+    try:
+        with file:
+            features = compute()
+            np.savez(file, features=features[0], labels=features[1])
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return features

@@ -7,6 +7,7 @@ An exported checkpoint has `params` and `card` alone, so one reader serves both.
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from cnx2_jax.errors import UserError
 from cnx2_jax.train.state import Params, TrainState
+
+FOREIGN = (".pt", ".pth", ".bin", ".safetensors")  # files that `cnx2 convert` reads
 
 
 class Checkpoints:
@@ -122,6 +125,8 @@ def find(path: Path) -> Path:
     """
     if not path.exists():
         raise UserError(f"checkpoint '{path}' does not exist")
+    if path.suffix in FOREIGN or (path / "model.safetensors").exists():
+        raise UserError(f"'{path}' holds another library's weights; `cnx2 convert` makes them a checkpoint")
     if (path / "params").is_dir():
         return path
     folder = path if path.name == "checkpoints" else path / "checkpoints"
@@ -195,3 +200,5 @@ def write(path: Path, params: Params, card: dict) -> None:
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

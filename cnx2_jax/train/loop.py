@@ -93,6 +93,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         metric = AVERAGED + metric if config.ema_decay else metric
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=(metric, end))
         state = _restore_or_start(task, transform, checkpoints, like, mesh)
+        task.begin(state.params)
         # Not before: a run that could not start, for a wrong init_from, leaves the workdir to the next.
         configuration.record_config(config, workdir)
         step = saved = int(state.step)

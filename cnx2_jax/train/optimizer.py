@@ -1,5 +1,6 @@
 """AdamW as the paper uses it: schedule, weight-decay mask, layer-wise learning rates, clipping."""
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -105,10 +106,12 @@ def learning_rate_schedule(
     Both are set per step. The peak is `base_learning_rate * batch_size / 256`.
 
     Raises:
-      UserError: the base learning rate is not positive.
+      UserError: the base learning rate is not positive, or infinite.
     """
-    if not optimizer.base_learning_rate > 0:
-        raise UserError(f"optimizer.base_learning_rate {optimizer.base_learning_rate} must be above 0")
+    if not 0 < optimizer.base_learning_rate < math.inf:
+        raise UserError(
+            f"optimizer.base_learning_rate {optimizer.base_learning_rate} must be above 0 and finite"
+        )
     peak = optimizer.base_learning_rate * batch_size / BASE_BATCH
     warmup_steps = min(warmup_steps, total_steps)
     cosine_steps = max(total_steps - warmup_steps, 1)
@@ -148,8 +151,8 @@ def make_optimizer(
         mask=decay_mask,
     )
     parts.append(adamw)
+    scales = learning_rate_scales(names, optimizer.layer_decay, optimizer.layer_decay_type)
     if optimizer.layer_decay != 1:
-        scales = learning_rate_scales(names, optimizer.layer_decay, optimizer.layer_decay_type)
         parts.append(
             optax.stateless(lambda updates, _: {name: u * scales[name] for name, u in updates.items()})
         )

@@ -59,6 +59,10 @@ class Task(Protocol):
         """Returns the parameters that step 0 begins with, given the fresh ones."""
         ...
 
+    def begin(self, params: dict[str, jax.Array]) -> None:
+        """Is told what the run goes on with, fresh or restored, before any batch is asked for."""
+        ...
+
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         """Returns a global batch as `loss` wants it: here is what happens between its samples.
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cnx2_jax.cli import main
 from cnx2_jax.configuration import defaults, image_hw
-from cnx2_jax.data.imagenet import CLASS_IDS
+from cnx2_jax.data.imagenet import CLASS_IDS, describe
 from cnx2_jax.interop.names import to_torch
 from cnx2_jax.models import FCMAE, ConvNeXtV2
 from cnx2_jax.tasks import base
@@ -162,3 +162,41 @@ def test_refusals_write_nothing(tmp_path, capfd, classifier, build):
     out.mkdir()
     assert "choose another --to" in refusal(capfd, *place)
     assert not list(out.iterdir())
+
+
+def test_classes_of_the_hub_are_recognised_as_imagenets(tmp_path, build, capfd):
+    path = save(tmp_path / "model.safetensors", build(ConvNeXtV2, *SMALL, num_classes=1000), "huggingface")
+    labels = {str(index): f"{describe(name)}, another word" for index, name in enumerate(CLASS_IDS)}
+    beside = tmp_path / "config.json"
+    beside.write_text(json.dumps({"model_type": "convnextv2", "id2label": labels}))
+    assert convert("--from", path, "--to", tmp_path / "new") == 0
+    assert base.load(tmp_path / "new")[2] == CLASS_IDS
+    labels = {key: f"{key} {name}" for key, name in labels.items()}  # other classes
+    beside.write_text(json.dumps({"model_type": "convnextv2", "id2label": labels}))
+    assert convert("--from", path, "--to", tmp_path / "other") == 0
+    assert base.load(tmp_path / "other")[2] == tuple(labels.values())
+
+
+def test_what_cannot_be_right_is_refused(tmp_path, capfd, classifier):
+    path, out = save(tmp_path / "model.safetensors", classifier, "huggingface"), tmp_path / "new"
+    (tmp_path / "names.txt").write_text("cat\ndog\ncat\n")
+    (tmp_path / "none.txt").write_text("")
+    place = ("--from", path, "--to", out)
+    assert "more than one class 'cat'" in refusal(capfd, *place, "--class-names", tmp_path / "names.txt")
+    assert "names no classes, the weights have 3" in refusal(
+        capfd, *place, "--class-names", tmp_path / "none.txt"
+    )
+    other = {"model_type": "convnextv2", "depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    assert "is of a model with depths [3, 3, 9, 3]" in refusal(capfd, *place)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "convnextv2_tiny"}))
+    assert "is of 'tiny', the weights beside it are not" in refusal(capfd, *place)
+    (tmp_path / "config.json").unlink()
+    tensors = safetensors.numpy.load_file(path)
+    name = next(iter(tensors))
+    for wrong in (np.full_like(tensors[name], np.nan), tensors[name].astype(np.int32)):
+        safetensors.numpy.save_file({**tensors, name: wrong}, path)
+        assert "holds no weights" in refusal(capfd, *place)
+    assert not out.exists()
+    assert main(["predict", "--checkpoint", str(path), str(path)]) == 2
+    assert "`cnx2 convert` makes them a checkpoint" in capfd.readouterr().err

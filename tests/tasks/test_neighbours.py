@@ -90,5 +90,5 @@ def test_vectors_that_are_no_numbers_are_never_right():
 def test_as_many_neighbours_as_there_are(k):
     config = defaults("pretrain")
     use_digits(config)
-    with pytest.raises(UserError, match=f"--knn {k} must be at least 1 and at most 1438"):
+    with pytest.raises(UserError, match=f"--knn {k} must be at least 1 and at most 1000"):
         neighbours.evaluate(None, config, ImageData(config), k, None)

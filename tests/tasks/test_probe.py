@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from cnx2_jax.configuration import defaults, override
@@ -32,6 +33,13 @@ def small(*arguments, task="probe"):
         config.optimizer.base_learning_rate = 8e-2
         config.optimizer.weight_decay = 0.0
     return override(config, [f"--config.{argument}" for argument in arguments])
+
+
+def begun(*arguments):
+    """A probe that has its features, as after the start of a run."""
+    task = make_task(small(*arguments))
+    task.start(split(task.init(nnx.Rngs(task.config.seed)))[1])
+    return task
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +116,7 @@ def test_a_classifier_can_be_probed_too(run):
 
 def test_without_a_checkpoint_the_encoder_is_random_and_the_same_at_every_start():
     first, again, other = (
-        next(make_task(small(f"seed={seed}")).data.train_batches(0))["features"] for seed in (3, 3, 4)
+        next(begun(f"seed={seed}").data.train_batches(0))["features"] for seed in (3, 3, 4)
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
@@ -126,7 +134,7 @@ class Images:
 
 def numbered(batch_size, train, val):
     config = small(f"batch_size={batch_size}")
-    data = probe.FeatureData(Images(), config, lambda: pytest.fail("nothing is to be encoded"))
+    data = probe.FeatureData(Images(), config)
     data._splits = tuple(
         (
             np.random.default_rng(0).standard_normal((count, 4)).astype(np.float32),
@@ -181,7 +189,7 @@ def test_features_are_standardised_over_the_training_images():
 
 def test_features_are_kept_for_other_runs(encoder, tmp_path, monkeypatch):
     def open_probe(*arguments):
-        return make_task(small(f"init_from={encoder}", f"data.feature_cache={tmp_path}", *arguments))
+        return begun(f"init_from={encoder}", f"data.feature_cache={tmp_path}", *arguments)
 
     expected = next(open_probe().data.train_batches(2))
     files = sorted(tmp_path.iterdir())
@@ -197,22 +205,54 @@ def test_features_are_kept_for_other_runs(encoder, tmp_path, monkeypatch):
     # Whatever changes the features makes them be computed: images, their preparation, the encoder.
     for change in ("data.train_per_class=5", "data.eval_crop=0.9", "data.mean=(0.2,)", "init_from="):
         with pytest.raises(AssertionError, match="computed again"):
-            next(open_probe(change).data.train_batches(0))
+            open_probe(change)
     assert sorted(tmp_path.iterdir()) == files  # nothing half-written is left
 
-    files[0].write_bytes(files[0].read_bytes()[:1000])
-    files[1].write_bytes(b"")
-    with pytest.raises(UserError, match=r"data.feature_cache: .*\.npz' cannot be read"):
-        open_probe().data.num_train  # noqa: B018
+    whole = {path: path.read_bytes() for path in files}
+    for damaged in (b"", b"no zip file", *(content[:1000] for content in whole.values())):
+        for path in files:
+            path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"data.feature_cache: .*\.npz' cannot be read .*; remove it"):
+            open_probe()
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
-    task = make_task(small(f"data.feature_cache={tmp_path / 'file'}"))
-    with pytest.raises(UserError, match=r"data.feature_cache: .* cannot be read or written"):
-        task.data.num_train  # noqa: B018
+    with pytest.raises(UserError, match=r"data.feature_cache: cannot write "):
+        begun(f"data.feature_cache={tmp_path / 'file'}")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_it_is_a_task_by_name():
-    assert isinstance(make_task(small()), Probe)
+def test_other_images_of_the_same_names_are_other_features(encoder, tmp_path):
+    found = []
+    for seed in (0, 0, 1):
+        rng = np.random.default_rng(seed)
+        for label, index in itertools.product("ab", range(4)):
+            (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(rng.integers(0, 256, (20, 20), np.uint8))
+            picture.save(tmp_path / "images" / label / f"{index}.png")
+        begun(
+            f"init_from={encoder}",
+            f"data.feature_cache={tmp_path / 'cache'}",
+            "data.source=folder",
+            f"data.root={tmp_path / 'images'}",
+            "data.val_fraction=0.3",
+            "batch_size=2",
+        )
+        found.append(len(list((tmp_path / "cache").iterdir())))
+    assert found == [2, 2, 4]
+
+
+def test_going_on_needs_the_source_of_the_encoder_no_more(run, encoder, tmp_path):
+    """What a run goes on with is in its own checkpoint, whatever has become of `init_from` since."""
+    task, workdir, _ = run
+    again = make_task(small("init_from=/gone", "total_epochs=40", "eval_epochs=0"))
+    again.begin(checkpoint.read_params(checkpoint.find(workdir)))
+    ours, theirs = next(again.data.train_batches(7)), next(task.data.train_batches(7))
+    np.testing.assert_array_equal(ours["features"], theirs["features"])
+
+
+def test_only_the_head_may_be_trained():
+    assert isinstance(make_task(small("optimizer.trainable=head.kernel")), Probe)
+    with pytest.raises(UserError, match=r"'\^stages' has 'stages.* but a linear probe trains the head alone"):
+        make_task(small("optimizer.trainable=^stages"))
