@@ -581,7 +581,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     task = make_task(config)
     task.start(split(task.init(nnx.Rngs(0)))[1])
     batch = next(task.data.train_batches(0))
-    next(task.data.eval_batches())
+    next(iter(task.images.eval_batches()))
     model = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))
     keys = jax.random.split(jax.random.key(0), 4)
     nnx.eval_shape(lambda m, b, k: task.loss(m, task.prepare(b, k[0]), k)[0], model, batch, keys)
