@@ -146,7 +146,7 @@ def _new_job(args: argparse.Namespace, folder: Path, command: list[str]) -> Job:
     )
     before = record.read(folder)
     same = before is None or (before.backend, before.command) == (job.backend, job.command)
-    if before is not None and not same and before.state != "failed":  # what failed is put right and asked anew
+    if before is not None and not same and before.state != "failed":  # what failed may be put right
         raise UserError(
             f"job '{job.name}' is of another command ({before.backend}: {shlex.join(before.command)}); "
             "give this one another --name"

@@ -67,8 +67,12 @@ def tree(job: Job) -> list[str]:
 def exports(job: Job) -> dict[str, str]:
     """Variables by which the tree's package is imported, and this Python's programs are found."""
     path = [str(job.source), *filter(None, [os.environ.get("PYTHONPATH")])]
-    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-    return {"PYTHONPATH": os.pathsep.join(path), "PATH": os.pathsep.join(programs)}
+    return {"PYTHONPATH": os.pathsep.join(path), "PATH": programs()}
+
+
+def programs() -> str:
+    """Returns a PATH on which this Python's programs come first, `cnx2` among them."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def _free_port() -> int:

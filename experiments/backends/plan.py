@@ -50,7 +50,8 @@ def written(path: Path, text: str) -> list[str]:
 def render(job: Job, plan: Plan) -> str:
     """Returns the script of one attempt; what launch.py runs has these very words."""
     lines = [f"# {job.backend} job '{job.name}', commit {job.commit}.", ""]
-    lines += ["# Prepare.", *plan.prepare, "", "# The processes, at once."]
+    lines += [f"mkdir -p {shlex.quote(str(job.log('').parent))}", "", "# Prepare.", *plan.prepare]
+    lines += ["", "# The processes, at once."]
     lines.append(f"cd {shlex.quote(str(plan.directory))}")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in plan.exports.items()]
     for name, words in plan.processes.items():
