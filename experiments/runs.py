@@ -4,6 +4,7 @@ import dataclasses
 import re
 import runpy
 import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -77,9 +78,7 @@ def expand(location: str, sweep: str, common: Sequence[str], out: Path) -> list[
         command = ["cnx2", "train", "--config", location, "--workdir", str(workdir), *words]
         run = Run(name, workdir, overrides, command)
         if runs.setdefault(name, run) != run:
-            raise UserError(
-                f"sweep '{sweep}' has two runs of the name '{name}'; make their values differ more"
-            )
+            raise UserError(f"sweep '{sweep}' has two runs called '{name}'; make their values differ")
     if not runs:
         raise UserError(f"sweep '{sweep}' of '{location}' is empty")
     return list(runs.values())
@@ -90,7 +89,7 @@ def _name(overrides: Mapping) -> str:
     short = [key.rpartition(".")[2] for key in overrides]
     keys = short if len(set(short)) == len(short) else list(overrides)
     pairs = (f"{key}={value}" for key, value in zip(keys, overrides.values(), strict=True))
-    return re.sub(r"[^\w.=,+-]+", "_", ",".join(pairs))
+    return re.sub(r"[^\w.=,+-]+", "_", ",".join(pairs)) or "unchanged"
 
 
 def run_all(
@@ -104,7 +103,8 @@ def run_all(
       RunError: SIGINT or SIGTERM; it went to what was running.
       UserError: another process runs one of them.
     """
-    waiting, running, statuses = dict(commands), {}, {}
+    waiting, statuses = dict(commands), {}
+    running: dict[str, subprocess.Popen] = {}
 
     def pid_file(name: str) -> Path:
         return folder / LOG_FOLDER / f"{name}.pid"

@@ -4,9 +4,9 @@
   python experiments/sweep.py --config configs/finetune.py:tiny --sweep lr --out /shared/lr -- \\
       slurm --nodes 4 --time 24:00:00
 
-A sweep is a function `sweep_NAME()` of the config file. Each run has its workdir in the folder --out. The same
-command again goes on with the runs that broke off and leaves out those that are finished. The table, results.csv,
-results.json and results.png are of each run's latest evaluation, best first.
+A sweep is a function `sweep_NAME()` of the config file. Each run has its workdir in the folder --out. The
+same command again goes on with the runs that broke off and leaves out those that are finished. The table,
+results.csv, results.json and results.png are of each run's latest evaluation, best first.
 """
 
 import argparse
@@ -64,8 +64,9 @@ def _main(words: list[str]) -> None:
     rows = results.collect(planned, metric)
     results.write(rows, args.out)
     print(results.table(rows))
-    if rows[0][metric] is not None:
-        keys = [key for key in planned[0].overrides if len({str(row[key]) for row in rows}) > 1]
+    swept = dict.fromkeys(key for each in planned for key in each.overrides)
+    keys = [key for key in swept if len({str(row[key]) for row in rows}) > 1]
+    if rows[0][metric] is not None and keys:
         picture = args.out / "results.png"
         print(draw_into(picture, lambda figure: results.draw(figure, rows, keys, metric)), file=sys.stderr)
     print(json.dumps({"best": rows[0], "results": str(args.out / "results.json")}))
