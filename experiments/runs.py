@@ -16,7 +16,7 @@ from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError, UserError, nearest
 
 LOG_FOLDER = "logs"
-GRACE_SECONDS = 60.0  # in which a run that is asked to stop saves
+GRACE_SECONDS = 180.0  # in which a run that is asked to stop saves; a launched one needs more than its own
 PREFIX = "sweep_"
 
 
