@@ -15,6 +15,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
+def count(text: str) -> int:
+    """Reads a whole number from 1 on, as an argument's `type`."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 on")
+    return int(text)
+
+
 def run(name: str, main: Callable[[], None]) -> int:
     """Calls `main` and returns the exit status: 2 for a UserError, 1 for a RunError, told in one line."""
     try:

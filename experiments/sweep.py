@@ -22,11 +22,11 @@ from pathlib import Path
 import results
 import runs
 from backends.local import programs
-from command import Parser, run
+from command import Parser, count, run
 from plots import draw_into
 
 from cnx2_jax.configuration import load_config
-from cnx2_jax.errors import RunError, UserError
+from cnx2_jax.errors import RunError
 
 LAUNCH = Path(__file__).parent / "launch.py"
 
@@ -41,8 +41,6 @@ def _main(words: list[str]) -> None:
     common = [word for word in words[:split] if word.startswith("--config.")]
     args = _parser().parse_args([word for word in words[:split] if word not in common])
     launch = words[split + 1 :]
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers} must be at least 1")
     planned = runs.expand(args.config, args.sweep, common, args.out)
     metric = args.metric or results.default_metric(load_config(args.config, common))
     commands = {
@@ -94,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sweep", required=True, metavar="NAME", help="of the file's function sweep_NAME")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="of the runs' workdirs")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time; %(default)s")
+    parser.add_argument("--workers", type=count, default=1, metavar="N", help="runs at a time; %(default)s")
     parser.add_argument(
         "--metric", help="of an evaluation, to order by; accuracy, or loss for pretraining, by default"
     )

@@ -7,16 +7,17 @@ import socket
 import sys
 from pathlib import Path
 
+from command import count
+
 from backends.plan import Plan
 from backends.record import Job
-from cnx2_jax.errors import UserError
 
 LINE = "processes on this machine, as hosts"
 SUBMITS = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hosts", type=int, default=1, metavar="N", help="processes; %(default)s")
+    parser.add_argument("--hosts", type=count, default=1, metavar="N", help="processes; %(default)s")
 
 
 def plan(job: Job) -> Plan:
@@ -25,8 +26,6 @@ def plan(job: Job) -> Plan:
     Several are told `--coordinator`, `--num-processes` and `--process-id`, as `cnx2 train` takes them.
     """
     hosts = job.options["hosts"]
-    if hosts < 1:
-        raise UserError(f"--hosts {hosts} must be at least 1")
     address = f"127.0.0.1:{_free_port()}"
 
     def together(host: int) -> list[str]:

@@ -3,6 +3,8 @@
 import argparse
 import shlex
 
+from command import count
+
 from backends.local import exports, tree
 from backends.plan import Plan, delays, written
 from backends.record import Job
@@ -14,9 +16,9 @@ SAVING_SECONDS = 120  # before the time limit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="%(default)s")
+    parser.add_argument("--nodes", type=count, default=1, metavar="N", help="%(default)s")
     parser.add_argument("--time", required=True, metavar="LIMIT", help="such as 24:00:00")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N")
+    parser.add_argument("--gpus-per-node", type=count, metavar="N")
     parser.add_argument("--partition")
     parser.add_argument("--account")
 

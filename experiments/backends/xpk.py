@@ -3,6 +3,8 @@
 import argparse
 import shlex
 
+from command import count
+
 from backends.local import tree
 from backends.plan import Plan, written
 from backends.record import Job
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zone", required=True)
     parser.add_argument("--project", required=True)
     parser.add_argument("--tpu-type", required=True, metavar="TYPE", help="such as v5litepod-16")
-    parser.add_argument("--num-slices", type=int, default=1, metavar="N", help="%(default)s")
+    parser.add_argument("--num-slices", type=count, default=1, metavar="N", help="%(default)s")
     parser.add_argument(
         "--base-docker-image", default="python:3.11", metavar="IMAGE", help="to add the tree to; %(default)s"
     )

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -202,12 +203,14 @@ def test_outside_a_repository(script, tmp_path):
         (["run", "--name", "x"], "run needs a command after --"),
         (["run", "--name", "X_1", "--", "true"], "job name 'X_1' must be"),
         (["run", "--name", "x" * 41, "--", "true"], "at most 40"),
-        (["run", "--name", "x", "--hosts", "0", "--", "true"], "--hosts 0 must be at least 1"),
+        (
+            ["run", "--name", "x", "--hosts", "0", "--", "true"],
+            "--hosts: '0' is not a whole number from 1 on",
+        ),
         (["run", "--name", "x", "--retries", "-1", "--", "true"], "--retries -1 must be"),
         (["run", "--name", "x", "--env", "NOT_SET", "--", "true"], "--env NOT_SET: there is no such"),
         (["run", "--name", "x", "--", "cnx2", "train", "--workdir", "runs/a"], "--workdir runs/a would be"),
         (["run", "--name", "x", "--", "cnx2", "train", "--workdir=a"], "--workdir a would be"),
-        (["run", "--name", "x", "--", "no-such-program"], "cannot run 'no-such-program'"),
         (["status", "--name", "x"], "no local job 'x' has its record in 'runs/launch'"),
         (["stop", "--name", "x", "--", "true"], "stop takes no command"),
         (["restart", "--name", "x"], "invalid choice: 'restart'"),
@@ -217,7 +220,14 @@ def test_bad_arguments(load, repository, monkeypatch, capsys, words, said):
     monkeypatch.chdir(repository())
     assert load("launch").main(["local", *words]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and said in err.splitlines()[-1] and "Traceback" not in err
+    assert out == "" and said in err and len(err.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+def test_a_program_that_is_not_there_is_named(launch):
+    _, err = finish(launch("run", "--name", "x", "--", "no-such-program"), 2)
+    assert err.splitlines()[-1] == "launch: error: cannot run 'no-such-program': No such file or directory"
+    assert json.loads(finish(launch("status", "--name", "x"))[0])["state"] == "failed"
 
 
 def test_a_secret_is_not_repeated_by_an_error(load, repository, monkeypatch, capsys):

@@ -220,7 +220,7 @@ def test_equal_draws_are_one_run(sweep):
         ("none", [], "sweep 'none' of"),
         ("lr", ["--config.batch_sise=3"], "unknown config key 'batch_sise'"),
         ("lr", ["--config.optimizer.base_learning_rate=1"], "is what sweep 'lr' changes"),
-        ("lr", ["--workers", "0"], "--workers 0 must be at least 1"),
+        ("lr", ["--workers", "0"], "--workers: '0' is not a whole number from 1 on"),
         ("lr", ["--worker"], "--worker"),
     ],
 )
