@@ -205,7 +205,7 @@ def test_outside_a_repository(script, tmp_path):
         (["run", "--name", "x" * 41, "--", "true"], "at most 40"),
         (
             ["run", "--name", "x", "--hosts", "0", "--", "true"],
-            "--hosts: '0' is not a whole number from 1 on",
+            "--hosts: '0' is not a whole number",
         ),
         (["run", "--name", "x", "--retries", "-1", "--", "true"], "--retries -1 must be"),
         (["run", "--name", "x", "--env", "NOT_SET", "--", "true"], "--env NOT_SET: there is no such"),

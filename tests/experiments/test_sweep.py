@@ -1,16 +1,16 @@
 """sweep.py: real runs of digits, one of them killed; its plans; results of made-up runs."""
 
 import csv
+import itertools
 import json
 import os
 import shlex
 import signal
-from pathlib import Path
+import threading
 
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 from cnx2_jax.configuration import defaults, use_digits
 from cnx2_jax.sweeps import choice, product, random
@@ -29,6 +29,10 @@ def get_config(argument="tiny"):
 
 def sweep_lr():
     return product(**{"optimizer.base_learning_rate": (1e-3, 1e-2, 1e-1)})
+
+
+def sweep_erasing():  # which is done before the program that is compiled: once for all runs
+    return product(**{"data.random_erasing": (0.0, 0.2, 0.4)})
 
 
 def sweep_chosen():
@@ -56,46 +60,6 @@ def config(tmp_path):
     return path
 
 
-def finish(process, status=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, err
-    return out, err
-
-
-def test_a_sweep_leaves_out_what_is_finished_and_goes_on_with_what_broke_off(
-    script, config, tmp_path, wait_for
-):
-    out = tmp_path / "sweep"
-    killed, others = out / NAMES[1], [out / NAMES[0], out / NAMES[2]]
-    words = ["sweep.py", "--config", config, "--sweep", "lr", "--out", out, "--workers", "2"]
-
-    running = script(*words)
-    wait_for(lambda: running.poll() is not None or any(killed.glob("checkpoints/[1-9]")))
-    os.kill(int((out / "logs" / f"{killed.name}.pid").read_text()), signal.SIGKILL)
-    printed, err = finish(running, 1)
-    assert err.splitlines()[-1].startswith(f"sweep: stopped: 1 of 3 runs broke off ({killed.name})")
-    assert not (killed / "result.json").exists()
-    before = [(folder / "metrics.jsonl").stat().st_mtime_ns for folder in others]
-
-    dry, _ = finish(script(*words, "--dry-run"))
-    states = [line.rpartition(" ")[2] for line in dry.splitlines() if line.startswith("#")]
-    assert states == ["finished", "begun", "finished"]
-    printed, err = finish(script(*words))
-    ended = [line for line in err.splitlines() if "ended with status" in line]
-    assert ended == [f"{killed.name}: ended with status 0"]
-    assert [(folder / "metrics.jsonl").stat().st_mtime_ns for folder in others] == before
-    assert "resuming after step" in (out / "logs" / f"{killed.name}.log").read_text()
-
-    rows = json.loads((out / "results.json").read_text())
-    assert [row["state"] for row in rows] == ["finished"] * 3 and {row["run"] for row in rows} == set(NAMES)
-    for row in rows:
-        result = json.loads((out / row["run"] / "result.json").read_text())
-        assert (row["step"], row["accuracy"]) == (6, result["accuracy"])
-    assert [row["accuracy"] for row in rows] == sorted((row["accuracy"] for row in rows), reverse=True)
-    assert json.loads(printed.splitlines()[-1]) == {"best": rows[0], "results": str(out / "results.json")}
-    assert printed.splitlines()[2].split("|")[1].strip() == rows[0]["run"]
-
-
 @pytest.fixture
 def sweep(load, config, tmp_path, capfd):
     """The function `sweep(*words)`: status, output and errors of a sweep into `tmp_path/out`."""
@@ -106,6 +70,44 @@ def sweep(load, config, tmp_path, capfd):
         return status, *capfd.readouterr()
 
     return call
+
+
+def test_a_sweep_leaves_out_what_is_finished_and_goes_on_with_what_broke_off(sweep, tmp_path, wait_for):
+    out = tmp_path / "out"
+    names = ["random_erasing=0.0", "random_erasing=0.2", "random_erasing=0.4"]
+    killed, others = out / names[1], [out / names[0], out / names[2]]
+
+    def kill():
+        wait_for(lambda: any(killed.glob("checkpoints/[1-9]")))
+        os.kill(int((out / "logs" / f"{killed.name}.pid").read_text()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    status, _, err = sweep("erasing", "--workers", "2")
+    killer.join()
+    assert status == 1
+    assert err.splitlines()[-1].startswith(f"sweep: stopped: 1 of 3 runs broke off ({killed.name})")
+    assert not (killed / "result.json").exists()
+    before = [(folder / "metrics.jsonl").stat().st_mtime_ns for folder in others]
+
+    _, dry, _ = sweep("erasing", "--dry-run")
+    states = [line.rpartition(" ")[2] for line in dry.splitlines() if line.startswith("#")]
+    assert states == ["finished", "begun", "finished"]
+    status, printed, err = sweep("erasing")
+    assert status == 0
+    ended = [line for line in err.splitlines() if "ended with status" in line]
+    assert ended == [f"{killed.name}: ended with status 0"]
+    assert [(folder / "metrics.jsonl").stat().st_mtime_ns for folder in others] == before
+    assert "resuming after step" in (out / "logs" / f"{killed.name}.log").read_text()
+
+    rows = json.loads((out / "results.json").read_text())
+    assert [row["state"] for row in rows] == ["finished"] * 3 and {row["run"] for row in rows} == set(names)
+    for row in rows:
+        result = json.loads((out / row["run"] / "result.json").read_text())
+        assert (row["step"], row["accuracy"]) == (6, result["accuracy"])
+    assert [row["accuracy"] for row in rows] == sorted((row["accuracy"] for row in rows), reverse=True)
+    assert json.loads(printed.splitlines()[-1]) == {"best": rows[0], "results": str(out / "results.json")}
+    assert printed.splitlines()[2].split("|")[1].strip() == rows[0]["run"]
 
 
 def test_dry_run_prints_commands_and_makes_nothing(sweep, config, tmp_path):
@@ -214,7 +216,7 @@ def test_equal_draws_are_one_run(sweep):
 @pytest.mark.parametrize(
     ("name", "words", "said"),
     [
-        ("l", [], "has no sweep 'l'; did you mean 'lr'? (known: lr, chosen, wrong, alike, none)"),
+        ("l", [], "has no sweep 'l'; did you mean 'lr'? (known: lr, erasing, chosen, wrong, alike, none)"),
         ("wrong", [], "unknown config key 'optimizer.base_learning_rat'"),
         ("alike", [], "two runs called 'root=a_b'"),
         ("none", [], "sweep 'none' of"),
@@ -236,3 +238,29 @@ def test_an_unknown_metric_is_named(sweep, made_up):
     assert status == 2
     assert "no evaluation has a metric 'acuracy'; did you mean 'accuracy'? (known: accuracy, loss)" in err
     assert not (made_up / "results.json").exists()
+
+
+def test_no_more_runs_at_a_time_than_workers(load, tmp_path):
+    words = ["bash", "-c", f"echo 1 >>{tmp_path}/steps; sleep 0.3; echo -1 >>{tmp_path}/steps; exit $0"]
+    commands = {f"run{index}": [*words, str(index)] for index in range(5)}
+    statuses = load("runs").run_all(commands, tmp_path, 2, os.environ)
+    assert statuses == {f"run{index}": index for index in range(5)}
+    running = list(itertools.accumulate(map(int, (tmp_path / "steps").read_text().split())))
+    assert max(running) == 2 and running[-1] == 0
+
+
+def test_a_sweep_that_is_stopped_stops_its_runs(load, tmp_path, wait_for):
+    words = ["bash", "-c", "trap 'echo saved >$0; exit' TERM; touch $0; while :; do sleep 0.1; done"]
+    commands = {name: [*words, str(tmp_path / name)] for name in ("a", "b", "c")}
+
+    def stop():
+        wait_for(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(load("cnx2_jax.errors").RunError, match="the same command goes on"):
+        load("runs").run_all(commands, tmp_path, 2, os.environ)
+    stopper.join()
+    assert [(tmp_path / name).read_text() for name in ("a", "b")] == ["saved\n"] * 2
+    assert not (tmp_path / "c").exists()
