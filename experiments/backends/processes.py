@@ -29,6 +29,7 @@ def claim(path: Path) -> int:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)  # who held it before has ended, and its number may be another's
             return descriptor
         except BlockingIOError:
             if time.monotonic() > deadline:
@@ -39,7 +40,6 @@ def claim(path: Path) -> int:
 
 def sign(descriptor: int, pid: int) -> None:
     """Writes a process id into a claimed pid file."""
-    os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, str(pid).encode(), 0)
 
 

@@ -234,3 +234,17 @@ def test_a_secret_is_not_repeated_by_an_error(load, repository, monkeypatch, cap
     monkeypatch.chdir(repository())
     assert load("launch").main(["local", "run", "--name", "x", "--env", "TOKEN=hunter2", "--", "true"]) == 2
     assert "hunter2" not in capsys.readouterr().err
+
+
+def test_a_number_left_by_an_ended_process_is_nobodys(load, tmp_path):
+    processes, path = load("backends.processes"), tmp_path / "pid"
+    path.write_text("1")
+    assert processes.holder(path) is None
+    descriptor = processes.claim(path)
+    assert processes.holder(path) is None  # claimed, and not yet signed
+    processes.sign(descriptor, 4321)
+    assert processes.holder(path) == 4321
+    with pytest.raises(BlockingIOError):
+        processes.claim(path)
+    os.close(descriptor)
+    assert processes.holder(path) is None
