@@ -17,7 +17,8 @@ VERBS = {
     "evaluate": "evaluate a checkpoint on its run's images or on other sets",
     "predict": "name the top classes of image files",
     "reconstruct": "mask images and draw what a pretrained model makes of them",
-    "export": "write a checkpoint's parameters for use elsewhere",
+    "convert": "take weights from PyTorch, timm or Hugging Face, as a checkpoint",
+    "export": "write a checkpoint for use elsewhere, and check it there",
 }
 
 

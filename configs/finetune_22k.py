@@ -13,7 +13,8 @@ Uncertain, and what is taken: random erasing (not in the table; the official cod
 layers decay by group from base on, as on ImageNet-1K.
 """
 
-from cnx2_jax.configuration import defaults, parse_argument, use_imagenet_recipe, use_smoke
+from cnx2_jax.configuration import defaults
+from cnx2_jax.recipes import parse_argument, use_imagenet_recipe, use_smoke
 from cnx2_jax.sweeps import product
 
 RECIPES = {

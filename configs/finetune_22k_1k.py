@@ -16,7 +16,8 @@ Random erasing is not in the table; the official code's default is 0.25. Layers 
 on, as on ImageNet-1K.
 """
 
-from cnx2_jax.configuration import defaults, parse_argument, use_imagenet_recipe, use_smoke
+from cnx2_jax.configuration import defaults
+from cnx2_jax.recipes import parse_argument, use_imagenet_recipe, use_smoke
 from cnx2_jax.sweeps import product
 
 RECIPES = {

@@ -15,8 +15,9 @@ fine-tuning. The recipe is ours, after MAE's (arXiv 2111.06377, table 10): 90 ep
 epochs of warmup, no weight decay, no augmentation; AdamW in the place of LARS.
 """
 
-from cnx2_jax.configuration import defaults, parse_argument, use_digits, use_smoke
+from cnx2_jax.configuration import defaults
 from cnx2_jax.models import VARIANTS
+from cnx2_jax.recipes import parse_argument, use_digits, use_smoke
 from cnx2_jax.sweeps import product
 
 

@@ -15,6 +15,7 @@ TRAINING = {"train", "data", "interop"}
 MAY_IMPORT = {
     "errors": set(),
     "configuration": {"errors"},
+    "recipes": {"errors", "configuration"},
     "kernels": {"errors"},
     "models": {"errors", "kernels"},
     "data": {"errors", "configuration", "models", "kernels"},

@@ -28,6 +28,7 @@ RECIPES = [
         "finetune": (*VARIANTS, "digits"),
         "finetune_22k": LARGER,
         "finetune_22k_1k": LARGER,
+        "linear_probe": (*VARIANTS, "digits"),
         "scratch": VARIANTS,
     }.items()
     for name in (*names, "smoke")
@@ -550,7 +551,7 @@ def reads(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("name", ["pretrain", "classify"])
+@pytest.mark.parametrize("name", ["pretrain", "classify", "probe"])
 def test_every_key_is_read(name, tmp_path, reads):
     rng = np.random.default_rng(0)
     for label in "ab":

@@ -1,21 +1,112 @@
 """`cnx2 export`."""
 
 import argparse
+import json
 from pathlib import Path
 
+import numpy as np
+
+from cnx2_jax.configuration import image_hw
+from cnx2_jax.data.imagenet import describe
+from cnx2_jax.errors import UserError
+from cnx2_jax.interop import export
+from cnx2_jax.interop.export import Format, Job
+from cnx2_jax.interop.facts import Facts
+from cnx2_jax.interop.program import Program
+from cnx2_jax.interop.safetensors import NAMINGS
+from cnx2_jax.tasks import base
 from cnx2_jax.train import checkpoint
+from cnx2_jax.train.report import say
 
 TAKES_OVERRIDES = False
-FORMATS = ("orbax",)
+
+
+def _write_orbax(path: Path, job: Job) -> None:
+    stored = checkpoint.read_params(job.checkpoint)  # of pretraining with the decoder
+    params = {name: leaf.astype(job.dtype) for name, leaf in stored.items()}
+    checkpoint.write(path, params, checkpoint.read_card(job.checkpoint))
+
+
+def _run_orbax(path: Path, images: np.ndarray) -> np.ndarray:
+    return _program(path, uint8=False).reference(images)
+
+
+def _program(path: Path, *, uint8: bool) -> Program:
+    model, config, _ = base.load(path)
+    data = config.data
+    return Program(base.without_decoder(model), image_hw(config), mean=data.mean, std=data.std, uint8=uint8)
+
+
+def _facts(folder: Path, program: Program) -> Facts:
+    card = checkpoint.read_card(folder)
+    size = program.shape[0], program.shape[1]
+    names = tuple(map(describe, card["class_names"])) if program.output == "logits" else ()
+    return Facts(names, size, card["config"]["data"]["eval_crop"], program.mean, program.std)
+
+
+FORMATS = {
+    "orbax": Format(
+        "a folder of parameters and card, for `cnx2` and whatever reads Orbax",
+        _write_orbax,
+        _run_orbax,
+        writer="orbax",
+        runtime="orbax.checkpoint",
+    ),
+    **export.FORMATS,
+}
+
+# Which formats an option applies to.
+OPTIONS = {
+    "dtype": ("orbax",),
+    "naming": ("safetensors",),
+    "input": ("stablehlo", "savedmodel", "onnx"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a workdir or its checkpoints/STEP")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="orbax: parameters and card")
-    parser.add_argument("--out", required=True, type=Path, help="a new folder")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="a workdir, its checkpoints/STEP, or an exported checkpoint; of pretraining, all formats but "
+        "orbax take the encoder alone, which gives features",
+    )
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="; ".join(f"{name}: {form.summary}" for name, form in FORMATS.items()),
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the new file or folder")
+    parser.add_argument(
+        "--dtype",
+        choices=export.BOUNDS,
+        help=f"of the parameters; float32 by default ({', '.join(OPTIONS['dtype'])})",
+    )
+    parser.add_argument(
+        "--naming",
+        choices=NAMINGS,
+        help=f"whose names the parameters have; huggingface by default ({', '.join(OPTIONS['naming'])})",
+    )
+    parser.add_argument(
+        "--input",
+        choices=("float32", "uint8"),
+        help="images that are normalised already, the default, or uint8 ones, from 0 to 255, that are "
+        f"normalised inside ({', '.join(OPTIONS['input'])})",
+    )
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    folder = checkpoint.find(args.checkpoint)
-    checkpoint.write(args.out, checkpoint.read_params(folder), checkpoint.read_card(folder))
-    print(args.out)
+    for option, formats in OPTIONS.items():
+        if getattr(args, option) is not None and args.format not in formats:
+            raise UserError(f"--{option} is for --format {', '.join(formats)}, not for {args.format}")
+    base.check_new(args.out, "--out")
+    form = FORMATS[args.format] if args.naming is None else export.of_weights(args.naming)
+    export.check_writable(form)
+    folder = checkpoint.find(args.checkpoint)  # once: a run that goes on may have a later one in a moment
+    program = _program(folder, uint8=args.input == "uint8")
+    job = Job(folder, program, _facts(folder, program), args.dtype or "float32")
+    result = export.export(args.out, form, job)
+    if result["runtime"] is None:
+        say(f"not checked: '{form.runtime}' cannot be imported; pip install 'cnx2_jax[{form.extra}]'")
+    print(json.dumps({"out": str(args.out), "format": args.format, **result}))

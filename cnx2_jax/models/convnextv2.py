@@ -87,7 +87,7 @@ class Block(nnx.Module):
             self.pwconv2.kernel[...],
             self.pwconv2.bias[...],
         )
-        y = inverted_bottleneck(y.reshape(len(y), -1, y.shape[-1]), layout.rows(), weights)
+        y = inverted_bottleneck(y.reshape(y.shape[0], -1, y.shape[-1]), layout.rows(), weights)
         if factor is not None:
             y *= factor[:, None, None].astype(y.dtype)
         return x + y.reshape(x.shape)

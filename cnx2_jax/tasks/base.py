@@ -15,6 +15,7 @@ from PIL import Image
 from cnx2_jax.configuration import from_json, image_hw
 from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.interop import program
 from cnx2_jax.models import FCMAE, ConvNeXtV2, variant
 from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.train import checkpoint
@@ -25,7 +26,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 def normalise(images: UInt8[Array, "b height width c"], data: ConfigDict) -> Float[Array, "b height width c"]:
     """Maps uint8 images to float32: (x / 255 - mean) / std per channel."""
-    return (images.astype(jnp.float32) / 255 - jnp.array(data.mean)) / jnp.array(data.std)
+    return program.normalise(images, data.mean, data.std)  # the very one that leaves with the weights
 
 
 def denormalise(

@@ -148,6 +148,8 @@ def read_card(path: Path) -> dict:
 def read_params(path: Path, *, averaged: bool = True) -> Params:
     """Reads the parameters of the checkpoint folder `path` (see `find`) onto this process's first device.
 
+    They are float32, whatever they were exported in.
+
     Args:
       path: the folder.
       averaged: whether to read their average, where the run keeps one; it is what a recipe's accuracy is of.
@@ -161,7 +163,7 @@ def read_params(path: Path, *, averaged: bool = True) -> Params:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata
             like = {
-                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+                name: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=device)
                 for name, leaf in dict(tree).items()
             }
             return checkpointer.restore(folder, like)

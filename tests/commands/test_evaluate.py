@@ -12,8 +12,9 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from cnx2_jax.cli import main
-from cnx2_jax.configuration import defaults, use_digits
+from cnx2_jax.configuration import defaults
 from cnx2_jax.data.pipeline import ImageData, eval_batches
+from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import base
 from cnx2_jax.train import checkpoint
 from cnx2_jax.train.state import split

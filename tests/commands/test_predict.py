@@ -14,8 +14,9 @@ from flax import nnx
 from PIL import Image
 
 from cnx2_jax.cli import main
-from cnx2_jax.configuration import defaults, use_digits
+from cnx2_jax.configuration import defaults
 from cnx2_jax.data.pipeline import preprocess_files
+from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import base
 from cnx2_jax.train import checkpoint
 from cnx2_jax.train.state import merge, split

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cnx2_jax.configuration import defaults, override, use_digits
+from cnx2_jax.configuration import defaults, override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE, ConvNeXtV2
+from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import base, make_task
 from cnx2_jax.train import checkpoint
 from cnx2_jax.train.state import split

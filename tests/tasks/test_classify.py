@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from cnx2_jax.configuration import defaults, override, use_digits
+from cnx2_jax.configuration import defaults, override
 from cnx2_jax.data.mixing import draw_mix, mix_targets
 from cnx2_jax.errors import UserError
+from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import base, make_task
 
 

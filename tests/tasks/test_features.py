@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnx2_jax.configuration import defaults, use_digits
+from cnx2_jax.configuration import defaults
 from cnx2_jax.data.pipeline import ImageData, eval_batches
 from cnx2_jax.models import FCMAE, ConvNeXtV2
+from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import base, features
 from cnx2_jax.train import sharding
 

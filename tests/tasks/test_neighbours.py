@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from cnx2_jax.configuration import defaults, use_digits
+from cnx2_jax.configuration import defaults
 from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.errors import UserError
+from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import neighbours
 
 CLASSES = 12

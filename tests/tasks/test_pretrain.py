@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cnx2_jax.configuration import defaults, override, use_digits
+from cnx2_jax.configuration import defaults, override
 from cnx2_jax.errors import UserError
+from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import make_task
 from cnx2_jax.tasks.grid import GAP, HEADER
 from cnx2_jax.tasks.pretrain import HIDDEN_GREY, reconstruct

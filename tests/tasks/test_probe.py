@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from sklearn.linear_model import LogisticRegression
 
-from cnx2_jax.configuration import defaults, override, use_digits
+from cnx2_jax.configuration import defaults, override
 from cnx2_jax.errors import UserError
+from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import base, classify, make_task, probe
 from cnx2_jax.tasks.probe import Probe
 from cnx2_jax.train import checkpoint

@@ -1,0 +1,135 @@
+"""How each library names and lays out one parameter: pure functions on names and numpy arrays.
+
+Sources: the authors' `models/convnextv2.py`, `models/fcmae.py` and `remap_checkpoint_keys` (`utils.py`);
+timm's `models/convnext.py`; transformers' `modeling_convnextv2.py`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+NAMINGS = ("official", "timm", "huggingface")
+
+# A name that every file in this naming has and no other does.
+MARKERS = {
+    "official": "downsample_layers.0.0.weight",
+    "timm": "stem.0.weight",
+    "huggingface": "embeddings.patch_embeddings.weight",
+}
+
+# Their blocks, with stage and index.
+BLOCKS = {
+    "official": r"stages\.(\d+)\.(\d+)\.",
+    "timm": r"stages\.(\d+)\.blocks\.(\d+)\.",
+    "huggingface": r"encoder\.stages\.(\d+)\.layers\.(\d+)\.",
+}
+
+# transformers' classifier has the encoder under this name; the encoder alone has none.
+HUGGINGFACE_PREFIX = "convnextv2."
+
+# timm computes the linear layers of these as 1x1 convolutions, whose weights have two more axes.
+TIMM_CONV_MLP = ("atto", "femto", "pico", "nano")
+
+_TIMM_LAYERS = {"dwconv": "conv_dw", "pwconv1": "mlp.fc1", "pwconv2": "mlp.fc2", "grn": "mlp.grn"}
+
+
+def renamer(naming: str, prefix: str = "") -> Callable[[str], str]:
+    """Returns the function from our dotted name of a parameter to theirs.
+
+    Args:
+      naming: one of NAMINGS.
+      prefix: on all names but the head's, such as HUGGINGFACE_PREFIX.
+    """
+
+    def rename(name: str) -> str:
+        *modules, leaf = name.split(".")
+        leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+        if naming == "official":
+            return ".".join([*modules, leaf])
+        leaf = {"gamma": "weight", "beta": "bias"}.get(leaf, leaf)
+        module = _timm_module(modules) if naming == "timm" else _huggingface_module(modules)
+        return f"{'' if modules == ['head'] else prefix}{module}.{leaf}"
+
+    return rename
+
+
+def _timm_module(modules: list[str]) -> str:
+    match modules:
+        case ["downsample_layers", "0", index]:
+            return f"stem.{index}"
+        case ["downsample_layers", stage, index]:
+            return f"stages.{stage}.downsample.{index}"
+        case ["stages", stage, block, layer]:
+            return f"stages.{stage}.blocks.{block}.{_TIMM_LAYERS.get(layer, layer)}"
+        case ["head"]:
+            return "head.fc"
+    return "head.norm"
+
+
+def _huggingface_module(modules: list[str]) -> str:
+    match modules:
+        case ["downsample_layers", "0", index]:
+            return f"embeddings.{('patch_embeddings', 'layernorm')[int(index)]}"
+        case ["downsample_layers", stage, index]:
+            return f"encoder.stages.{stage}.downsampling_layer.{index}"
+        case ["stages", stage, block, layer]:
+            return f"encoder.stages.{stage}.layers.{block}.{'layernorm' if layer == 'norm' else layer}"
+        case ["head"]:
+            return "classifier"
+    return "layernorm"
+
+
+def their_layout(name: str, value: np.ndarray, naming: str, conv_mlp: bool) -> np.ndarray:
+    """Returns a view of one of our parameters in their layout.
+
+    Args:
+      name: ours.
+      conv_mlp: whether the block's linear layers are 1x1 convolutions, as in timm's TIMM_CONV_MLP.
+    """
+    if name.endswith(".kernel"):
+        if value.ndim == 3:  # depthwise [rows, columns, channels]
+            return value.transpose(2, 0, 1)[:, None]
+        if value.ndim == 4:  # [rows, columns, in, out]
+            return value.transpose(3, 2, 0, 1)
+        as_convolution = name in ("proj.kernel", "pred.kernel") or (conv_mlp and ".pwconv" in name)
+        return value.T[..., None, None] if as_convolution else value.T
+    if ".grn." in name and naming != "timm":
+        return value.reshape(1, 1, 1, -1)
+    return value.reshape(1, -1, 1, 1) if name == "mask_token" else value
+
+
+def our_layout(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Inverse of `their_layout`: a contiguous array of our shape."""
+    if len(shape) == 4:
+        value = value.transpose(2, 3, 1, 0)
+    elif len(shape) == 3:
+        value = value[:, 0].transpose(1, 2, 0)
+    elif len(shape) == 2:
+        value = value.reshape(value.shape[:2]).T
+    return np.ascontiguousarray(value.reshape(shape))
+
+
+def dense(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Brings MinkowskiEngine's names and shapes to those of the official dense model; others stay.
+
+    Its kernels are `[positions, in, out]`, of depthwise convolutions `[positions, channels]`, the positions
+    counted column by column (index = column * rows + row); linear and norm lie under `.linear` and `.ln`;
+    biases of convolutions and GRN are `[1, C]`.
+    """
+    if not any(name.endswith(".kernel") for name in tensors):
+        return dict(tensors)
+    found = {}
+    for name, value in tensors.items():
+        side = math.isqrt(value.shape[0]) if value.ndim else 0
+        if name.endswith(".kernel") and value.ndim in (2, 3) and side * side == len(value):
+            name = f"{name.removesuffix('kernel')}weight"
+            # To [columns, rows, in, out], where depthwise convolutions have 1 in.
+            value = value.reshape(side, side, -1, value.shape[-1]).transpose(3, 2, 1, 0)
+        elif name.endswith(".bias") and value.ndim == 2 and len(value) == 1:
+            value = value[0]
+        elif ".grn." in name and value.ndim == 2 and len(value) == 1:
+            value = value[None, None]
+        found[re.sub(r"\.(linear|ln)\.(weight|bias)$", r".\2", name)] = value
+    return found

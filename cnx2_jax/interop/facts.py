@@ -1,0 +1,188 @@
+"""What the users of a model must know besides its weights, as transformers and timm write it into JSON."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from cnx2_jax.errors import UserError
+
+# From this size up images are warped, below it cut out of the centre: here, in timm's configs of ConvNeXt V2
+# (`crop_mode` squash) and in transformers' ConvNextImageProcessor.
+WARP_FROM = 384
+
+HUGGINGFACE_CLASSIFIER = "ConvNextV2ForImageClassification"
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """How images are prepared, and what the classes are called.
+
+    Attributes:
+      class_names: in the order of the logits; empty without a head.
+      image_size: height and width.
+      eval_crop: share of the shrunk image's side that is cut out below WARP_FROM.
+      mean, std: of each channel, as shares of the full range.
+    """
+
+    class_names: tuple[str, ...]
+    image_size: tuple[int, int]
+    eval_crop: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def huggingface_config(
+    facts: Facts, depths: tuple[int, ...], dims: tuple[int, ...], in_chans: int, patch_size: int
+) -> dict[str, Any]:
+    """Returns the `config.json` that transformers reads; without classes it is a ConvNextV2Model's."""
+    named = dict(enumerate(facts.class_names))
+    labels = {"id2label": named, "label2id": {name: index for index, name in named.items()}} if named else {}
+    return {
+        "architectures": [HUGGINGFACE_CLASSIFIER if named else "ConvNextV2Model"],
+        "model_type": "convnextv2",
+        "depths": list(depths),
+        "hidden_sizes": list(dims),
+        "num_stages": len(dims),
+        "num_channels": in_chans,
+        "patch_size": patch_size,
+        "image_size": _one_number(facts.image_size),
+        "hidden_act": "gelu",
+        "drop_path_rate": 0.0,
+        "layer_norm_eps": 1e-6,  # of the final norm, for which transformers' default is 1e-12
+        **labels,
+    }
+
+
+def huggingface_preprocessor(facts: Facts) -> dict[str, Any] | None:
+    """Returns the `preprocessor_config.json` of our evaluation; None if the size is oblong: it knows none."""
+    size = _one_number(facts.image_size)
+    if not isinstance(size, int):
+        return None
+    return {
+        "image_processor_type": "ConvNextImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "crop_pct": facts.eval_crop,
+        "resample": 3,  # PIL's number of bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(facts.mean),
+        "image_std": list(facts.std),
+    }
+
+
+def timm_config(
+    facts: Facts,
+    variant: str,
+    depths: tuple[int, ...],
+    dims: tuple[int, ...],
+    in_chans: int,
+    patch_size: int,
+) -> dict[str, Any]:
+    """Returns the `config.json` that timm reads (timm/models/_hub.py, `_parse_model_cfg`).
+
+    Raises:
+      UserError: a stem patch of 2, after which timm shrinks the map once more.
+    """
+    if patch_size == 2:
+        raise UserError("timm has no ConvNeXt V2 with model.patch_size 2; use naming huggingface or official")
+    arguments: dict[str, Any] = {}
+    if variant == "custom":
+        arguments |= {"depths": list(depths), "dims": list(dims)}
+    if patch_size != 4:
+        arguments["patch_size"] = patch_size
+    if in_chans != 3:
+        arguments["in_chans"] = in_chans
+    warped = max(facts.image_size) >= WARP_FROM
+    return {
+        "architecture": f"convnextv2_{'tiny' if variant == 'custom' else variant}",
+        "num_classes": len(facts.class_names),
+        "num_features": dims[-1],
+        "global_pool": "avg",
+        **({"label_names": list(facts.class_names)} if facts.class_names else {}),
+        **({"model_args": arguments} if arguments else {}),
+        "pretrained_cfg": {
+            "tag": "cnx2_jax",
+            "custom_load": False,
+            "num_classes": len(facts.class_names),
+            "input_size": [in_chans, *facts.image_size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0 if warped else facts.eval_crop,
+            "crop_mode": "squash" if warped else "center",
+            "mean": list(facts.mean),
+            "std": list(facts.std),
+            "pool_size": None,
+            "first_conv": "stem.0",
+            "classifier": "head.fc",
+        },
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Returns those of the fields of Facts that transformers' or timm's JSON in a folder tells.
+
+    A `config.json` of another model than ConvNeXt V2 tells none, nor does what lies beside it. Names of
+    classes that only number them (`LABEL_0`) are none.
+
+    Raises:
+      UserError: the JSON is damaged.
+    """
+    config, processor = _read_json(folder / "config.json"), _read_json(folder / "preprocessor_config.json")
+    try:
+        if str(config.get("architecture")).startswith("convnextv2"):
+            found = _from_timm(config)
+        elif config.get("model_type", "convnextv2") == "convnextv2":
+            found = _from_huggingface(config, processor)
+        else:
+            return {}
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"the JSON in '{folder}' is none of a model's ({error!r}); move it away") from None
+    return {name: value for name, value in found.items() if value}
+
+
+def _from_timm(config: dict[str, Any]) -> dict[str, Any]:
+    prepared = config.get("pretrained_cfg", config)
+    names = config.get("label_names") or prepared.get("label_names") or ()
+    return {
+        "class_names": tuple(map(str, names)) if isinstance(names, list | tuple) else _in_order(names),
+        "image_size": tuple(map(int, prepared.get("input_size", ())))[1:],
+        "eval_crop": float(prepared.get("crop_pct", 0)),
+        "mean": tuple(map(float, prepared.get("mean", ()))),
+        "std": tuple(map(float, prepared.get("std", ()))),
+    }
+
+
+def _from_huggingface(config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
+    names = _in_order(config.get("id2label") or {})
+    numbered = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    size = processor.get("size") or config.get("image_size") or ()
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or (size["height"], size["width"])
+    return {
+        "class_names": () if numbered else names,
+        "image_size": (size, size) if isinstance(size, int) else tuple(map(int, size)),
+        "eval_crop": float(processor.get("crop_pct") or 0),
+        "mean": tuple(map(float, processor.get("image_mean") or ())),
+        "std": tuple(map(float, processor.get("image_std") or ())),
+    }
+
+
+def _in_order(names: dict[str, str]) -> tuple[str, ...]:
+    return tuple(str(names[str(index)]) for index in range(len(names)))
+
+
+def _one_number(size: tuple[int, int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(values, dict):
+            raise ValueError("it is no object")
+        return values
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read: {error}; move it away") from None

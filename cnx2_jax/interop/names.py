@@ -1,0 +1,236 @@
+"""State dicts of other libraries from our parameters, and back: all names and shapes of a model at once."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+from flax import nnx
+
+from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.interop.dialects import (
+    BLOCKS,
+    HUGGINGFACE_PREFIX,
+    MARKERS,
+    NAMINGS,
+    TIMM_CONV_MLP,
+    dense,
+    our_layout,
+    renamer,
+    their_layout,
+)
+from cnx2_jax.models import FCMAE, VARIANTS, ConvNeXtV2
+from cnx2_jax.models.convnextv2 import STAGES
+
+_DECODER = ("decoder.", "proj.", "pred.", "mask_token")
+_NORM = ("norm.scale", "norm.bias")
+_LISTED = 4
+
+# Every naming with the prefixes that it comes with; no file has the markers of two.
+_FORMS = (
+    ("official", ""),
+    ("official", "encoder."),
+    ("timm", ""),
+    ("huggingface", ""),
+    ("huggingface", HUGGINGFACE_PREFIX),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """Parameters with what their names and shapes say of the model.
+
+    Attributes:
+      params: by our dotted name, in our layout, of the dtype that they had.
+      depths, dims, in_chans, patch_size: of the encoder.
+      num_classes: 0 if there is no head.
+      naming: one of NAMINGS.
+      decoder_dim, decoder_depth: of FCMAE's decoder; 0 if there is none, and the model is a ConvNeXtV2.
+      fresh_norm: whether the final norm was not there, as in all that FCMAE pretrained; then its scale is 1
+        and its bias 0.
+    """
+
+    params: dict[str, np.ndarray]
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+    in_chans: int
+    patch_size: int
+    num_classes: int
+    naming: str
+    decoder_dim: int
+    decoder_depth: int
+    fresh_norm: bool
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether this is an FCMAE."""
+        return bool(self.decoder_dim)
+
+    @property
+    def variant(self) -> str:
+        """The key of `models.VARIANTS` with these depths and dims, or `custom`."""
+        return variant_of(self.depths, self.dims)
+
+
+def variant_of(depths: Iterable[int], dims: Iterable[int]) -> str:
+    """Returns the key of `models.VARIANTS` with these depths and dims, or `custom`."""
+    sizes = (tuple(depths), tuple(dims))
+    return next((name for name, v in VARIANTS.items() if (v.depths, v.dims) == sizes), "custom")
+
+
+def sizes_of(params: Mapping[str, np.ndarray]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns depths and dims of a ConvNeXtV2's parameters by our names."""
+    dims = tuple(len(params[f"stages.{stage}.0.dwconv.bias"]) for stage in range(STAGES))
+    return _count_blocks(params, BLOCKS["official"]), dims
+
+
+def to_torch(params: Mapping[str, np.ndarray], naming: str) -> dict[str, np.ndarray]:
+    """Returns the parameters under the names and in the layouts of another library.
+
+    Linear weights are `[out, in]`, convolutions `[out, in, rows, columns]`, GRN `[1, 1, 1, C]` (timm: `[C]`).
+    Names for Hugging Face are those of ConvNextV2ForImageClassification, without a head of ConvNextV2Model.
+    An FCMAE keeps the names of the authors' training code, but its encoder is dense.
+
+    Args:
+      params: by our names, of a ConvNeXtV2, or of an FCMAE.
+      naming: one of NAMINGS; an FCMAE has a place in `official` alone.
+
+    Returns:
+      Contiguous arrays of the dtype given.
+
+    Raises:
+      UserError: an unknown naming, or an FCMAE in another than `official`.
+    """
+    if naming not in NAMINGS:
+        raise UserError(f"unknown naming '{naming}'{nearest(naming, NAMINGS)} (known: {', '.join(NAMINGS)})")
+    if "mask_token" in params and naming != "official":
+        raise UserError(f"{naming} has no FCMAE; give its encoder alone, or naming official")
+    prefixed = naming == "huggingface" and "head.kernel" in params
+    rename = renamer(naming, HUGGINGFACE_PREFIX if prefixed else "")
+    conv_mlp = naming == "timm" and variant_of(*sizes_of(params)) in TIMM_CONV_MLP
+    return {
+        rename(name): np.ascontiguousarray(their_layout(name, np.asarray(value), naming, conv_mlp))
+        for name, value in params.items()
+    }
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
+    """Recognises the naming of a state dict and returns its parameters under our names.
+
+    A prefix `module.` is dropped. An official one may be of a fine-tuned model, of an FCMAE with its decoder,
+    or of an encoder, with or without the prefix `encoder.`; encoders dense or as MinkowskiEngine has them.
+
+    Args:
+      tensors: by name.
+      source: what an error calls them, such as a path.
+
+    Raises:
+      UserError: no naming is recognised, or names are unknown or missing, or shapes are wrong: it lists them.
+    """
+    if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel's
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    form = next((form for form in _FORMS if form[1] + MARKERS[form[0]] in tensors), None)
+    if form is None:
+        raise UserError(
+            f"'{source}' holds no ConvNeXt V2 in official, timm or Hugging Face naming; the first of its "
+            f"{len(tensors)} tensor(s): {_listed(tensors) or 'none'}"
+        )
+    naming, prefix = form
+    has_decoder = naming == "official" and any(name.startswith(_DECODER) for name in tensors)
+    if naming == "official" and not has_decoder:
+        tensors, prefix = {name.removeprefix(prefix): value for name, value in tensors.items()}, ""
+    if naming == "official":
+        tensors = dense(tensors)
+    # Of an FCMAE the prefix is part of our names too.
+    rename = renamer(naming, "" if has_decoder else prefix)
+
+    def shape(ours: str) -> tuple[int, ...]:
+        if rename(ours) not in tensors:
+            raise UserError(f"'{source}' is no whole {naming} ConvNeXt V2: it has no '{rename(ours)}'")
+        return tensors[rename(ours)].shape
+
+    inside = prefix if has_decoder else ""
+    stem = shape(f"{inside}downsample_layers.0.0.kernel")
+    if len(stem) != 4:
+        raise UserError(f"'{source}': '{MARKERS[naming]}' {list(stem)} has not 4 axes")
+    down = [f"{inside}downsample_layers.{stage}.{min(stage, 1)}.bias" for stage in range(STAGES)]
+    dims = tuple(math.prod(shape(name)) for name in down)
+    depths = _count_blocks(tensors, re.escape(prefix) + BLOCKS[naming])
+    has_head = any(rename(name) in tensors for name in ("head.kernel", "head.bias"))
+    in_decoder = {match[1] for name in tensors if (match := re.match(r"decoder\.(\d+)\.", name))}
+    imported = Imported(
+        params={},
+        depths=depths,
+        dims=dims,
+        in_chans=stem[1],
+        patch_size=stem[2],
+        num_classes=math.prod(shape("head.bias")) if has_head else 0,
+        naming=naming,
+        decoder_dim=math.prod(shape("mask_token")) if has_decoder else 0,
+        decoder_depth=max(1, len(in_decoder)) if has_decoder else 0,
+        fresh_norm=not (has_decoder or has_head or any(rename(name) in tensors for name in _NORM)),
+    )
+    absent = _NORM if imported.fresh_norm else ()
+    wanted = {name: shape for name, shape in _model_shapes(imported).items() if name not in absent}
+    _check(tensors, wanted, rename, naming, source)
+    params = {name: our_layout(tensors[rename(name)], shape) for name, shape in wanted.items()}
+    if imported.fresh_norm:
+        params["norm.scale"] = np.ones(dims[-1], np.float32)
+        params["norm.bias"] = np.zeros(dims[-1], np.float32)
+    return dataclasses.replace(imported, params=params)
+
+
+def _count_blocks(names: Iterable[str], pattern: str) -> tuple[int, ...]:
+    """Returns how many blocks each stage has, at least one: of a stage without any, the first is missing."""
+    found = {match.groups() for name in names if (match := re.match(pattern, name))}
+    return tuple(max(1, sum(stage == str(s) for stage, _ in found)) for s in range(STAGES))
+
+
+def _model_shapes(model: Imported) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of our parameters by name; the model itself is the list."""
+    options: dict = {"in_chans": model.in_chans, "patch_size": model.patch_size}
+
+    def build() -> ConvNeXtV2 | FCMAE:
+        rngs = nnx.Rngs(0)
+        if model.has_decoder:
+            decoder: dict = {"decoder_dim": model.decoder_dim, "decoder_depth": model.decoder_depth}
+            return FCMAE(model.depths, model.dims, **decoder, **options, rngs=rngs)
+        return ConvNeXtV2(model.depths, model.dims, num_classes=model.num_classes, **options, rngs=rngs)
+
+    state = nnx.state(nnx.eval_shape(build), nnx.Param)
+    return {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+
+
+def _check(
+    tensors: Mapping[str, np.ndarray],
+    wanted: Mapping[str, tuple[int, ...]],
+    rename: Callable[[str], str],
+    naming: str,
+    source: str,
+) -> None:
+    """Raises UserError unless the tensors have just the names wanted, with right shapes."""
+    theirs = {rename(name): name for name in wanted}
+    misshapen = {}
+    for name in theirs.keys() & tensors.keys():
+        ours = theirs[name]
+        empty = np.broadcast_to(np.float32(0), wanted[ours])  # takes no memory
+        right = {their_layout(ours, empty, naming, conv_mlp).shape for conv_mlp in {False, naming == "timm"}}
+        if tensors[name].shape not in right:
+            shapes = " or ".join(str(list(shape)) for shape in sorted(right, key=len))
+            misshapen[name] = f" {list(tensors[name].shape)}, not {shapes}"
+    wrong = {
+        "unknown": tensors.keys() - theirs.keys(),
+        "missing": theirs.keys() - tensors.keys(),
+        "misshapen": misshapen.keys(),
+    }
+    said = [f"{len(names)} {kind}: {_listed(names, misshapen)}" for kind, names in wrong.items() if names]
+    if said:
+        raise UserError(f"'{source}' is no whole {naming} ConvNeXt V2; tensors {'; '.join(said)}")
+
+
+def _listed(names: Iterable[str], remarks: Mapping[str, str] | None = None) -> str:
+    """Returns the first names in quotes, each with its remark, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(f"'{name}'{(remarks or {}).get(name, '')}" for name in names[:_LISTED]) + more

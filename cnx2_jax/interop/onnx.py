@@ -1,0 +1,146 @@
+"""ONNX: one graph of standard operations, for onnxruntime and whatever else reads ONNX.
+
+Input `images`, channels last like ours; output `logits` or `features`. Initializers have the names of our
+parameters; the kernels of convolutions are laid out as ONNX asks, `[out, in, rows, columns]`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from jaxtyping import Float, Shaped
+from onnx import helper, numpy_helper
+
+from cnx2_jax.interop.layers import compose
+from cnx2_jax.interop.program import Program
+from cnx2_jax.kernels.pointwise import EPSILON
+
+OPSET = 20  # the first with GELU
+IR_VERSION = 9  # that opset's
+LIMIT = 2**31 - 2**20  # bytes of weights: protobuf takes no file of 2 GiB
+
+
+def write(path: Path, program: Program) -> None:
+    """Writes the graph for any batch size.
+
+    Weights above `LIMIT` go into a second file beside it, `NAME.data`, that the first one names.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    graph = _Graph(program)
+    result = compose(program, graph, "images")
+    graph.nodes[-1].output[0] = program.output
+    assert graph.nodes[-1].name == result, "the last node makes the result"
+    kind = helper.np_dtype_to_tensor_dtype(program.dtype)
+    images = helper.make_tensor_value_info("images", kind, ["batch", *program.shape], _describe(program))
+    output = helper.make_tensor_value_info(program.output, onnx.TensorProto.FLOAT, ["batch", program.width])
+    model = helper.make_model(
+        helper.make_graph(graph.nodes, "ConvNeXtV2", [images], [output], graph.initializers),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="cnx2_jax",
+    )
+    outside = sum(value.nbytes for value in program.params.values()) > LIMIT
+    onnx.save_model(model, path, save_as_external_data=outside, location=f"{path.name}.data")
+    onnx.checker.check_model(path, full_check=True)
+
+
+def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]:
+    """Runs a file that `write` has written, on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"images": images})
+    return result
+
+
+def _describe(program: Program) -> str:
+    height, width, channels = program.shape
+    if program.uint8:
+        return f"[batch, {height}, {width}, {channels}], from 0 to 255"
+    return (
+        f"[batch, {height}, {width}, {channels}], (x / 255 - mean) / std with mean {program.mean} "
+        f"and std {program.std}"
+    )
+
+
+class _Graph:
+    """See `layers.Layers`; tensors are names of values, and each layer's value has the layer's name."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self._constant("epsilon", np.float32(EPSILON))
+        self._constant("one", np.float32(1))
+        self._constant("positions", np.array([1, 2]))
+        self._constant("channels", np.array([-1]))
+
+    def _constant(self, name: str, value: np.ndarray | np.generic) -> str:
+        self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def _parameter(self, name: str) -> str:
+        value = self.program.params[name]
+        match value.ndim:
+            case 3:  # depthwise [rows, columns, channels] -> [channels, 1, rows, columns]
+                value = value.transpose(2, 0, 1)[:, None]
+            case 4:  # [rows, columns, in, out] -> [out, in, rows, columns]
+                value = value.transpose(3, 2, 0, 1)
+        return self._constant(name, np.ascontiguousarray(value))
+
+    def _node(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+        return name
+
+    def _convolve(self, x: str, name: str, **attributes: Any) -> str:
+        x = self._node("Transpose", [x], f"{name}.channels_first", perm=[0, 3, 1, 2])
+        inputs = [x, self._parameter(f"{name}.kernel"), self._parameter(f"{name}.bias")]
+        x = self._node("Conv", inputs, f"{name}.conv", **attributes)
+        return self._node("Transpose", [x], name, perm=[0, 2, 3, 1])
+
+    def normalise(self, images: str) -> str:
+        x = self._node("Cast", [images], "images.float", to=onnx.TensorProto.FLOAT)
+        x = self._node("Div", [x, self._constant("full", np.float32(255))], "images.share")
+        mean = self._constant("mean", np.array(self.program.mean, np.float32))
+        std = self._constant("std", np.array(self.program.std, np.float32))
+        return self._node("Div", [self._node("Sub", [x, mean], "images.centred"), std], "images.normal")
+
+    def patch_conv(self, x: str, name: str) -> str:
+        patch = self.program.params[f"{name}.kernel"].shape[0]
+        return self._convolve(x, name, kernel_shape=[patch] * 2, strides=[patch] * 2)
+
+    def depthwise(self, x: str, name: str) -> str:
+        size, _, channels = self.program.params[f"{name}.kernel"].shape
+        return self._convolve(x, name, kernel_shape=[size] * 2, pads=[size // 2] * 4, group=channels)
+
+    def layer_norm(self, x: str, name: str) -> str:
+        inputs = [x, self._parameter(f"{name}.scale"), self._parameter(f"{name}.bias")]
+        return self._node("LayerNormalization", inputs, name, axis=-1, epsilon=EPSILON)
+
+    def linear(self, x: str, name: str) -> str:
+        x = self._node("MatMul", [x, self._parameter(f"{name}.kernel")], f"{name}.product")
+        return self._node("Add", [x, self._parameter(f"{name}.bias")], name)
+
+    def gelu(self, x: str) -> str:
+        return self._node("Gelu", [x], f"{x}.gelu")
+
+    def grn(self, x: str, name: str) -> str:
+        squares = self._node("ReduceSumSquare", [x, "positions"], f"{name}.squares")
+        squares = self._node("Add", [squares, "epsilon"], f"{name}.squares_above_0")
+        norm = self._node("Sqrt", [squares], f"{name}.norm")
+        mean = self._node("ReduceMean", [norm, "channels"], f"{name}.mean")
+        mean = self._node("Add", [mean, "epsilon"], f"{name}.mean_above_0")
+        response = self._node("Div", [norm, mean], f"{name}.response")
+        scale = self._node("Mul", [response, self._parameter(f"{name}.gamma")], f"{name}.change")
+        scale = self._node("Add", [scale, "one"], f"{name}.scale")
+        x = self._node("Mul", [x, scale], f"{name}.scaled")
+        return self._node("Add", [x, self._parameter(f"{name}.beta")], name)
+
+    def add(self, x: str, y: str) -> str:
+        return self._node("Add", [x, y], f"{y}.residual")
+
+    def mean(self, x: str) -> str:
+        return self._node("ReduceMean", [x, "positions"], "mean_of_positions", keepdims=0)

@@ -1,0 +1,93 @@
+"""A SavedModel: a folder that TensorFlow alone loads, serves and converts further.
+
+It is made of TensorFlow's own operations. StableHLO inside, as jax2tf puts it, ties the reader to JAX's
+version (TensorFlow 2.21 does not read what JAX 0.10 writes), and TensorFlow Lite does not take it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from jaxtyping import Float, Shaped
+
+from cnx2_jax.interop.layers import compose
+from cnx2_jax.interop.program import Program
+from cnx2_jax.kernels.pointwise import EPSILON
+
+
+def write(path: Path, program: Program) -> None:
+    """Writes the signature `serving_default`, `images -> logits` (or features), for any batch size.
+
+    The weights are variables, named as our parameters.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    layers = _Layers(program)
+
+    def forward(images):
+        return {program.output: compose(program, layers, images)}
+
+    images = tf.TensorSpec([None, *program.shape], program.dtype, name="images")
+    layers.forward = tf.function(forward, input_signature=[images], autograph=False)
+    try:
+        tf.saved_model.save(layers, str(path), signatures={"serving_default": layers.forward})
+    except tf.errors.OpError as error:
+        raise OSError(error.message) from None
+
+
+def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]:
+    """Runs a folder that `write` has written."""
+    loaded = tf.saved_model.load(str(path))  # a signature alone does not keep its variables alive
+    (result,) = loaded.signatures["serving_default"](images=tf.constant(images)).values()
+    return result.numpy()
+
+
+class _Layers(tf.Module):
+    """See `layers.Layers`. Kernels are laid out as ours."""
+
+    def __init__(self, program: Program):
+        super().__init__()
+        self.mean_of_pixels, self.deviation = program.mean, program.std
+        self.variables_by_name = {
+            name: tf.Variable(value, name=name) for name, value in program.params.items()
+        }
+
+    def _parameters(self, name: str, *leaves: str) -> list[tf.Variable]:
+        return [self.variables_by_name[f"{name}.{leaf}"] for leaf in leaves]
+
+    def normalise(self, images):
+        mean, deviation = (tf.constant(x, tf.float32) for x in (self.mean_of_pixels, self.deviation))
+        return (tf.cast(images, tf.float32) / 255 - mean) / deviation
+
+    def patch_conv(self, x, name):
+        kernel, bias = self._parameters(name, "kernel", "bias")
+        return tf.nn.conv2d(x, kernel, strides=kernel.shape[0], padding="VALID") + bias
+
+    def depthwise(self, x, name):
+        kernel, bias = self._parameters(name, "kernel", "bias")
+        return tf.nn.depthwise_conv2d(x, kernel[..., None], strides=[1, 1, 1, 1], padding="SAME") + bias
+
+    def layer_norm(self, x, name):
+        scale, bias = self._parameters(name, "scale", "bias")
+        mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
+        return (x - mean) * tf.math.rsqrt(variance + EPSILON) * scale + bias
+
+    def linear(self, x, name):
+        kernel, bias = self._parameters(name, "kernel", "bias")
+        return tf.tensordot(x, kernel, axes=1) + bias
+
+    def gelu(self, x):
+        return tf.nn.gelu(x, approximate=False)
+
+    def grn(self, x, name):
+        gamma, beta = self._parameters(name, "gamma", "beta")
+        norm = tf.sqrt(tf.reduce_sum(tf.square(x), axis=[1, 2], keepdims=True) + EPSILON)
+        norm /= tf.reduce_mean(norm, axis=-1, keepdims=True) + EPSILON
+        return x * (1 + gamma * norm) + beta
+
+    def add(self, x, y):
+        return x + y
+
+    def mean(self, x):
+        return tf.reduce_mean(x, axis=[1, 2])

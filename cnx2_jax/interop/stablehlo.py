@@ -1,0 +1,42 @@
+"""StableHLO: one file that JAX alone loads, for every platform and batch size.
+
+`jax.export.deserialize(path.read_bytes()).call(images)` runs it, in the JAX that wrote it or a later one.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import export
+from jaxtyping import Float, Shaped
+
+from cnx2_jax.errors import UserError
+from cnx2_jax.interop.program import Program, cpu
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+LIMIT = 2**31 - 2**26  # bytes of weights: the file is a FlatBuffer, of at most 2 GiB
+
+
+def write(path: Path, program: Program) -> None:
+    """Writes `images -> logits` (or features) with a symbolic batch and the weights inside.
+
+    Raises:
+      UserError: the weights are too large for one such file.
+      OSError: it cannot be written.
+    """
+    size = sum(value.nbytes for value in program.params.values())
+    if size > LIMIT:
+        raise UserError(
+            f"the weights take {size / 2**30:.1f} GiB, a stablehlo file holds less than 2; "
+            "export as savedmodel or onnx"
+        )
+    (batch,) = export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, *program.shape), program.dtype)
+    forward = jax.jit(lambda images: program.apply(program.params, images))
+    path.write_bytes(export.export(forward, platforms=PLATFORMS)(images).serialize())
+
+
+def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]:
+    """Runs a file that `write` has written, on the CPU."""
+    with jax.default_device(cpu()):
+        return np.asarray(jax.jit(export.deserialize(bytearray(path.read_bytes())).call)(images))

@@ -1,0 +1,199 @@
+"""Weights to and from real PyTorch files and the real transformers."""
+
+import argparse
+import datetime
+import functools
+import os
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from cnx2_jax.data.pipeline import preprocess_files
+from cnx2_jax.errors import UserError
+from cnx2_jax.interop.facts import Facts
+from cnx2_jax.interop.files import read_tensors
+from cnx2_jax.interop.names import from_torch, to_torch
+from cnx2_jax.interop.safetensors import run_huggingface, write
+from cnx2_jax.models import VARIANTS, create_model
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+BOUND = 1e-5  # largest absolute difference over largest absolute value, in float32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def hugging_face(variant):
+    """Returns transformers' classifier with random weights; nothing is initialised twice."""
+    chosen = VARIANTS[variant]
+    config = transformers.ConvNextV2Config(
+        depths=list(chosen.depths), hidden_sizes=list(chosen.dims), num_labels=10, layer_norm_eps=1e-6
+    )
+    with torch.device("meta"):
+        model = transformers.ConvNextV2ForImageClassification(config)
+    model = model.to_empty(device="cpu").eval()
+    pool = np.random.default_rng(0).standard_normal(1_000_003).astype(np.float32)
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        # From one stock of numbers, as drawing a billion takes most of a test; sizes as in fill_randomly.
+        values = np.resize(np.roll(pool, index), parameter.shape)
+        if name.endswith("bias"):
+            values *= 0.2
+        elif parameter.ndim == 1:  # of a LayerNorm
+            values = 1 + 0.2 * values
+        else:
+            values *= 0.5 if ".grn." in name else parameter[0].numel() ** -0.5
+        parameter.data = torch.from_numpy(values)
+    return model
+
+
+def filled(build, params):
+    """Returns the module of `build` with these parameters."""
+    model = nnx.eval_shape(build)
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    values = [(path, leaf.replace(jnp.asarray(params[".".join(map(str, path))]))) for path, leaf in flat]
+    nnx.update(model, nnx.from_flat_state(values))
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_transformers(variant, error):
+    """In and out again: the same bits, names and shapes. In: the same logits."""
+    theirs = hugging_face(variant)
+    images = np.random.default_rng(1).standard_normal((1, 64, 64, 3)).astype(np.float32)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor(images.transpose(0, 3, 1, 2))).logits.numpy()
+    tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    imported = from_torch(tensors, "transformers")
+    assert (imported.variant, imported.num_classes) == (variant, 10)
+
+    back = to_torch(imported.params, "huggingface")
+    assert back.keys() == tensors.keys()
+    assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
+    del back, tensors, theirs  # of huge, 2.6 GB each
+    create = functools.partial(create_model, f"convnextv2_{variant}", num_classes=10)
+    model = filled(lambda: create(rngs=nnx.Rngs(0)), imported.params)
+    del imported
+    found = jax.jit(lambda model, images: model(images))(model, jnp.asarray(images))
+    assert error(found, expected) < BOUND
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_transformers_runs_what_is_written(tmp_path, build, parameters, error, classes):
+    create = functools.partial(create_model, "convnextv2_atto", num_classes=classes)
+    model = build(create)
+    params = {name: np.asarray(leaf[...]) for name, leaf in parameters(model).items()}
+    # Small enough that an epsilon of 1e-12 in the final norm, transformers' default, would show.
+    params["stages.3.1.pwconv2.kernel"] = params["stages.3.1.pwconv2.kernel"] * 0
+    names = ("cat", "dog", "newt")[:classes]
+    write(tmp_path / "model", params, Facts(names, (64, 64), 0.875, (0.5,) * 3, (0.2,) * 3), "huggingface")
+    images = np.random.default_rng(0).standard_normal((2, 64, 64, 3)).astype(np.float32)
+    expected = filled(lambda: create(rngs=nnx.Rngs(0)), params)(jnp.asarray(images))
+    assert error(run_huggingface(tmp_path / "model", images), expected) < BOUND
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
+    assert config.layer_norm_eps == 1e-6
+    if classes:
+        assert config.id2label == dict(enumerate(names)) and config.label2id["newt"] == 2
+
+
+@pytest.mark.parametrize(("size", "picture"), [(64, (100, 140)), (384, (400, 300))])
+def test_transformers_prepares_images_as_we_do(tmp_path, build, parameters, size, picture):
+    """Shrunk and cut below 384 px, warped from there on; differences of a grey level are of rounding."""
+    model = build(functools.partial(create_model, "convnextv2_atto", num_classes=0))
+    params = {name: np.asarray(leaf[...]) for name, leaf in parameters(model).items()}
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    write(tmp_path / "model", params, Facts((), (size, size), 0.8, mean, std), "huggingface")
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*picture, 3), np.uint8)).save(path)
+    ours = preprocess_files([path], size=(size, size), channels=3, eval_crop=0.8)[0]
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "model")
+    found = np.asarray(processor(Image.open(path), return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
+    np.testing.assert_allclose((found * std + mean) * 255, ours, atol=1.01)
+
+
+STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2], dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        STATE,
+        {"model": STATE},
+        {"state_dict": STATE},
+        {"model": STATE, "optimizer": {"state": {}}, "epoch": 3, "args": argparse.Namespace(lr=1.0)},
+        {"model": {"a": torch.zeros(1)}, "model_ema": STATE, "scaler": {}},
+    ],
+    ids=["plain", "model", "state_dict", "training", "averaged"],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles(tmp_path, content, suffix, zipped):
+    path = tmp_path / f"model{suffix}"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    found = read_tensors(path)
+    assert found.keys() == STATE.keys()
+    assert all(value.dtype == np.float32 for value in found.values())
+    np.testing.assert_array_equal(found["a.weight"], [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(found["b"], [1.5, -2])
+
+
+def refusal(path):
+    with pytest.raises(UserError) as raised:
+        read_tensors(path)
+    message = str(raised.value)
+    assert f"'{path}'" in message and "\n" not in message
+    return message
+
+
+class Malicious:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("form", ["zipped", "legacy", "pickle"])
+def test_a_malicious_pickle_runs_nothing(tmp_path, form):
+    path, trace = tmp_path / "model.pt", tmp_path / "trace"
+    content = {"model": STATE, "x": Malicious(f"touch {trace}")}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps({"x": Malicious(f"touch {trace}")}, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zipped")
+    assert "asks for posix.system" in refusal(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(path.read_bytes())
+    assert trace.exists()  # so it would have
+
+
+def test_other_objects(tmp_path):
+    torch.save({"model": STATE, "when": datetime.datetime.now()}, tmp_path / "a.pt")
+    assert "asks for datetime.datetime" in refusal(tmp_path / "a.pt")
+    torch.save({**STATE, "epoch": 3}, tmp_path / "b.pt")
+    assert "'epoch' in it is no plain tensor" in refusal(tmp_path / "b.pt")
+    torch.save([torch.zeros(1)], tmp_path / "c.pt")
+    assert "holds no state dict" in refusal(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_pickles(tmp_path, zipped):
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.zeros(1000)}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:-200])
+    assert "damaged" in refusal(path)
+    path.write_bytes(b"hello " * 100)
+    assert "damaged or no PyTorch file" in refusal(path)

@@ -1,0 +1,116 @@
+"""Where time goes, on a clock of our own; traces, for real."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cnx2_jax.errors import UserError
+from cnx2_jax.train import observe
+from cnx2_jax.train.observe import TIMED, Observer, Profile, peak_flops
+
+
+class Clock:
+    def __init__(self):
+        self.time = 100.0
+
+    def __call__(self):
+        return self.time
+
+    def pass_(self, seconds):
+        self.time += seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def update(clock, observer, waited, worked):
+    with observer.waiting():
+        clock.pass_(waited)
+    clock.pass_(worked)
+    observer.landed()
+
+
+def test_goodput_waits_and_step_times(clock):
+    observer = Observer(now=clock)
+    clock.pass_(10)  # opening data, building the model
+    update(clock, observer, 5, 15)  # compiles
+    for _ in range(9):
+        update(clock, observer, 0.25, 0.75)
+    update(clock, observer, 0.25, 2.75)
+    values = observer.values()
+    assert values["goodput"] == pytest.approx(12 / 42, rel=1e-5)
+    assert values["data_wait"] == pytest.approx(2.5 / 12, rel=1e-5)
+    assert values["step_seconds_p50"] == pytest.approx(1)
+    assert values["step_seconds_p99"] == pytest.approx(3, abs=0.2)
+
+    # The next window is for itself, goodput since the beginning; a pause costs goodput alone.
+    with observer.paused():
+        clock.pass_(8)
+    for _ in range(4):
+        update(clock, observer, 0.1, 0.4)
+    values = observer.values()
+    assert values["goodput"] == pytest.approx(14 / 52, abs=1e-5)
+    assert values["data_wait"] == pytest.approx(0.2)
+    assert values["step_seconds_p50"] == values["step_seconds_p99"] == pytest.approx(0.5)
+    assert observer.summary().startswith("goodput 27%, step p50 1000.0 ms, p90 ")
+
+
+def test_before_any_update_there_is_little_to_say(clock):
+    observer = Observer(now=clock)
+    clock.pass_(1)
+    assert observer.values() == {"goodput": 0, "data_wait": 0}
+    assert observer.summary() == "goodput 0%"
+
+
+def test_utilisation_where_the_peak_is_known(clock, monkeypatch):
+    monkeypatch.setitem(observe.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
+    observer = Observer(flops_per_step=2e11 * jax.device_count(), now=clock)
+    for _ in range(3):
+        update(clock, observer, 0, 0.5)
+    assert observer.values()["flop_utilisation"] == pytest.approx(0.4)
+    assert "40% of the peak FLOP/s" in observer.summary()
+
+
+def test_peaks_are_found_by_the_longest_name():
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("cpu") == 0
+
+
+def test_timed_metrics_are_told_from_others(clock):
+    observer = Observer(now=clock)
+    for _ in range(3):
+        update(clock, observer, 0, 0.5)
+    assert all(TIMED.fullmatch(name) for name in [*observer.values(), "images_per_sec", "memory_peak_gib"])
+    assert not any(TIMED.fullmatch(name) for name in ("loss", "grad_norm", "learning_rate", "ema_accuracy"))
+
+
+def test_a_trace_is_written_of_the_steps_asked_for(tmp_path):
+    profile = Profile("2:3", tmp_path / "profile")
+    due = []
+    for step in range(1, 6):
+        profile.before(step)
+        jnp.ones(8).sum().block_until_ready()
+        due.append(profile.after(step))
+        if due[-1]:
+            profile.close()
+    assert due == [False, False, True, False, False]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    profile.close()
+
+
+def test_no_trace_unless_asked_for(tmp_path):
+    profile = Profile("", tmp_path / "profile")
+    profile.before(1)
+    assert not profile.after(1)
+    profile.close()
+    assert not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize("steps", ["10", "5:3", "0:2", "a:b", "1:2:3", "-1:4"])
+def test_steps_that_are_no_range(steps, tmp_path):
+    with pytest.raises(UserError, match=r"profile_steps '.*' must be FIRST:LAST"):
+        Profile(steps, tmp_path)
