@@ -24,6 +24,7 @@ fine-tunes the digits network in about a minute on a CPU; `digits,labels=10` on 
 
 from cnx2_jax.configuration import defaults
 from cnx2_jax.recipes import parse_argument, use_digits, use_imagenet_recipe, use_smoke
+from cnx2_jax.sweeps import choice, log_uniform, product, random, uniform
 
 RECIPES = {
     # variant: base lr, weight decay, layer decay, its type, warmup epochs, epochs, smoothing, mixup, cutmix,
@@ -76,3 +77,26 @@ def get_config(argument="tiny"):
     if name == "smoke":
         use_smoke(config)
     return config
+
+
+def sweep_lr():
+    """What the paper tuned by variant: how fast to learn, and how much slower in the layers below."""
+    return product(
+        **{
+            "optimizer.base_learning_rate": (2e-4, 4e-4, 8e-4),
+            "optimizer.layer_decay": (0.7, 0.8, 0.9),
+        }
+    )
+
+
+def sweep_regularisation():
+    """Twelve draws of what keeps a network from learning a small set by heart."""
+    return random(
+        12,
+        0,
+        **{
+            "optimizer.weight_decay": log_uniform(0.01, 0.5),
+            "model.drop_path": uniform(0.0, 0.4),
+            "mixup": choice(0.0, 0.3, 0.8),
+        },
+    )

@@ -15,6 +15,7 @@ layers decay by group from base on, as on ImageNet-1K.
 
 from cnx2_jax.configuration import defaults
 from cnx2_jax.recipes import parse_argument, use_imagenet_recipe, use_smoke
+from cnx2_jax.sweeps import product
 
 RECIPES = {
     # variant: layer decay, its type, drop path
@@ -47,3 +48,13 @@ def get_config(argument="tiny"):
     if name == "smoke":
         use_smoke(config)
     return config
+
+
+def sweep_lr():
+    """Around the recipe's rate and decay by layer, for another set of images."""
+    return product(
+        **{
+            "optimizer.base_learning_rate": (1e-4, 2.5e-4, 5e-4),
+            "optimizer.layer_decay": (0.7, 0.8, 0.9),
+        }
+    )

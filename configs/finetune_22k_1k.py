@@ -18,6 +18,7 @@ on, as on ImageNet-1K.
 
 from cnx2_jax.configuration import defaults
 from cnx2_jax.recipes import parse_argument, use_imagenet_recipe, use_smoke
+from cnx2_jax.sweeps import product
 
 RECIPES = {
     # variant: layer decay, its type, epochs, drop path, decay of the average
@@ -49,3 +50,13 @@ def get_config(argument="tiny"):
     if name == "smoke":
         use_smoke(config)
     return config
+
+
+def sweep_lr():
+    """Around the recipe's rate and decay by layer, for another set of images."""
+    return product(
+        **{
+            "optimizer.base_learning_rate": (1e-5, 2.5e-5, 5e-5),
+            "optimizer.layer_decay": (0.7, 0.8, 0.9),
+        }
+    )

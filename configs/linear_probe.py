@@ -18,6 +18,7 @@ epochs of warmup, no weight decay, no augmentation; AdamW in the place of LARS.
 from cnx2_jax.configuration import defaults
 from cnx2_jax.models import VARIANTS
 from cnx2_jax.recipes import parse_argument, use_digits, use_smoke
+from cnx2_jax.sweeps import product
 
 
 def get_config(argument="tiny"):
@@ -41,3 +42,8 @@ def get_config(argument="tiny"):
     if name == "smoke":
         use_smoke(config)
     return config
+
+
+def sweep_lr():
+    """The one value that a probe of another encoder or set needs anew."""
+    return product(**{"optimizer.base_learning_rate": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)})

@@ -19,6 +19,7 @@ pretrains a small network on scikit-learn's 1,797 embedded digits in about a min
 from cnx2_jax.configuration import defaults
 from cnx2_jax.models import VARIANTS
 from cnx2_jax.recipes import parse_argument, use_digits, use_smoke
+from cnx2_jax.sweeps import product
 
 
 def get_config(argument="tiny"):
@@ -48,3 +49,13 @@ def get_config(argument="tiny"):
     if name == "smoke":
         use_smoke(config)
     return config
+
+
+def sweep_mask_ratio():
+    """Around the paper's 0.6 (section 3.1); its loss is of other patches each time, so compare fine-tuned."""
+    return product(**{"model.mask_ratio": (0.4, 0.5, 0.6, 0.7, 0.8)})
+
+
+def sweep_lr():
+    """Around the recipe's rate, for another batch size or set of images."""
+    return product(**{"optimizer.base_learning_rate": (5e-5, 1.5e-4, 5e-4, 1.5e-3)})

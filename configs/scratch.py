@@ -15,6 +15,7 @@ code's default is 1e-6.
 
 from cnx2_jax.configuration import defaults
 from cnx2_jax.recipes import parse_argument, use_imagenet_recipe, use_smoke
+from cnx2_jax.sweeps import product
 
 DROP_PATH = {
     "atto": 0.0,
@@ -45,3 +46,13 @@ def get_config(argument="tiny"):
     if name == "smoke":
         use_smoke(config)
     return config
+
+
+def sweep_lr():
+    """Around the recipe's rate and weight decay, for a smaller set of images."""
+    return product(
+        **{
+            "optimizer.base_learning_rate": (1e-4, 2.5e-4, 5e-4),
+            "optimizer.weight_decay": (0.05, 0.1, 0.3),
+        }
+    )

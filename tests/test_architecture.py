@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "tasks": {"errors", "configuration", "models", "kernels", *TRAINING},
     "commands": {"errors", "configuration", "models", "kernels", "tasks", *TRAINING},
     "cli": {"errors", "configuration", "commands"},
+    "sweeps": {"errors"},
     "__init__": set(),
 }
 

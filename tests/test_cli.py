@@ -157,11 +157,13 @@ def test_train_says_what_it_did(pretrained):
     assert rows[0].keys() == rows[1].keys() >= keys
     assert rows[2]["loss"] == metrics["loss"]
     assert json.loads((workdir / "config.json").read_text())["model"]["dims"] == [4, 4, 8, 8]
+    assert json.loads((workdir / "result.json").read_text()) == metrics
     assert sorted(path.name for path in workdir.iterdir()) == [
         "checkpoints",
         "config.json",
         "metrics.jsonl",
         "reconstructions",
+        "result.json",
         "tensorboard",
     ]
     assert [path.name for path in (workdir / "reconstructions").iterdir()] == ["00000004.png"]

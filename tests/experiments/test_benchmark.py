@@ -1,6 +1,5 @@
 """The benchmark's own parts: reading compiled programs, taking turns, and what it says of bad arguments."""
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +7,6 @@ from pathlib import Path
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """The function that imports a module of experiments/, as running a script there would."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
 
 
 PROGRAM = """\
