@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cnx2_jax.configuration import load_config
 from cnx2_jax.tasks import make_task
+from cnx2_jax.train import processes
 from cnx2_jax.train.loop import fit
 
 TAKES_OVERRIDES = True
@@ -24,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         help="where config.json, metrics.jsonl, checkpoints/ and tensorboard/ go; the same command goes on "
-        "with the run it finds there",
+        "with the run it finds there; the same folder for all processes",
     )
+    processes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    metrics = fit(make_task(load_config(args.config, overrides)), args.workdir)
-    if metrics is not None:
-        print(json.dumps(metrics))
+    with processes.joined(args):
+        metrics = fit(make_task(load_config(args.config, overrides)), args.workdir)
+        if metrics is not None and processes.is_first():
+            print(json.dumps(metrics))
