@@ -50,7 +50,7 @@ class Flight:
                     break
 
     def _not_finite(self, step: int, what: str, metrics: dict[str, jax.Array]) -> None:
-        advice = "lower optimizer.base_learning_rate or set optimizer.clip_norm, and start again in another workdir"
+        advice = "lower optimizer.base_learning_rate or set optimizer.clip_norm, and start again elsewhere"
         if "skipped" not in metrics:
             raise RunError(f"{what}; stopped, and no checkpoint holds that update: {advice}")
         row = int(metrics["skipped_in_a_row"])

@@ -60,6 +60,6 @@ class HangWatch:
                 faulthandler.dump_traceback(file)
         except OSError as error:
             print(f"cannot write '{self._path}': {error.strerror}", file=sys.stderr)
-        faulthandler.dump_traceback(sys.__stderr__)
+        faulthandler.dump_traceback()
         print(f"{line}; stacks are above and in '{self._path}'", file=sys.stderr, flush=True)
         os._exit(1)

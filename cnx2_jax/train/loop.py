@@ -148,21 +148,17 @@ def only_run_in(workdir: Path) -> Iterator[None]:
 def _closing(report: Silence, checkpoints: Checkpoints) -> Iterator[None]:
     """Closes both, and so finishes what is being saved.
 
-    But not after a failure of the computation where there are several processes: one of them may be gone, and
-    saving would wait for it.
+    But not where the computation fails on several processes: one of them may be gone, and saving would wait
+    for it.
     """
+    finish = True
     try:
         yield
-    except (UserError, RunError):
-        pass_on = True
+    except BaseException as error:
+        finish = jax.process_count() == 1 or isinstance(error, UserError | RunError)
         raise
-    except BaseException:
-        pass_on = jax.process_count() == 1
-        raise
-    else:
-        pass_on = True
     finally:
-        if pass_on:
+        if finish:
             report.close()
             checkpoints.close()
 

@@ -20,6 +20,7 @@ from cnx2_jax.errors import tell
 ROLL_CALL_SECONDS = 3.0  # in which a living process answers an alarm
 READING_SECONDS = 1.0  # that process 0 serves the verdict before it ends, and the store with it
 STOP_SECONDS = 60.0  # in which all living processes answer a request to stop
+GO_ON = "the same command goes on with the run"
 _EVER_MS = 2**31 - 1
 
 _NAME, _ALARM, _PRESENT, _VERDICT = "cnx2/name", "cnx2/alarm", "cnx2/present", "cnx2/verdict"
@@ -71,19 +72,15 @@ class Watch:
             if self._index == 0:
                 self._store.key_value_set(_VERDICT, json.dumps({**alarm, "missing": self._missing()}))
             verdict = json.loads(self._store.blocking_key_value_get(_VERDICT, int(4e3 * ROLL_CALL_SECONDS)))
-        except Exception as lost:
+        except Exception as error:
             if self._leaving:
                 return
-            reason = _first_line(lost)
-            self._say(
-                f"process 0 of {self._count} is gone or out of reach ({reason}); the same command goes on"
-            )
+            lost = _first_line(error)
+            self._say(f"process 0 of {self._count} is gone or out of reach ({lost}); {GO_ON}")
             self._end(1)
         status = 1
         if verdict["missing"]:
-            self._say(
-                f"{self._named(verdict['missing'])} of {self._count} gone without a word; the same command goes on"
-            )
+            self._say(f"{self._named(verdict['missing'])} of {self._count} gone without a word; {GO_ON}")
         elif self._error is not None:
             status = _explain(self._error)
         else:

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options by which a process is told its place among others."""
     group = parser.add_argument_group(
         "several processes",
-        "On a TPU pod, under Slurm, under Open MPI and in an indexed Kubernetes job processes find each other "
-        "and none of these is needed; elsewhere give the first three.",
+        "On a TPU pod, under Slurm or Open MPI, and in an indexed Kubernetes job processes find each other; "
+        "elsewhere give the first three of these.",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens for the others")
     group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")

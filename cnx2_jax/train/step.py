@@ -96,9 +96,14 @@ def make_train_step(
         after = TrainState(state.step + 1, params, opt_state, ema)
         if state.skipped is not None:
             fine = jnp.isfinite(jnp.array([metrics[name] for name in FINITE])).all()
-            after = _unless_skipped(fine, after, state)
-            metrics["skipped"] = after.skipped["total"]
-            metrics["skipped_in_a_row"] = after.skipped["in_a_row"]
+            counts = {
+                "total": state.skipped["total"] + ~fine,
+                "in_a_row": jnp.where(fine, 0, state.skipped["in_a_row"] + 1),
+            }
+            before = dataclasses.replace(state, step=after.step, skipped=None)
+            after = jax.tree.map(lambda new, old: jnp.where(fine, new, old), after, before)
+            after = dataclasses.replace(after, skipped=counts)
+            metrics |= {"skipped": counts["total"], "skipped_in_a_row": counts["in_a_row"]}
         return after, metrics
 
     states = state_sharding(like, mesh)
@@ -108,15 +113,3 @@ def make_train_step(
         out_shardings=(states, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-
-
-def _unless_skipped(fine: jax.Array, after: TrainState, before: TrainState) -> TrainState:
-    """Returns `after` if `fine`, else `before` one step on; either with the counts brought up to date."""
-    assert before.skipped is not None
-    counts = {
-        "total": before.skipped["total"] + ~fine,
-        "in_a_row": jnp.where(fine, 0, before.skipped["in_a_row"] + 1),
-    }
-    kept = dataclasses.replace(before, step=after.step, skipped=None)
-    chosen = jax.tree.map(lambda new, old: jnp.where(fine, new, old), after, kept)
-    return dataclasses.replace(chosen, skipped=counts)
