@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).resolve().parent.parent
 HEARTBEAT_SECONDS = 10
+START_SECONDS = 15  # about what a start takes
 PATIENCE_SECONDS = 60  # that the others have to end, once one was killed
 EVAL_STEPS, CHECKPOINT_STEPS = 20, 4
 IMAGES, BATCH = 1438, 16
@@ -62,7 +63,7 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=25, help="25 by default")
     parser.add_argument("--processes", type=int, default=2, help="of the run; 2 by default")
-    parser.add_argument("--steps", type=int, default=200, help="of the run; 200 by default")
+    parser.add_argument("--steps", type=int, default=120, help="of the run; 120 by default")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and processes; 0 by default")
     parser.add_argument("--config", default=f"{ROOT}/configs/finetune.py:digits", help="the recipe")
     parser.add_argument("--out", type=Path, help="a new folder; runs/chaos-DATE-TIME by default")
@@ -177,9 +178,9 @@ def chaos(run: Run, number: int, steps: int, draws: random.Random) -> list[Kill]
         if len(kills) == number:
             run.wait(None)
             return kills
-        # Some while it starts, the others on the way, so that as many steps are left for those that follow.
-        early = draws.random() < 0.25
-        pause = draws.uniform(0, 12) if early else draws.uniform(0, 0.5)
+        # Half of them while it starts, the others on the way, such that steps are left for those that follow.
+        early = draws.random() < 0.5
+        pause = draws.uniform(0, START_SECONDS) if early else draws.uniform(0, 0.5)
         target = before + draws.uniform(0, 1.6 * (steps - before) / (number - len(kills) + 1))
         rows = len(run.rows())
         while not early and (run.step() < target or len(run.rows()) == rows):

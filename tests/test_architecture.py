@@ -14,12 +14,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TRAINING = {"train", "data", "interop"}
 MAY_IMPORT = {
     "errors": set(),
+    "store": set(),
     "configuration": {"errors"},
     "kernels": {"errors"},
     "models": {"errors", "kernels"},
-    "data": {"errors", "configuration", "models", "kernels"},
+    "data": {"errors", "store", "configuration", "models", "kernels"},
     "interop": {"errors", "configuration", "models", "kernels"},
-    "train": {"errors", "configuration", "models", "kernels"},
+    "train": {"errors", "store", "configuration", "models", "kernels"},
     "tasks": {"errors", "configuration", "models", "kernels", *TRAINING},
     "commands": {"errors", "configuration", "models", "kernels", "tasks", *TRAINING},
     "cli": {"errors", "configuration", "commands"},

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+STDERR = 2  # the file itself, whatever Python's stands for
 GRACE_SECONDS = 60  # that Python has to show and end it itself
 
 
@@ -45,7 +46,7 @@ class HangWatch:
         pause = self._seconds / 10
         while True:
             # Should something hold the interpreter, so that not even this loop goes round.
-            faulthandler.dump_traceback_later(self._seconds + pause + GRACE_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(self._seconds + pause + GRACE_SECONDS, exit=True, file=STDERR)
             if self._over.wait(pause):
                 return
             still = time.monotonic() - self._moved_at
@@ -60,6 +61,6 @@ class HangWatch:
                 faulthandler.dump_traceback(file)
         except OSError as error:
             print(f"cannot write '{self._path}': {error.strerror}", file=sys.stderr)
-        faulthandler.dump_traceback()
+        faulthandler.dump_traceback(STDERR)
         print(f"{line}; stacks are above and in '{self._path}'", file=sys.stderr, flush=True)
         os._exit(1)

@@ -1,9 +1,11 @@
 """What the processes of a run tell each other besides arrays: who failed, and where to stop.
 
-Both go through the key-value store of JAX's coordinator, which process 0 serves, and cost nothing while
-nothing happens: threads sleep in a request for a key that nobody sets.
+Both go through the key-value store of JAX's coordinator, which process 0 serves, and cost a step nothing:
+threads sleep in a request for a key that nobody sets.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import socket
@@ -11,11 +13,9 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
 
-from jax._src import distributed  # the store has no public name; Orbax reaches it like this too
-
-from cnx2_jax.errors import tell
+from cnx2_jax.errors import UserError, tell
+from cnx2_jax.store import shared_store
 
 ROLL_CALL_SECONDS = 3.0  # in which a living process answers an alarm
 READING_SECONDS = 1.0  # that process 0 serves the verdict before it ends, and the store with it
@@ -23,27 +23,26 @@ STOP_SECONDS = 60.0  # in which all living processes answer a request to stop
 GO_ON = "the same command goes on with the run"
 _EVER_MS = 2**31 - 1
 
-_NAME, _ALARM, _PRESENT, _VERDICT = "cnx2/name", "cnx2/alarm", "cnx2/present", "cnx2/verdict"
+_NAME, _BEAT, _ALARM = "cnx2/name", "cnx2/beat", "cnx2/alarm"
+_PRESENT, _VERDICT = "cnx2/present", "cnx2/verdict"
 _STOP, _STOP_AT = "cnx2/stop", "cnx2/stop_at"
-
-
-def store() -> Any:
-    """Returns the key-value store of this run's processes; None in a run of one."""
-    return distributed.global_state.client
 
 
 class Watch:
     """Ends this process when another one fails or is gone, with a line that names it.
 
-    A process that fails raises the alarm; all that live answer; those that do not are the ones to name.
+    A process that fails raises the alarm, and process 0 does when one gives no sign; all that live answer;
+    those that do not are the ones to name.
 
     Args:
       index, count: of the processes.
+      silence: seconds that a process may give no sign.
     """
 
-    def __init__(self, index: int, count: int):
-        self._index, self._count = index, count
-        self._store = store()
+    def __init__(self, index: int, count: int, silence: float):
+        self._index, self._count, self._silence = index, count, silence
+        self._heard: dict[str, tuple[str, float]] = {}  # the last sign of each process, and when it came
+        self._store = shared_store()
         self._error: BaseException | None = None
         self._leaving = False
         self._store.key_value_set(f"{_NAME}/{index}", f"{socket.gethostname()}, pid {os.getpid()}")
@@ -57,17 +56,14 @@ class Watch:
     def fail(self, error: BaseException) -> None:
         """Raises the alarm for this process's own error, and ends the process; does not return."""
         self._error = error
-        try:
-            alarm = {"by": self._index, "text": _first_line(error)}
-            self._store.key_value_set(_ALARM, json.dumps(alarm))
-        except Exception as refused:  # an alarm is raised already, or process 0 is gone: the thread knows
-            del refused
+        with contextlib.suppress(Exception):  # process 0 is gone: the thread knows
+            self._alarm(_first_line(error), 2 if isinstance(error, UserError) else 1)
         self._thread.join(4 * ROLL_CALL_SECONDS)
         self._end(_explain(error))
 
     def _listen(self) -> None:
         try:
-            alarm = json.loads(self._store.blocking_key_value_get(_ALARM, _EVER_MS))
+            alarm = self._wait_for_alarm()
             self._store.key_value_set(f"{_PRESENT}/{self._index}", "")
             if self._index == 0:
                 self._store.key_value_set(_VERDICT, json.dumps({**alarm, "missing": self._missing()}))
@@ -78,7 +74,7 @@ class Watch:
             lost = _first_line(error)
             self._say(f"process 0 of {self._count} is gone or out of reach ({lost}); {GO_ON}")
             self._end(1)
-        status = 1
+        status = verdict["status"]
         if verdict["missing"]:
             self._say(f"{self._named(verdict['missing'])} of {self._count} gone without a word; {GO_ON}")
         elif self._error is not None:
@@ -89,6 +85,33 @@ class Watch:
         if self._index == 0:
             time.sleep(READING_SECONDS)
         self._end(status)
+
+    def _alarm(self, text: str, status: int) -> None:
+        with contextlib.suppress(ValueError, RuntimeError):  # there is one already
+            alarm = {"by": self._index, "text": text, "status": status}
+            self._store.key_value_set(_ALARM, json.dumps(alarm))
+
+    def _wait_for_alarm(self) -> dict:
+        """Gives signs, and in process 0 looks for those of the others, until there is an alarm."""
+        for beat in itertools.count():
+            self._store.key_value_set(f"{_BEAT}/{self._index}", str(beat), allow_overwrite=True)
+            if self._index == 0:
+                self._look_for_signs()
+            try:
+                return json.loads(self._store.blocking_key_value_get(_ALARM, int(1e3 * self._silence / 4)))
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+        raise AssertionError
+
+    def _look_for_signs(self) -> None:
+        now = time.monotonic()
+        for process, beat in self._store.key_value_dir_get(_BEAT):
+            last, at = self._heard.get(process, ("", now))
+            if beat != last:
+                self._heard[process] = beat, now
+            elif now - at > self._silence:
+                self._alarm(f"{process} gave no sign for {now - at:.0f} s", 1)
 
     def _missing(self) -> list[int]:
         """Waits for the others' answers; returns who gave none."""
@@ -126,7 +149,7 @@ class Agreement:
 
     def __init__(self, index: int):
         self._index = index
-        self._store = store()
+        self._store = shared_store()
         self._lock = threading.Lock()
         self._point = 0
         self._stop_at: int | None = None

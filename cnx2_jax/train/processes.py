@@ -17,6 +17,7 @@ from cnx2_jax.errors import RunError, UserError, tell
 from cnx2_jax.train.peers import Watch
 
 MEETING_SECONDS = 300  # in which all processes of a run must have started
+JAX_LATER_SECONDS = 15  # that JAX waits for a sign longer than we do
 LEAVING_SECONDS = 60  # that a process that is done waits for the others
 
 
@@ -52,7 +53,7 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
     if not _start(args):
         yield
         return
-    watch = Watch(jax.process_index(), jax.process_count()) if jax.process_count() > 1 else None
+    watch = _watch(args)
     try:
         yield
     except BaseException as error:
@@ -62,6 +63,11 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
     if watch is not None:
         watch.leave()
     jax.distributed.shutdown()
+
+
+def _watch(args: argparse.Namespace) -> Watch | None:
+    index, count = jax.process_index(), jax.process_count()
+    return Watch(index, count, args.heartbeat_seconds) if count > 1 else None
 
 
 def is_first() -> bool:
@@ -121,7 +127,8 @@ def _initialize(args: argparse.Namespace, **place) -> None:
         **place,
         # Longer than ours, as JAX would abort with a stack of C++ functions.
         initialization_timeout=MEETING_SECONDS + 60,
-        heartbeat_timeout_seconds=args.heartbeat_seconds,
+        # What JAX says when it misses a sign is another such stack: we look for signs ourselves, and before.
+        heartbeat_timeout_seconds=args.heartbeat_seconds + JAX_LATER_SECONDS + args.heartbeat_seconds // 4,
         shutdown_timeout_seconds=LEAVING_SECONDS,
     )
 
