@@ -46,10 +46,10 @@ SMALL = [
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """One kill: when, in which process, what was going on, and how the others ended."""
+    """One kill: when, of which processes, what was going on, and how the others ended."""
 
     second: float
-    process: int
+    processes: list[int]
     step: int
     doing: str
     others_seconds: float
@@ -188,19 +188,22 @@ def chaos(run: Run, number: int, steps: int, draws: random.Random) -> list[Kill]
                 raise SystemExit(f"the run ended by itself: {run.last_words(0)}")
             time.sleep(0.005)
         time.sleep(pause)
-        victim = draws.randrange(len(run.processes))
         trains = len(run.rows()) != rows
+        # Who has not met the others yet waits for them for minutes: then all are killed, as a launcher does.
+        victims = [draws.randrange(len(run.processes))] if trains else list(range(len(run.processes)))
         doing, step, second = run.doing(trains), run.step(), time.monotonic() - begun
-        run.processes[victim].send_signal(signal.SIGKILL)
+        for victim in victims:
+            run.processes[victim].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         statuses = run.wait(PATIENCE_SECONDS)
-        other = (victim + 1) % len(statuses)
+        other = (victims[-1] + 1) % len(statuses)
         kill = Kill(
-            second, victim, step, doing, time.monotonic() - killed, statuses[other], run.last_words(other)
+            second, victims, step, doing, time.monotonic() - killed, statuses[other], run.last_words(other)
         )
         kills.append(kill)
+        who = " and ".join(map(str, victims))
         print(
-            f"| {len(kills)} | {second:.1f} | {victim} | {step} | {doing} | {kill.others_seconds:.1f} s | "
+            f"| {len(kills)} | {second:.1f} | {who} | {step} | {doing} | {kill.others_seconds:.1f} s | "
             f"{kill.others_status} |",
             flush=True,
         )

@@ -98,7 +98,8 @@ def test_the_loop_knows_no_task_by_name():
                 if isinstance(value, str)
             ]
             for word in words:
-                pattern = "pretrain|classif|fcmae|convnext|reconstruct|accuracy|segment|detect"
+                # `cluster_detection_method` is JAX's, about who started a process.
+                pattern = "pretrain|classif|fcmae|convnext|reconstruct|accuracy|segment|detect(?!ion_method)"
                 assert not re.search(pattern, word, re.IGNORECASE), (path, word)
 
 
