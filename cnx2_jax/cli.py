@@ -2,13 +2,12 @@
 
 import argparse
 import importlib
-import os
 import sys
 from typing import NoReturn
 
 from absl import logging
 
-from cnx2_jax.errors import RunError, UserError
+from cnx2_jax.errors import RunError, UserError, tell
 
 # Modules are imported only when their verb runs: `--help` should not wait for JAX and TensorFlow.
 VERBS = {
@@ -33,19 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `cnx2` with these arguments (the process's by default) and returns its exit status."""
     try:
         _run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"cnx2: error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"cnx2: stopped: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        # Who read the output, such as `head`, has seen enough; Python would complain of it once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        print("cnx2: interrupted", file=sys.stderr)
-        return 130
+    except (UserError, RunError, BrokenPipeError, KeyboardInterrupt) as error:
+        return tell(error)
     return 0
 
 

@@ -24,6 +24,9 @@ FREE_KEYS = (
     "eval_epochs",
     "checkpoint_steps",
     "keep_checkpoints",
+    "on_nonfinite",
+    "max_nonfinite",
+    "hang_seconds",
     "data.feature_cache",
 )
 
@@ -39,6 +42,8 @@ RANGES = {
     "eval_epochs": (0, INFINITY),
     "checkpoint_steps": (1, INFINITY),
     "keep_checkpoints": (1, INFINITY),
+    "max_nonfinite": (1, 2**31 - 1),
+    "hang_seconds": (0, 1e6),
     "model.in_chans": (1, INFINITY),
     "model.patch_size": (1, 4),
     "model.mask_patch": (0, INFINITY),
@@ -77,6 +82,9 @@ def defaults(task: str) -> ConfigDict:
     config.eval_epochs = 10.0
     config.checkpoint_steps = 1000
     config.keep_checkpoints = 2  # the latest ones; the best is kept besides
+    config.on_nonfinite = "stop"  # or skip: leave out an update that is not finite, counted in the metrics
+    config.max_nonfinite = 10  # skipped updates in a row at which the run stops
+    config.hang_seconds = 1800.0  # without a step after which the run shows its stacks and ends; 0: never
     config.ema_decay = 0.0  # of the exponential moving average of the parameters; 0: none is kept
 
     model = config.model = ConfigDict()

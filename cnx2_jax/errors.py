@@ -1,6 +1,8 @@
 """The exceptions that end a command with one line instead of a traceback."""
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 
 
@@ -14,6 +16,29 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that cannot go on though nothing was asked wrongly, such as a non-finite loss; exit status 1."""
+
+
+def tell(error: BaseException) -> int:
+    """Prints what ended a command as one line, and returns its exit status.
+
+    Raises:
+      BaseException: the error itself, if it is none that a command is meant to end with.
+    """
+    match error:
+        case UserError():
+            print(f"cnx2: error: {error}", file=sys.stderr)
+            return 2
+        case RunError():
+            print(f"cnx2: stopped: {error}", file=sys.stderr)
+            return 1
+        case BrokenPipeError():
+            # Who read the output, such as `head`, has seen enough; Python would complain once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        case KeyboardInterrupt():
+            print("cnx2: interrupted", file=sys.stderr)
+            return 130
+    raise error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from runs import Run
 
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.train.report import read_metrics
+from runs import Run
 
 Row = dict[str, Any]
 

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import results
-import runs
 from backends.local import programs
 from command import Parser, count, run
 from plots import draw_into
 
+import runs
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError
 

@@ -14,13 +14,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TRAINING = {"train", "data", "interop"}
 MAY_IMPORT = {
     "errors": set(),
+    "store": set(),
     "configuration": {"errors"},
     "recipes": {"errors", "configuration"},
     "kernels": {"errors"},
     "models": {"errors", "kernels"},
-    "data": {"errors", "configuration", "models", "kernels"},
+    "data": {"errors", "store", "configuration", "models", "kernels"},
     "interop": {"errors", "configuration", "models", "kernels"},
-    "train": {"errors", "configuration", "models", "kernels"},
+    "train": {"errors", "store", "configuration", "models", "kernels"},
     "tasks": {"errors", "configuration", "models", "kernels", *TRAINING},
     "commands": {"errors", "configuration", "models", "kernels", "tasks", *TRAINING},
     "cli": {"errors", "configuration", "commands"},
@@ -99,7 +100,8 @@ def test_the_loop_knows_no_task_by_name():
                 if isinstance(value, str)
             ]
             for word in words:
-                pattern = "pretrain|classif|fcmae|convnext|reconstruct|accuracy|segment|detect"
+                # `cluster_detection_method` is JAX's, about who started a process.
+                pattern = "pretrain|classif|fcmae|convnext|reconstruct|accuracy|segment|detect(?!ion_method)"
                 assert not re.search(pattern, word, re.IGNORECASE), (path, word)
 
 

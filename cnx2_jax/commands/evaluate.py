@@ -4,13 +4,14 @@ import argparse
 import json
 from pathlib import Path
 
+import jax
 from flax import nnx
 
 from cnx2_jax.configuration import override, read_config
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.tasks import base, make_task, neighbours, robustness
-from cnx2_jax.train import checkpoint, sharding
+from cnx2_jax.train import checkpoint, processes, sharding
 from cnx2_jax.train.loop import AVERAGED
 from cnx2_jax.train.report import say
 from cnx2_jax.train.state import merge, split
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead, how well the K nearest training images tell a validation image's class; 20 is usual, "
         "and it works on pretraining, if the images have classes",
     )
+    processes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -48,28 +50,33 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("evaluate needs --workdir, or --set NAME=FOLDER with --checkpoint")
     if args.set and args.knn is not None:
         raise UserError("--knn is of the run's own images; give it without --set")
-    if args.set:
-        results = _on_sets(args, overrides)
-    elif args.knn is not None:
-        results = _by_neighbours(args, overrides)
-    else:
-        results = _on_own_images(args, overrides)
-    print(json.dumps(results))
+    with processes.joined(args):
+        if args.set:
+            results = _on_sets(args, overrides)
+        elif args.knn is not None:
+            results = _by_neighbours(args, overrides)
+        else:
+            results = _on_own_images(args, overrides)
+        if processes.is_first():
+            print(json.dumps(results))
 
 
 def _on_own_images(args: argparse.Namespace, overrides: list[str]) -> dict:
     task, model, mesh, folder = _run_of(args, overrides, averaged=False)
     results: dict = {"checkpoint": str(folder)}
-    results |= task.evaluate(model, sharding.put_batches(task.images.eval_batches(), mesh))
+    share = processes.share()
+    results |= task.evaluate(model, sharding.put_batches(task.images.eval_batches(**share), mesh))
     if checkpoint.has_average(folder):
         graph, _ = split(model)
         model = merge(graph, sharding.put_params(checkpoint.read_params(folder), mesh))
-        metrics = task.evaluate(model, sharding.put_batches(task.images.eval_batches(), mesh))
+        metrics = task.evaluate(model, sharding.put_batches(task.images.eval_batches(**share), mesh))
         results |= {AVERAGED + name: value for name, value in metrics.items()}
     return results
 
 
 def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
+    if jax.process_count() > 1:
+        raise UserError(f"--knn works in one process, not in {jax.process_count()}; start one alone")
     task, model, mesh, folder = _run_of(args, overrides)
     metrics = neighbours.evaluate(base.without_decoder(model), task.config, task.images, args.knn, mesh)
     return {"checkpoint": str(folder), **metrics}

@@ -5,10 +5,9 @@ import json
 import os
 from pathlib import Path
 
-import jax
-
 from cnx2_jax.configuration import load_config
 from cnx2_jax.tasks import make_task
+from cnx2_jax.train import processes
 from cnx2_jax.train.loop import fit
 
 TAKES_OVERRIDES = True
@@ -27,17 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         help="where config.json, metrics.jsonl, checkpoints/, tensorboard/ and, at the end, result.json go; "
-        "the same command goes on with the run it finds there",
+        "the same command goes on with the run it finds there; the same folder for all processes",
     )
+    processes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    metrics = fit(make_task(load_config(args.config, overrides)), args.workdir)
-    if metrics is None:
-        return
-    line = json.dumps(metrics)
-    if jax.process_index() == 0:
-        partial = args.workdir / "result.tmp"
-        partial.write_text(f"{line}\n")
-        os.replace(partial, args.workdir / "result.json")  # by which others see that the run is at its end
-    print(line)
+    with processes.joined(args):
+        metrics = fit(make_task(load_config(args.config, overrides)), args.workdir)
+        if metrics is not None and processes.is_first():
+            line = json.dumps(metrics)
+            partial = args.workdir / "result.tmp"
+            partial.write_text(f"{line}\n")
+            os.replace(
+                partial, args.workdir / "result.json"
+            )  # others see by it that the run has ended
+            print(line)

@@ -1,10 +1,12 @@
 """What becomes of an image that cannot be read, and of the batch it was for."""
 
+import zlib
 from collections.abc import Callable
 
 import tensorflow as tf
 
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.store import shared_store
 
 POLICIES = ("error", "skip")
 
@@ -51,3 +53,29 @@ def tolerate(example: Example, position: tf.Tensor, stand_in: StandIn | None) ->
         blank["unreadable"] = tf.constant(True)
         attempts = attempts.concatenate(tf.data.Dataset.from_tensors(blank))
     return attempts.take(1).get_single_element()
+
+
+class Skipped:
+    """The records of a source that could not be read, as far as any process of the run has met them.
+
+    Args:
+      source: a name of the source, the same in all processes.
+    """
+
+    def __init__(self, source: str):
+        self._here: set[int] = set()
+        self._place = f"cnx2/unreadable/{zlib.crc32(source.encode())}"
+
+    def add(self, record: int) -> bool:
+        """Takes in a record; says whether this process has not met it before."""
+        if record in self._here:
+            return False
+        self._here.add(record)
+        store = shared_store()
+        if store is not None:
+            store.key_value_set(f"{self._place}/{record}", "", allow_overwrite=True)
+        return True
+
+    def __len__(self) -> int:
+        store = shared_store()
+        return len(self._here) if store is None else len(store.key_value_dir_get(self._place))

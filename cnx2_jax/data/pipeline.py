@@ -114,7 +114,7 @@ class ImageData:
         Raises:
           UserError: at once if the batch does not divide over the hosts; from the iterator at the
             batch that holds an unreadable image, or with "skip" once more than `data.max_unreadable`
-            of all records were, as far as this host and this iterator have seen them. Of a JPEG only the
+            of all records were, as far as the hosts have seen them. Of a JPEG only the
             part that is needed is read: damage below it does not matter.
         """
         config = self._config
@@ -345,13 +345,12 @@ def _counted(
     positions: _Positions,
 ) -> Iterator[Batch]:
     """Names each record that was skipped, once, and stops when they are more than `share` of all."""
-    skipped: set[int] = set()
+    skipped = faults.Skipped(f"{source.describe(0)} of {source.num_records}")
     for step, batch in enumerate(batches, first_step):
         for position in positions.at_step(step)[batch["unreadable"]]:
             record = int(record_at(tf.constant(position, tf.int64)))
-            if record in skipped:
+            if not skipped.add(record):
                 continue
-            skipped.add(record)
             tqdm.write(f"skipped: image '{source.describe(record)}' cannot be read", file=sys.stderr)
             if len(skipped) > share * source.num_records:
                 raise UserError(

@@ -16,7 +16,7 @@ from cnx2_jax.data.sources import Source, open_set
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.tasks.classify import evaluate
-from cnx2_jax.train import sharding
+from cnx2_jax.train import processes, sharding
 from cnx2_jax.train.task import Metrics
 
 # Top-1 errors of AlexNet, means over the five severities, which ImageNet-C's errors are divided by
@@ -149,7 +149,7 @@ def _evaluate(model, config: ConfigDict, source: Source, of_present_classes: boo
         table = np.zeros(len(source.class_names), np.int32)
         table[classes] = np.arange(len(classes))
         source = source.relabelled(table)
-    batches = sharding.put_batches(eval_batches(source, config), mesh)
+    batches = sharding.put_batches(eval_batches(source, config, **processes.share()), mesh)
     return evaluate(model, config, batches)
 
 

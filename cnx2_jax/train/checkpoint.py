@@ -1,13 +1,16 @@
 """Orbax checkpoints: save, restore, and find the parameters in what a user points at.
 
 A run's checkpoint is a folder `checkpoints/STEP` with `params` (arrays by dotted name), `card` (JSON: what
-a user of the parameters must know), `opt_state` and, where the run keeps an average of its parameters, `ema`.
+a user of the parameters must know), `opt_state` and, where the run keeps them, `ema`, the average of its
+parameters, and `skipped`, how many updates it left out.
 An exported checkpoint has `params` and `card` alone, so one reader serves both.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from cnx2_jax.errors import UserError
+from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.train.state import Params, TrainState
 
 FOREIGN = (".pt", ".pth", ".bin", ".safetensors")  # files that `cnx2 convert` reads
@@ -25,10 +28,16 @@ FOREIGN = (".pt", ".pth", ".bin", ".safetensors")  # files that `cnx2 convert` r
 class Checkpoints:
     """The checkpoints of one run. Saving is asynchronous, and a folder appears only when it is whole.
 
+    Every process of a run makes one and calls it at the same steps; all see the same folder.
+
     Args:
       directory: `workdir/checkpoints`, created if need be.
       keep: how many of the latest to keep; the best by `best` is kept besides.
       best: evaluation metric and the end of it that is good.
+
+    Raises:
+      RunError: the folder cannot be made. So does each method where what it does fails on the disk; what
+        fails after `save` has returned is raised by the next `save` or by `close`.
     """
 
     def __init__(self, directory: Path, *, keep: int, best: tuple[str, Literal["max", "min"]]):
@@ -49,55 +58,56 @@ class Checkpoints:
             ]
         )
         self.directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy,
-                best_fn=value,  # unused beside the policy, but without it metrics are not written
-                best_mode=end,
-                cleanup_tmp_directories=True,
-                step_prefix=None,
-            ),
-            item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "opt_state": ocp.StandardCheckpointHandler(),
-                "ema": ocp.StandardCheckpointHandler(),
-                "card": ocp.JsonCheckpointHandler(),
-            },
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            best_fn=value,  # unused beside the policy, but without it metrics are not written
+            best_mode=end,
+            cleanup_tmp_directories=True,
+            step_prefix=None,
         )
+        arrays = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "ema", "skipped")}
+        with self._failures():
+            self._manager = ocp.CheckpointManager(
+                directory.absolute(),
+                options=options,
+                item_handlers={**arrays, "card": ocp.JsonCheckpointHandler()},
+            )
 
     def latest(self) -> int | None:
-        """Returns the step of the latest whole checkpoint, if there is one."""
+        """Returns the step of the latest checkpoint, if there is one."""
         return self._manager.latest_step()
+
+    def reload(self) -> None:
+        """Looks again at which checkpoints there are."""
+        self._manager.reload()
 
     def save(self, step: int, state: TrainState, card: dict, metrics: dict[str, float] | None) -> None:
         """Begins to save; the arrays may be donated as soon as this returns. `metrics` rank the best.
 
         A step that is there already is replaced: it was saved before it was evaluated.
         """
-        if step in self._manager.all_steps():
-            self._manager.wait_until_finished()
-            self._manager.delete(step)
-        items = _items(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                card=ocp.args.JsonSave(card),
-                **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-            ),
-            metrics=metrics,
-        )
+        items = {name: ocp.args.StandardSave(item) for name, item in saved_items(state).items()}
+        with self._failures():
+            if step in self._manager.all_steps():
+                self._manager.wait_until_finished()
+                self._manager.delete(step)
+            self._manager.save(
+                step, args=ocp.args.Composite(card=ocp.args.JsonSave(card), **items), metrics=metrics
+            )
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restores a step onto the shapes, dtypes and shardings of `like`."""
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
-            ),
-        )
+        wanted = saved_items(like)
+        if not (self.directory / str(step) / "skipped").is_dir():
+            wanted.pop("skipped", None)  # the run went on until then without leaving anything out
+        arguments = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
+        items = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         count = jax.device_put(np.int32(step), like.step.sharding)
-        return TrainState(count, items["params"], items["opt_state"], items.get("ema"))
+        skipped = like.skipped and (
+            items.get("skipped")
+            or {name: jax.device_put(np.int32(0), leaf.sharding) for name, leaf in like.skipped.items()}
+        )
+        return TrainState(count, items["params"], items["opt_state"], items.get("ema"), skipped)
 
     def best(self) -> Path:
         """Returns the folder of the best checkpoint; the latest where none was evaluated."""
@@ -105,13 +115,31 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being saved; an error in saving is raised here at the latest."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._failures():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Makes one line of what goes wrong on the disk, and of what TensorStore calls it."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0].partition(" [")[0]
+            raise RunError(
+                f"cannot save to '{self.directory}': {reason}; checkpoints saved before are whole, make room "
+                "and give the same command"
+            ) from error
 
 
-def _items(state: TrainState) -> dict[str, Any]:
-    items = {"params": state.params, "opt_state": state.opt_state}
-    return items if state.ema is None else {**items, "ema": state.ema}
+def saved_items(state: TrainState) -> dict[str, Any]:
+    """Returns what a checkpoint holds of a state besides its step, by name."""
+    items = {
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "ema": state.ema,
+        "skipped": state.skipped,
+    }
+    return {name: item for name, item in items.items() if item is not None}
 
 
 def find(path: Path) -> Path:
@@ -174,7 +202,13 @@ def read_params(path: Path, *, averaged: bool = True) -> Params:
             return checkpointer.restore(folder, like)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the parameters in '{path}' cannot be read: {reason}") from None
+        raise UserError(f"the parameters in '{path}' cannot be read: {reason}{_others(path)}") from None
+
+
+def _others(path: Path) -> str:
+    """Says which other steps of the run there are, if `path` is one of a run's."""
+    steps = sorted(int(p.name) for p in path.parent.glob("*") if p.name.isdigit() and p.name != path.name)
+    return f"; give another one, {path.parent / str(steps[-1])}" if path.name.isdigit() and steps else ""
 
 
 def has_average(path: Path) -> bool:

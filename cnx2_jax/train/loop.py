@@ -1,67 +1,35 @@
 """The one training loop; every task runs in it."""
 
-import collections
 import contextlib
 import fcntl
 import math
 import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
+from jax.sharding import Mesh
 
 from cnx2_jax import configuration
 from cnx2_jax.errors import RunError, UserError
-from cnx2_jax.train import optimizer, sharding
+from cnx2_jax.train import optimizer, processes, sharding, starting
 from cnx2_jax.train.checkpoint import Checkpoints
-from cnx2_jax.train.report import Report, say
-from cnx2_jax.train.state import Params, TrainState, merge, split
+from cnx2_jax.train.flight import Flight
+from cnx2_jax.train.hang import HangWatch
+from cnx2_jax.train.report import Report, Silence, say
+from cnx2_jax.train.state import Params, TrainState, merge
 from cnx2_jax.train.step import make_train_step
+from cnx2_jax.train.stopping import StopAskedError, StopRequest
 from cnx2_jax.train.task import Metrics, Task
 
 AVERAGED = "ema_"  # before the metrics of averaged parameters
-STEPS_AHEAD = 2  # updates in flight: enough to hide the host's work, few enough to stop soon
-
-
-class _StopAskedError(Exception):
-    """Raised inside an evaluation when the run is asked to stop."""
-
-
-class _StopRequest:
-    """Turns SIGINT and SIGTERM into a flag; a second SIGINT ends the process at once, as usual."""
-
-    def __init__(self):
-        self.asked = False
-        self._old: dict = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number, frame):
-        self.asked = True
-        say(f"{signal.Signals(number).name}: saving and stopping; Ctrl-C stops without saving")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def check(self, batches: Iterable) -> Iterator:
-        for batch in batches:
-            if self.asked:
-                raise _StopAskedError
-            yield batch
 
 
 def fit(task: Task, workdir: Path) -> Metrics | None:
     """Trains to the end of the run in `workdir`, from its latest checkpoint if it has one.
+
+    All processes of a run call it; the workdir is the same folder for all, and process 0 writes what is not a
+    checkpoint.
 
     Returns:
       The metrics of the last evaluation with its `step`, or None if a signal stopped the run before its
@@ -69,8 +37,8 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
 
     Raises:
       UserError: see `configuration.make_workdir`, `only_run_in`, `sharding.make_mesh`,
-        `sharding.check_batch` and the task.
-      RunError: the loss or the gradient is not finite.
+        `sharding.check_batch`, `starting.first_state` and the task.
+      RunError: the loss or the gradient is not finite, or something cannot be written.
     """
     config, data = task.config, task.data
     mesh = sharding.make_mesh(config.mesh)
@@ -82,47 +50,54 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         configuration.in_steps(config.optimizer.warmup_epochs, config, data.num_train),
         total,
     )
-    graph, params = _model(task)
+    graph, params = starting.describe(task)
     transform = optimizer.make_optimizer(config.optimizer, schedule, params)
-    like = jax.eval_shape(lambda params: _begin(config, transform, params), params)
+    like = jax.eval_shape(lambda params: starting.begin(config, transform, params), params)
     step_fn = make_train_step(task, graph, transform, like, mesh)
     configuration.make_workdir(config, workdir)
 
-    with only_run_in(workdir), _StopRequest() as stop:
+    with (
+        only_run_in(workdir),
+        HangWatch(config.hang_seconds, workdir, jax.process_index()) as hang,
+        StopRequest(hang.moved) as stop,
+    ):
         metric, end = task.best
         metric = AVERAGED + metric if config.ema_decay else metric
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=(metric, end))
-        state = _restore_or_start(task, transform, checkpoints, like, mesh)
+        state = starting.first_state(task, transform, checkpoints, like, mesh)
         task.begin(state.params)
-        # Not before: a run that could not start, for a wrong init_from, leaves the workdir to the next.
-        configuration.record_config(config, workdir)
         step = saved = int(state.step)
-        report = Report(workdir, start_step=step, total_steps=total, batch_size=config.batch_size)
+        report = Silence(workdir, start_step=step)
+        if processes.is_first():
+            # Not before: a run that could not start, for a wrong init_from, leaves the workdir to the next.
+            configuration.record_config(config, workdir)
+            report = Report(workdir, start_step=step, total_steps=total, batch_size=config.batch_size)
         count = sum(math.prod(leaf.shape) for leaf in like.params.values())
+        several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         say(
             f"{config.task} {config.model.variant}, {count:,} parameters, on {mesh.size} "
-            f"{jax.devices()[0].platform} device(s): {data.num_train:,} images, {total:,} steps of "
+            f"{jax.devices()[0].platform} device(s){several}: {data.num_train:,} images, {total:,} steps of "
             f"{config.batch_size}" + (f", resuming after step {step:,}" if step else "")
         )
 
-        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        batches = sharding.put_batches(data.train_batches(step, **hosts), mesh)
-        flying: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        try:
+        batches = sharding.put_batches(data.train_batches(step, **processes.share()), mesh)
+        flight = Flight(config.max_nonfinite)
+        with _closing(report, checkpoints):
             while True:
+                asked = stop.reached()
                 last = step == total
                 due = last or configuration.passes(config.eval_epochs, step, config, data.num_train)
-                if due and report.evaluation(step) is None and not stop.asked:
-                    _land(flying, 0)
-                    with report.paused():
-                        _evaluate(task, graph, state, mesh, hosts, stop, report, step)
-                    if report.evaluation(step) is not None:
+                if due and report.evaluation(step) is None and not asked:
+                    flight.land()
+                    with report.paused(), contextlib.suppress(StopAskedError):
+                        # Where it is interrupted, it is done when the run goes on, before its next update.
+                        _evaluate(task, graph, state, mesh, stop, report, step)
                         saved = -1  # what a signal saved without its evaluation is saved again, with it
-                asked = stop.asked  # once, as it may change between what depends on it
+                    asked = stop.reached()
                 due = last or due or asked
                 if step > max(saved, 0) and (due or step % config.checkpoint_steps == 0):
                     # Nothing is saved before every update in it is known to be finite.
-                    _land(flying, 0)
+                    flight.land()
                     with report.paused():
                         checkpoints.save(step, state, task.card(), report.evaluation(step))
                     saved = step
@@ -132,18 +107,16 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
 
                 state, metrics = step_fn(state, next(batches))
                 step += 1
-                flying.append((step, metrics))
-                _land(flying, STEPS_AHEAD)
+                flight.start(step, metrics)
                 report.progress(step)
                 if step % config.log_steps == 0 or step == total:
-                    _land(flying, 0)
+                    flight.land()
                     values = {name: float(value) for name, value in metrics.items()}
+                    # A skipped update has metrics that are no numbers, and JSON has none such.
+                    values = {name: value for name, value in values.items() if math.isfinite(value)}
                     values["learning_rate"] = float(schedule(step - 1))
                     values["images_per_sec"] = round(report.images_per_sec(step), 1)
                     report.log(step, "train", values)
-        finally:
-            report.close()
-            checkpoints.close()
     evaluated = report.evaluation(step)
     if evaluated is None:
         say(f"stopped after step {step:,} of {total:,}; the same command goes on from there")
@@ -159,7 +132,7 @@ def only_run_in(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: another process trains in it.
     """
-    if jax.process_index() > 0:  # one host of a run holds it for all
+    if not processes.is_first():  # one host of a run holds it for all
         yield
         return
     folder = os.open(workdir, os.O_RDONLY)
@@ -172,75 +145,43 @@ def only_run_in(workdir: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _model(task: Task) -> tuple[nnx.GraphDef, Params]:
-    """Returns the model's structure and its parameters' shapes, without making an array."""
-    graph = None
+@contextlib.contextmanager
+def _closing(report: Silence, checkpoints: Checkpoints) -> Iterator[None]:
+    """Closes both, and so finishes what is being saved.
 
-    def build(key):
-        nonlocal graph
-        graph, params = split(task.init(nnx.Rngs(key)))
-        return params
-
-    params = jax.eval_shape(build, jax.random.key(0))
-    assert graph is not None
-    return graph, params
-
-
-def _begin(config, transform, params: Params) -> TrainState:
-    """Returns the state of step 0; the average begins at the parameters, as copies of them."""
-    moving = optimizer.trainable(params, config.optimizer.trainable)
-    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-    return TrainState(jnp.int32(0), params, transform.init(moving), ema)
+    But not where the computation fails on several processes: one of them may be gone, and saving would wait
+    for it.
+    """
+    finish = True
+    try:
+        yield
+    except BaseException as error:
+        finish = jax.process_count() == 1 or isinstance(error, UserError | RunError)
+        raise
+    finally:
+        if finish:
+            report.close()
+            checkpoints.close()
 
 
-def _restore_or_start(task: Task, transform, checkpoints: Checkpoints, like, mesh) -> TrainState:
-    """Resumes in this order: the run's latest checkpoint; else what the task starts from; else fresh."""
-    places = sharding.state_sharding(like, mesh)
-    latest = checkpoints.latest()
-    if latest is not None:
-        shapes = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, places
-        )
-        return checkpoints.restore(latest, shapes)
-
-    def fresh(key) -> Params:
-        return split(task.init(nnx.Rngs(key)))[1]
-
-    params = jax.jit(fresh, out_shardings=places.params)(jax.random.key(task.config.seed))
-    params = jax.device_put(task.start(params), places.params)
-    return jax.jit(lambda params: _begin(task.config, transform, params), out_shardings=places)(params)
-
-
-def _land(flying: collections.deque, most: int) -> None:
-    """Waits until at most `most` updates are in flight.
+def _evaluate(
+    task: Task, graph, state: TrainState, mesh: Mesh, stop: StopRequest, report: Silence, step: int
+) -> None:
+    """Evaluates and reports.
 
     Raises:
-      RunError: an update that landed was not finite.
+      StopAskedError: the run is to stop; nothing is reported.
     """
-    while len(flying) > most:
-        step, metrics = flying.popleft()
-        for name in ("loss", "grad_norm", "update_norm"):
-            value = float(metrics[name])
-            if not math.isfinite(value):
-                raise RunError(
-                    f"{name} is {value} at step {step}; stopped, and no checkpoint holds that update: "
-                    "lower optimizer.base_learning_rate or set optimizer.clip_norm, and start again in "
-                    "another workdir"
-                )
 
-
-def _evaluate(task: Task, graph, state: TrainState, mesh, hosts, stop, report: Report, step: int) -> None:
     def pass_with(params: Params) -> Metrics:
-        batches = stop.check(sharding.put_batches(task.data.eval_batches(**hosts), mesh))
-        return task.evaluate(merge(graph, params), batches)
+        batches = sharding.put_batches(task.data.eval_batches(**processes.share()), mesh)
+        return task.evaluate(merge(graph, params), stop.check(batches))
 
-    model = merge(graph, state.params)
-    try:
-        metrics = pass_with(state.params)
-        if state.ema is not None:
-            metrics |= {AVERAGED + name: value for name, value in pass_with(state.ema).items()}
-    except _StopAskedError:
-        return  # done when the run goes on, before its next update
+    metrics = pass_with(state.params)
+    if state.ema is not None:
+        metrics |= {AVERAGED + name: value for name, value in pass_with(state.ema).items()}
     report.log(step, "val", metrics)
-    for name, picture in task.pictures(model).items():
-        report.picture(step, name, picture)
+    whole = sharding.everywhere(state.params, mesh)
+    if processes.is_first():
+        for name, picture in task.pictures(merge(graph, whole)).items():
+            report.picture(step, name, picture)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -13,14 +14,17 @@ import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
+from cnx2_jax.errors import RunError
+from cnx2_jax.train.processes import is_first
 from cnx2_jax.train.task import Metrics
 
 LINE_SECONDS = 10.0  # between progress lines where standard error is no terminal
 
 
 def say(text: str) -> None:
-    """Prints a line to standard error, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
+    """Prints a line to standard error, above a progress bar if there is one; process 0 does it for all."""
+    if is_first():
+        tqdm.write(text, file=sys.stderr)
 
 
 def watched(
@@ -41,7 +45,48 @@ def watched(
                 say(f"{done:,} of {num_images:,} images")
 
 
-class Report:
+class Silence:
+    """What a process does that does not report: it knows which evaluations were done.
+
+    Args:
+      workdir: of the run.
+      start_step: the step that the run resumes from, 0 for a new one.
+    """
+
+    def __init__(self, workdir: Path, *, start_step: int):
+        rows = [row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] <= start_step]
+        self._rows = rows
+        self._evaluated = {row["step"]: row for row in rows if row["split"] == "val"}
+
+    def evaluation(self, step: int) -> Metrics | None:
+        """Returns the metrics of the evaluation at this step, if it was done."""
+        row = self._evaluated.get(step)
+        return {k: v for k, v in row.items() if k not in ("step", "split")} if row else None
+
+    def progress(self, step: int) -> None:
+        """Says that `step` updates are done."""
+
+    def images_per_sec(self, step: int) -> float:
+        """Returns throughput since the last call, without compilation, evaluation and saving."""
+        return 0.0
+
+    def paused(self) -> contextlib.AbstractContextManager:
+        """Keeps what happens inside out of the throughput."""
+        return contextlib.nullcontext()
+
+    def log(self, step: int, split: str, metrics: Metrics) -> None:
+        """Takes in one row."""
+        if split == "val":
+            self._evaluated[step] = {"step": step, "split": split, **metrics}
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Takes in a uint8 image `[H, W, 3]`."""
+
+    def close(self) -> None:
+        """Ends the report."""
+
+
+class Report(Silence):
     """Reports one run; rows after the step that it resumes from are dropped, as they come again.
 
     `metrics.jsonl` holds one JSON object per logged step and split: `{"step": ..., "split": "train" or
@@ -52,16 +97,18 @@ class Report:
       start_step: the step that the run resumes from, 0 for a new one.
       total_steps: the step that it ends with.
       batch_size: images per step, for throughput.
+
+    Raises:
+      RunError: what it writes cannot be written.
     """
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int, batch_size: int):
+        super().__init__(workdir, start_step=start_step)
         self._workdir = workdir
         self._batch_size = batch_size
         self._total = total_steps
         self._path = workdir / "metrics.jsonl"
-        rows = [row for row in read_metrics(self._path) if row["step"] <= start_step]
-        self._rewrite(rows)
-        self._evaluated = {row["step"]: row for row in rows if row["split"] == "val"}
+        self._rewrite(self._rows)
         self._file = self._path.open("a")
         self._board = tf.summary.create_file_writer(str(workdir / "tensorboard"))
         terminal = sys.stderr.isatty()
@@ -78,11 +125,6 @@ class Report:
         partial = self._path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(partial, self._path)
-
-    def evaluation(self, step: int) -> Metrics | None:
-        """Returns the metrics of the evaluation at this step, if it was done."""
-        row = self._evaluated.get(step)
-        return {k: v for k, v in row.items() if k not in ("step", "split")} if row else None
 
     def progress(self, step: int) -> None:
         """Moves the progress bar to `step` updates done."""
@@ -107,38 +149,51 @@ class Report:
 
     def log(self, step: int, split: str, metrics: Metrics) -> None:
         """Writes one row; it is on disk when this returns, so a checkpoint never runs ahead of its rows."""
-        row = {"step": step, "split": split, **metrics}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        with self._board.as_default():
-            for name, value in metrics.items():
-                tf.summary.scalar(f"{split}/{name}", value, step=step)
+        with self._writing():
+            self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            with self._board.as_default():
+                for name, value in metrics.items():
+                    tf.summary.scalar(f"{split}/{name}", value, step=step)
+        super().log(step, split, metrics)
         if split == "val":
-            self._evaluated[step] = row
             say(f"step {step}: {', '.join(f'val {k} {v:.4g}' for k, v in metrics.items())}")
             return
-        self._bar.set_postfix_str(f"loss {metrics['loss']:.4g}, {self._rate:.0f} images/s")
+        loss = metrics.get("loss", math.nan)  # not there after an update that was skipped
+        self._bar.set_postfix_str(f"loss {loss:.4g}, {self._rate:.0f} images/s")
         if self._lines and (step == self._total or time.monotonic() - self._said > LINE_SECONDS):
             self._said = time.monotonic()
             left = (self._total - step) * self._batch_size / self._rate if self._rate else 0
             say(
-                f"step {step}/{self._total} ({100 * step / self._total:.0f}%), loss {metrics['loss']:.4g}, "
+                f"step {step}/{self._total} ({100 * step / self._total:.0f}%), loss {loss:.4g}, "
                 f"{self._rate:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} left"
             )
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a uint8 image `[H, W, 3]` to `NAME/STEP.png` and to TensorBoard."""
-        path = self._workdir / name / f"{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(image).save(path)
-        with self._board.as_default():
+        with self._writing(), self._board.as_default():
+            path = self._workdir / name / f"{step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
             tf.summary.image(name, image[None], step=step)
 
     def close(self) -> None:
         self._bar.close()
-        self._board.close()
-        self._file.close()
+        with self._writing():
+            self._board.close()
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, tf.errors.OpError) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise RunError(
+                f"cannot write to workdir '{self._workdir}': {reason}; checkpoints saved before are whole, "
+                "make room and give the same command"
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict]:

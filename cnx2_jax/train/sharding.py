@@ -77,6 +77,13 @@ def put_params(params: Params, mesh: Mesh) -> Params:
     return {n: jax.device_put(leaf, param_sharding(n, leaf.shape, mesh)) for n, leaf in params.items()}
 
 
+def everywhere(params: Params, mesh: Mesh) -> Params:
+    """Returns parameters such that each process has all of them; all processes call it."""
+    if mesh.shape["fsdp"] == 1 or jax.process_count() == 1:
+        return params
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(params)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of every array in a batch: split along its first axis."""
     return NamedSharding(mesh, BATCH)

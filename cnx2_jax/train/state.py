@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 Params = dict[str, jax.Array]
+Skipped = dict[str, jax.Array]  # int32 scalars: `total`, and `in_a_row` up to now
 
 
 @jax.tree_util.register_dataclass
@@ -21,12 +22,14 @@ class TrainState:
         checkpoint reads like the paper's code and sharding rules are patterns over names.
       opt_state: the optimizer's, of the parameters that train.
       ema: the exponential moving average of `params`, if the run keeps one.
+      skipped: the updates left out as they were not finite, if the run leaves such out.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
     ema: Params | None = None
+    skipped: Skipped | None = None
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -1,5 +1,7 @@
 """The train step: one update, as a pure function of state and batch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,6 +14,7 @@ from cnx2_jax.train.state import Params, TrainState, merge
 from cnx2_jax.train.task import Batch, Task
 
 BATCH_DRAWS = 2**31  # no sample has this number
+FINITE = ("loss", "grad_norm", "update_norm")  # the metrics that are finite exactly if an update is
 
 
 def batch_key(seed: int, step: jax.Array) -> jax.Array:
@@ -37,8 +40,10 @@ def make_train_step(
 ):
     """Returns the jitted (state, batch) -> (state, metrics); the state is donated.
 
-    Metrics hold `loss`, `grad_norm` (before clipping), `update_norm` and the task's own, as float32 scalars;
-    `unreadable` is the share of images that others stand in for, where the batch says which.
+    Metrics hold `loss`, `grad_norm` (before clipping), `update_norm` and the task's own, as scalars;
+    `unreadable` is the share of images that others stand in for, where the batch says which. Where the state
+    counts skipped updates, one that is not finite changes nothing but the step and these counts, which are
+    metrics too: `skipped`, of all so far, and `skipped_in_a_row`.
 
     Args:
       task: gives the loss.
@@ -88,7 +93,18 @@ def make_train_step(
         metrics = {"loss": value, **norms, **metrics}
         if unreadable is not None:
             metrics["unreadable"] = unreadable.mean()
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        after = TrainState(state.step + 1, params, opt_state, ema)
+        if state.skipped is not None:
+            fine = jnp.isfinite(jnp.array([metrics[name] for name in FINITE])).all()
+            counts = {
+                "total": state.skipped["total"] + ~fine,
+                "in_a_row": jnp.where(fine, 0, state.skipped["in_a_row"] + 1),
+            }
+            before = dataclasses.replace(state, step=after.step, skipped=None)
+            after = jax.tree.map(lambda new, old: jnp.where(fine, new, old), after, before)
+            after = dataclasses.replace(after, skipped=counts)
+            metrics |= {"skipped": counts["total"], "skipped_in_a_row": counts["in_a_row"]}
+        return after, metrics
 
     states = state_sharding(like, mesh)
     return jax.jit(

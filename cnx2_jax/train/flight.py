@@ -1,0 +1,62 @@
+"""Updates that are computed but not yet looked at, and what becomes of one that is not finite."""
+
+import collections
+import math
+
+import jax
+
+from cnx2_jax.errors import RunError
+from cnx2_jax.train.report import say
+from cnx2_jax.train.step import FINITE
+
+STEPS_AHEAD = 2  # updates in flight: enough to hide the host's work, few enough to stop soon
+
+
+class Flight:
+    """The updates in flight. Nothing is saved or logged before all of them have landed.
+
+    Args:
+      max_nonfinite: skipped updates in a row at which the run stops.
+    """
+
+    def __init__(self, max_nonfinite: int):
+        self._max_nonfinite = max_nonfinite
+        self._flying: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+
+    def start(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes in the update that made `step`, and waits for one if too many are in flight.
+
+        Raises:
+          RunError: see `land`.
+        """
+        self._flying.append((step, metrics))
+        self._wait(STEPS_AHEAD)
+
+    def land(self) -> None:
+        """Waits until no update is in flight.
+
+        Raises:
+          RunError: one that landed was not finite and not skipped, or too many in a row were.
+        """
+        self._wait(0)
+
+    def _wait(self, most: int) -> None:
+        while len(self._flying) > most:
+            step, metrics = self._flying.popleft()
+            for name in FINITE:
+                value = float(metrics[name])
+                if not math.isfinite(value):
+                    self._not_finite(step, f"{name} is {value} at step {step}", metrics)
+                    break
+
+    def _not_finite(self, step: int, what: str, metrics: dict[str, jax.Array]) -> None:
+        advice = "lower optimizer.base_learning_rate or set optimizer.clip_norm, and start again elsewhere"
+        if "skipped" not in metrics:
+            raise RunError(f"{what}; stopped, and no checkpoint holds that update: {advice}")
+        row = int(metrics["skipped_in_a_row"])
+        if row >= self._max_nonfinite:
+            raise RunError(
+                f"{what}; stopped, as {row} updates in a row were not finite (max_nonfinite "
+                f"{self._max_nonfinite}): {advice}"
+            )
+        say(f"{what}: this update is skipped, {row} in a row, {int(metrics['skipped'])} in all")

@@ -1,0 +1,95 @@
+"""Where a run begins: at its latest whole checkpoint, at what the task starts from, or fresh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.train import damage, optimizer, processes, sharding
+from cnx2_jax.train.checkpoint import Checkpoints, saved_items
+from cnx2_jax.train.state import Params, TrainState, split
+from cnx2_jax.train.task import Task
+
+ON_NONFINITE = ("stop", "skip")
+
+
+def describe(task: Task) -> tuple[nnx.GraphDef, Params]:
+    """Returns the model's structure and its parameters' shapes, without making an array."""
+    graph = None
+
+    def build(key):
+        nonlocal graph
+        graph, params = split(task.init(nnx.Rngs(key)))
+        return params
+
+    params = jax.eval_shape(build, jax.random.key(0))
+    assert graph is not None
+    return graph, params
+
+
+def begin(config: ConfigDict, transform: optax.GradientTransformation, params: Params) -> TrainState:
+    """Returns the state of step 0; the average begins at the parameters, as copies of them.
+
+    Raises:
+      UserError: an unknown `on_nonfinite`; see `optimizer.trainable`.
+    """
+    if config.on_nonfinite not in ON_NONFINITE:
+        hint = nearest(config.on_nonfinite, ON_NONFINITE)
+        raise UserError(
+            f"unknown on_nonfinite '{config.on_nonfinite}'{hint} (known: {', '.join(ON_NONFINITE)})"
+        )
+    moving = optimizer.trainable(params, config.optimizer.trainable)
+    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+    counts = {"total": jnp.int32(0), "in_a_row": jnp.int32(0)}
+    skipped = counts if config.on_nonfinite == "skip" else None
+    return TrainState(jnp.int32(0), params, transform.init(moving), ema, skipped)
+
+
+def latest_step(checkpoints: Checkpoints, like: TrainState) -> int | None:
+    """Returns the step that the run goes on from, None for a new one; damaged checkpoints are set aside.
+
+    Process 0 looks and tells the others: what each of them saw of a shared folder could differ.
+
+    Raises:
+      UserError: see `damage.latest_whole`.
+    """
+    needed = saved_items(like).keys() - {"skipped"}
+    step = damage.latest_whole(checkpoints.directory, sorted(needed)) if processes.is_first() else None
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    checkpoints.reload()
+    return None if step < 0 else step
+
+
+def first_state(
+    task: Task,
+    transform: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    like: TrainState,
+    mesh: Mesh,
+) -> TrainState:
+    """Returns the state that the run begins with, on the mesh.
+
+    In this order: the run's latest checkpoint that is whole; else what the task starts from; else fresh.
+
+    Raises:
+      UserError: see `latest_step` and the task.
+    """
+    places = sharding.state_sharding(like, mesh)
+    latest = latest_step(checkpoints, like)
+    if latest is not None:
+        shapes = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, places
+        )
+        return checkpoints.restore(latest, shapes)
+
+    def fresh(key) -> Params:
+        return split(task.init(nnx.Rngs(key)))[1]
+
+    params = jax.jit(fresh, out_shardings=places.params)(jax.random.key(task.config.seed))
+    params = jax.device_put(task.start(params), places.params)
+    return jax.jit(lambda params: begin(task.config, transform, params), out_shardings=places)(params)

@@ -1,0 +1,258 @@
+"""Kills a run of several processes again and again, and checks that nothing of it is lost or changed.
+
+Trains a very small network on scikit-learn's digits twice: left alone, and with processes killed (SIGKILL)
+at random moments, the same command being started anew each time all of them have ended. Then compares
+parameters, optimizer state, averages and metrics.jsonl bit for bit. Prints every kill, the verdict and one
+JSON line; the exit status is 1 if anything differs, or if the processes that were not killed did not end by
+themselves.
+
+  python experiments/chaos.py --kills 25
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).resolve().parent.parent
+HEARTBEAT_SECONDS = 10
+START_SECONDS = 15  # about what a start takes
+PATIENCE_SECONDS = 60  # that the others have to end, once one was killed
+EVAL_STEPS, CHECKPOINT_STEPS = 20, 4
+IMAGES, BATCH = 1438, 16
+SMALL = [
+    "--config.model.depths=(1,1,1,1)",
+    "--config.model.dims=(4,8,8,16)",
+    "--config.image_size=16",
+    f"--config.batch_size={BATCH}",
+    "--config.log_steps=1",
+    f"--config.checkpoint_steps={CHECKPOINT_STEPS}",
+    f"--config.eval_epochs={EVAL_STEPS * BATCH / IMAGES}",
+    "--config.ema_decay=0.9",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """One kill: when, of which processes, what was going on, and how the others ended."""
+
+    second: float
+    processes: list[int]
+    step: int
+    doing: str
+    others_seconds: float
+    others_status: int
+    others_said: str
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=25, help="25 by default")
+    parser.add_argument("--processes", type=int, default=2, help="of the run; 2 by default")
+    parser.add_argument("--steps", type=int, default=120, help="of the run; 120 by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and processes; 0 by default")
+    parser.add_argument("--config", default=f"{ROOT}/configs/finetune.py:digits", help="the recipe")
+    parser.add_argument("--out", type=Path, help="a new folder; runs/chaos-DATE-TIME by default")
+    args = parser.parse_args()
+    out = args.out or Path("runs") / time.strftime("chaos-%Y%m%d-%H%M%S")
+    out.mkdir(parents=True)
+
+    alone = Run(args, out / "alone")
+    alone.start()
+    if any(alone.wait(None)):
+        print(f"the run that was left alone failed; see {out}/alone.*.log", file=sys.stderr)
+        return 1
+    killed = Run(args, out / "killed")
+    kills = chaos(killed, args.kills, args.steps, random.Random(args.seed))
+    differences = compare(out / "alone", out / "killed", args.steps)
+    print()
+    for difference in differences:
+        print(f"DIFFERENT: {difference}")
+    if not differences:
+        print(
+            f"After {len(kills)} kills of {args.processes} processes the run is the one that was left alone: "
+            "every bit of parameters, optimizer state, averages and metrics."
+        )
+    print(json.dumps({"kills": len(kills), "different": len(differences), "out": str(out)}))
+    return 1 if differences else 0
+
+
+class Run:
+    """A run in a workdir, started as often as need be."""
+
+    def __init__(self, args: argparse.Namespace, workdir: Path):
+        self.workdir = workdir
+        self._args = args
+        self._logs: list[Path] = []
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self) -> None:
+        """Starts all processes."""
+        port = free_port()
+        compiled = self.workdir.parent.absolute() / "compiled"
+        environment = {
+            "XLA_FLAGS": "",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        self.processes, self._logs = [], []
+        for index in range(self._args.processes):
+            command = [sys.executable, "-m", "cnx2_jax.cli", "train", "--config", self._args.config]
+            command += ["--workdir", str(self.workdir), "--coordinator", f"127.0.0.1:{port}"]
+            command += ["--num-processes", str(self._args.processes), "--process-id", str(index)]
+            command += ["--heartbeat-seconds", str(HEARTBEAT_SECONDS)]
+            command += [*SMALL, f"--config.total_steps={self._args.steps}"]
+            log = self.workdir.parent / f"{self.workdir.name}.{index}.log"
+            with log.open("a") as file:
+                print(f"$ {shlex.join(command)}", file=file, flush=True)
+                process = subprocess.Popen(
+                    command, env={**os.environ, **environment}, stdout=file, stderr=file
+                )
+            self.processes.append(process)
+            self._logs.append(log)
+
+    def wait(self, seconds: float | None) -> list[int]:
+        """Waits for all to end and returns their statuses.
+
+        Raises:
+          subprocess.TimeoutExpired: one did not.
+        """
+        return [process.wait(seconds) for process in self.processes]
+
+    def rows(self) -> list[dict]:
+        """The rows of metrics.jsonl but for the one metric that is a time; a cut last line is none."""
+        path, rows = self.workdir / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            row.pop("images_per_sec", None)
+            rows.append(row)
+        return rows
+
+    def step(self) -> int:
+        """The last step that is logged."""
+        return max((row["step"] for row in self.rows()), default=0)
+
+    def doing(self, trains: bool) -> str:
+        """What the run seems to be doing."""
+        if not trains:
+            return "starting"
+        if any(self.workdir.glob("checkpoints/*tmp*")):
+            return "saving"
+        rows = self.rows()
+        if rows and rows[-1]["step"] % EVAL_STEPS == 0 and rows[-1]["split"] == "train":
+            return "evaluating"
+        return "training"
+
+    def last_words(self, index: int) -> str:
+        """The last line of our own that a process wrote."""
+        lines = self._logs[index].read_text(errors="replace").splitlines()
+        return next((line for line in reversed(lines) if line.startswith("cnx2: ")), "nothing of its own")
+
+
+def chaos(run: Run, number: int, steps: int, draws: random.Random) -> list[Kill]:
+    """Runs to the end with `number` kills, printing each."""
+    print("| kill | second of this start | process | step | doing | the others ended after | status |")
+    print("|---|---|---|---|---|---|---|")
+    kills: list[Kill] = []
+    while True:
+        run.start()
+        begun, before = time.monotonic(), run.step()
+        if len(kills) == number:
+            run.wait(None)
+            return kills
+        # Half of them while it starts, the others on the way, such that steps are left for those that follow.
+        early = draws.random() < 0.5
+        pause = draws.uniform(0, START_SECONDS) if early else draws.uniform(0, 0.5)
+        target = before + draws.uniform(0, 1.6 * (steps - before) / (number - len(kills) + 1))
+        rows = len(run.rows())
+        while not early and (run.step() < target or len(run.rows()) == rows):
+            if run.processes[0].poll() is not None:
+                raise SystemExit(f"the run ended by itself: {run.last_words(0)}")
+            time.sleep(0.005)
+        time.sleep(pause)
+        trains = len(run.rows()) != rows
+        # Who has not met the others yet waits for them for minutes: then all are killed, as a launcher does.
+        victims = [draws.randrange(len(run.processes))] if trains else list(range(len(run.processes)))
+        doing, step, second = run.doing(trains), run.step(), time.monotonic() - begun
+        for victim in victims:
+            run.processes[victim].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        statuses = run.wait(PATIENCE_SECONDS)
+        other = (victims[-1] + 1) % len(statuses)
+        kill = Kill(
+            second, victims, step, doing, time.monotonic() - killed, statuses[other], run.last_words(other)
+        )
+        kills.append(kill)
+        who = " and ".join(map(str, victims))
+        print(
+            f"| {len(kills)} | {second:.1f} | {who} | {step} | {doing} | {kill.others_seconds:.1f} s | "
+            f"{kill.others_status} |",
+            flush=True,
+        )
+        print(f"{len(kills)}: {kill.others_said}", file=sys.stderr, flush=True)
+
+
+def compare(alone: Path, killed: Path, step: int) -> list[str]:
+    """Returns what differs between the last checkpoints and the metrics of two runs."""
+    names = ("params", "opt_state", "ema")
+    differences = []
+    ours, theirs = (read_arrays(path / "checkpoints" / str(step), names) for path in (killed, alone))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs or ours[name].tobytes() != theirs[name].tobytes():
+            differences.append(name)
+    if read_rows(killed) != read_rows(alone):
+        differences.append("metrics.jsonl")
+    return differences
+
+
+def read_arrays(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Returns every array of a checkpoint by path."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for name in names:
+            item = (folder / name).absolute()
+            # The devices that saved it are not here, so it takes to be told where to put what.
+            like = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+                checkpointer.metadata(item).item_metadata.tree,
+            )
+            tree = checkpointer.restore(item, like)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                found[name + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return found
+
+
+def read_rows(workdir: Path) -> list[dict]:
+    """Returns the rows of metrics.jsonl but for the one metric that is a time."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "images_per_sec"} for row in rows]
+
+
+def free_port() -> int:
+    """Returns a port that nothing listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
