@@ -42,8 +42,8 @@ class Probe(Classify):
       UserError: see `Classify`.
     """
 
-    def __init__(self, config: ConfigDict):
-        super().__init__(config)
+    def __init__(self, config: ConfigDict, platform: str | None = None):
+        super().__init__(config, platform)
         self.data: FeatureData = FeatureData(self.images, config, self._encoder)
 
     def _encoder(self) -> tuple[nnx.GraphDef, Params]:

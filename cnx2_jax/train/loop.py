@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import fcntl
+import functools
 import math
 import os
 import signal
@@ -11,16 +12,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from cnx2_jax import configuration
 from cnx2_jax.errors import RunError, UserError
-from cnx2_jax.train import optimizer, sharding
+from cnx2_jax.train import sharding
 from cnx2_jax.train.checkpoint import Checkpoints
+from cnx2_jax.train.program import Program, begin, make_program
 from cnx2_jax.train.report import Report, say
 from cnx2_jax.train.state import Params, TrainState, merge, split
-from cnx2_jax.train.step import make_train_step
 from cnx2_jax.train.task import Metrics, Task
 
 AVERAGED = "ema_"  # before the metrics of averaged parameters
@@ -69,30 +69,20 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
 
     Raises:
       UserError: see `configuration.make_workdir`, `only_run_in`, `sharding.make_mesh`,
-        `sharding.check_batch` and the task.
+        `make_program` and the task.
       RunError: the loss or the gradient is not finite.
     """
     config, data = task.config, task.data
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.batch_size, config.accumulation_steps, mesh)
-    total = configuration.total_steps(config, data.num_train)
-    schedule = optimizer.learning_rate_schedule(
-        config.optimizer,
-        config.batch_size,
-        configuration.in_steps(config.optimizer.warmup_epochs, config, data.num_train),
-        total,
-    )
-    graph, params = _model(task)
-    transform = optimizer.make_optimizer(config.optimizer, schedule, params)
-    like = jax.eval_shape(lambda params: _begin(config, transform, params), params)
-    step_fn = make_train_step(task, graph, transform, like, mesh)
+    program = make_program(task, mesh)
+    total, like = program.total_steps, program.like
     configuration.make_workdir(config, workdir)
 
     with only_run_in(workdir), _StopRequest() as stop:
         metric, end = task.best
         metric = AVERAGED + metric if config.ema_decay else metric
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=(metric, end))
-        state = _restore_or_start(task, transform, checkpoints, like, mesh)
+        state = _restore_or_start(task, program, checkpoints, mesh)
         # Not before: a run that could not start, for a wrong init_from, leaves the workdir to the next.
         configuration.record_config(config, workdir)
         step = saved = int(state.step)
@@ -114,7 +104,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                 if due and report.evaluation(step) is None and not stop.asked:
                     _land(flying, 0)
                     with report.paused():
-                        _evaluate(task, graph, state, mesh, hosts, stop, report, step)
+                        _evaluate(task, program.graph, state, mesh, hosts, stop, report, step)
                     if report.evaluation(step) is not None:
                         saved = -1  # what a signal saved without its evaluation is saved again, with it
                 asked = stop.asked  # once, as it may change between what depends on it
@@ -129,7 +119,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     best = checkpoints.best()
                     break
 
-                state, metrics = step_fn(state, next(batches))
+                state, metrics = program.step(state, next(batches))
                 step += 1
                 flying.append((step, metrics))
                 _land(flying, STEPS_AHEAD)
@@ -137,7 +127,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                 if step % config.log_steps == 0 or step == total:
                     _land(flying, 0)
                     values = {name: float(value) for name, value in metrics.items()}
-                    values["learning_rate"] = float(schedule(step - 1))
+                    values["learning_rate"] = float(program.schedule(step - 1))
                     values["images_per_sec"] = round(report.images_per_sec(step), 1)
                     report.log(step, "train", values)
         finally:
@@ -171,29 +161,9 @@ def only_run_in(workdir: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _model(task: Task) -> tuple[nnx.GraphDef, Params]:
-    """Returns the model's structure and its parameters' shapes, without making an array."""
-    graph = None
-
-    def build(key):
-        nonlocal graph
-        graph, params = split(task.init(nnx.Rngs(key)))
-        return params
-
-    params = jax.eval_shape(build, jax.random.key(0))
-    assert graph is not None
-    return graph, params
-
-
-def _begin(config, transform, params: Params) -> TrainState:
-    """Returns the state of step 0; the average begins at the parameters, as copies of them."""
-    moving = optimizer.trainable(params, config.optimizer.trainable)
-    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-    return TrainState(jnp.int32(0), params, transform.init(moving), ema)
-
-
-def _restore_or_start(task: Task, transform, checkpoints: Checkpoints, like, mesh) -> TrainState:
+def _restore_or_start(task: Task, program: Program, checkpoints: Checkpoints, mesh) -> TrainState:
     """Resumes in this order: the run's latest checkpoint; else what the task starts from; else fresh."""
+    like = program.like
     places = sharding.state_sharding(like, mesh)
     latest = checkpoints.latest()
     if latest is not None:
@@ -207,7 +177,8 @@ def _restore_or_start(task: Task, transform, checkpoints: Checkpoints, like, mes
 
     params = jax.jit(fresh, out_shardings=places.params)(jax.random.key(task.config.seed))
     params = jax.device_put(task.start(params), places.params)
-    return jax.jit(lambda params: _begin(task.config, transform, params), out_shardings=places)(params)
+    start = functools.partial(begin, task.config, program.transform)
+    return jax.jit(start, out_shardings=places)(params)
 
 
 def _land(flying: collections.deque, most: int) -> None:
