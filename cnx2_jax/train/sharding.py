@@ -29,7 +29,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
       devices: all devices of the default backend, if not given.
 
     Raises:
-      UserError: the product is not the number of devices.
+      UserError: the product is not the number of devices, or a TPU's torus cannot be divided so.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -43,7 +43,13 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
             "their product must be the number of devices (-1 takes what is left)"
         )
     kinds = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh(tuple(shape), AXES, axis_types=kinds, devices=devices)
+    try:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:
+        raise UserError(
+            f"mesh data={shape[0]}, fsdp={shape[1]} cannot be laid over this TPU slice; each must be a "
+            "product of sides of the slice"
+        ) from None
 
 
 def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
