@@ -1,4 +1,4 @@
-"""Compiling pretraining for accelerators that are not there, and reading what the compiler says of it.
+"""Accelerators that are not there: their devices and memory, and compiling for them.
 
 XLA's TPU and GPU compilers run on any host: the `tpu` extra brings the one, the `cuda` extra the other.
 Import this module before anything that starts a JAX backend. Memory is exact. Estimated cycles are the TPU
@@ -6,16 +6,18 @@ compiler's own cost model: no overlap, and some operations carry none. They comp
 and are no times.
 """
 
-import collections
 import dataclasses
+import importlib.util
 import os
 import re
+from typing import Any
 
 # libtpu asks a metadata server otherwise, and JAX would start the backends themselves.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held, so there is none to fight over
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,9 @@ import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from programs import cycles_by_kind
 
-from cnx2_jax.errors import UserError
+from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models import create_model
 from cnx2_jax.train.state import merge, split
 
@@ -45,33 +48,122 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the compilers do not say of a chip.
+
+    Attributes:
+      gigabytes: its memory, in GiB.
+      clock: of its tensor cores, in Hz; None where it is not published.
+    """
+
+    gigabytes: int
+    clock: float | None
+
+
+# Memory: Google Cloud's TPU architecture pages, by version; v2's and v3's is given by core, here for both.
+# Clocks: v2 to v4, Jouppi et al. 2023 (arXiv 2304.01433), table 4; v5e, v5p and v6e, the published peak in
+# bfloat16 over their matrix units' multiply-adds.
+CHIPS = {
+    "v2": Chip(16, 0.70e9),
+    "v3": Chip(32, 0.94e9),
+    "v4": Chip(32, 1.05e9),
+    "v5e": Chip(16, 1.50e9),
+    "v5p": Chip(95, 1.75e9),
+    "v6e": Chip(32, 1.75e9),
+    "tpu7x": Chip(192, None),
+}
+# Of a GPU's memory JAX takes this share, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+GPU_SHARE = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for.
+
+    Attributes:
+      name: as it was asked for, such as `v5e:16x16`.
+      platform: `tpu` or `gpu`.
+      devices: abstract ones; on v2, v3 and tpu7x a chip is two of them.
+      usable_bytes: memory per device that a program can have.
+      clock: in Hz, or None.
+    """
+
+    name: str
+    platform: str
+    devices: list
+    usable_bytes: int
+    clock: float | None
+
+    @property
+    def hosts(self) -> int:
+        return len({device.process_index for device in self.devices})
+
+
+def topology(name: str) -> Topology:
+    """Returns the TPU slice `VERSION:SHAPE`, such as `v5e:16x16`, or the GPUs `h100:NODESxGPUS`.
+
+    Raises:
+      UserError: it is neither, or the compiler is not installed.
+    """
+    kind, _, shape = name.partition(":")
+    if kind == "h100":
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+            raise UserError(f"topology '{name}' must be h100:NODESxGPUS, such as h100:1x8")
+        memory = re.search(r"device_memory_size: (\d+)", H100)
+        assert memory
+        return Topology(name, "gpu", h100_devices(shape), int(GPU_SHARE * int(memory[1])), None)
+    if kind not in CHIPS:
+        known = ", ".join([*CHIPS, "h100"])
+        raise UserError(f"unknown chip '{kind}' in topology '{name}'{nearest(kind, CHIPS)} (known: {known})")
+    devices = tpu_devices(name)
+    per_chip = len(devices) // len({tuple(device.coords) for device in devices})
+    chip = CHIPS[kind]
+    return Topology(name, "tpu", devices, chip.gigabytes * 2**30 // per_chip, chip.clock)
+
+
 def tpu_devices(topology: str) -> list:
     """Returns the devices of a TPU topology such as `v5e:2x2`.
 
     Raises:
       UserError: the TPU compiler is not installed, or there is no such topology.
     """
-    return _devices("tpu", "tpu", topology_name=topology)
+    options = {"topology_name": topology}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # both cores as one device, as JAX runs them
+    return _devices("tpu", "libtpu", "tpu", topology, **options)
 
 
-def h100_devices() -> list:
-    """Returns one H100.
+def h100_devices(shape: str = "1x1") -> list:
+    """Returns NODESxGPUS H100s.
 
     Raises:
       UserError: the CUDA plugin is not installed.
     """
-    return _devices("cuda", "cuda", target_config=H100, topology="1x1x1")
+    return _devices(
+        "cuda", "jax_cuda12_plugin", "cuda", f"h100:{shape}", target_config=H100, topology=f"1x{shape}"
+    )
 
 
-def _devices(platform: str, extra: str, **options: str) -> list:
+def _devices(platform: str, wheel: str, extra: str, name: str, **options: str) -> list:
+    if importlib.util.find_spec(wheel) is None:
+        raise UserError(
+            f"cannot compile for {name}: the wheel {wheel.replace('_', '-')} is not installed; "
+            f"pip install -e '.[{extra}]' brings it"
+        )
     try:
         return list(topologies.get_topology_desc(platform=platform, **options).devices)
-    except Exception as error:  # whatever a plugin that is missing or does not know the topology raises
+    except Exception as error:  # whatever a plugin that does not know the topology raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot compile for {platform} {options.get('topology_name', '')}: {reason[:200]}; "
-            f"pip install -e '.[{extra}]' brings the compiler"
-        ) from None
+        raise UserError(f"cannot compile for {name}: {reason[:200]}") from None
+
+
+def compiler_options(platform: str) -> dict[str, Any] | None:
+    """Returns what compiling without the device needs.
+
+    Triton's tile sizes are found by trying them on the GPU; without one, matrix products go to cuBLAS.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if platform == "gpu" else None
 
 
 def compile_gradient(
@@ -107,11 +199,7 @@ def compile_gradient(
     def loss(params, images, keys):
         return merge(graph, params)(images, keys).loss.mean()
 
-    # Triton's tile sizes are found by trying them on the GPU; without one, matrix products go to cuBLAS.
-    settings: dict[str, str | bool] | None = (
-        {"xla_gpu_enable_triton_gemm": False} if platform == "gpu" else None
-    )
-    return jax.jit(jax.value_and_grad(loss)).lower(params, images, keys).compile(settings)
+    return jax.jit(jax.value_and_grad(loss)).lower(params, images, keys).compile(compiler_options(platform))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,41 +226,3 @@ def report(compiled) -> Report:
     return Report(
         memory.temp_size_in_bytes, costs.get("flops", 0.0), costs.get("bytes accessed", 0.0), cycles
     )
-
-
-def cycles_by_kind(text: str) -> dict[str, int]:
-    """Sums the `estimated_cycles` in a compiled TPU program's text, greatest first."""
-    computations: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if found := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
-            name = found[2]
-            computations[name] = []
-            entry = name if found[1] else entry
-        elif name and " = " in line:
-            computations[name].append(line)
-
-    def total(name: str) -> collections.Counter[str]:
-        sums: collections.Counter[str] = collections.Counter()
-        for line in computations[name]:
-            if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                trips = _trips(computations[loop[1]])
-                sums.update({kind: trips * cycles for kind, cycles in total(loop[2]).items()})
-            elif re.search(r" (call|conditional)\(", line):
-                for called in re.findall(r"(?:to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
-                    sums.update(total(called))
-            elif found := re.search(r'"estimated_cycles":"(\d+)"', line):
-                operation = re.search(r'op_name="([^"]*)"', line)
-                kind = operation[1].split("/")[-1] if operation else "unnamed"
-                sums[kind] += int(found[1])
-        return sums
-
-    return dict(total(entry).most_common())
-
-
-def _trips(condition: list[str]) -> int:
-    """Returns how often a loop runs whose counter starts at 0 and is compared with a constant."""
-    constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
-    if len(constants) != 1:
-        raise ValueError(f"a loop whose number of trips is not plain: {condition}")
-    return int(constants[0])

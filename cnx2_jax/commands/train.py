@@ -38,7 +38,5 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             line = json.dumps(metrics)
             partial = args.workdir / "result.tmp"
             partial.write_text(f"{line}\n")
-            os.replace(
-                partial, args.workdir / "result.json"
-            )  # others see by it that the run has ended
+            os.replace(partial, args.workdir / "result.json")  # others see by it that the run has ended
             print(line)

@@ -14,8 +14,12 @@ TASKS: dict[str, type[Pretrain] | type[Classify]] = {
 }
 
 
-def make_task(config: ConfigDict) -> Pretrain | Classify:
+def make_task(config: ConfigDict, platform: str | None = None) -> Pretrain | Classify:
     """Returns the task that `config.task` names, with its data opened.
+
+    Args:
+      config: the run's.
+      platform: what the model is built for; see `base.build`.
 
     Raises:
       UserError: there is no such task; see the tasks.
@@ -24,4 +28,4 @@ def make_task(config: ConfigDict) -> Pretrain | Classify:
         raise UserError(
             f"unknown task '{config.task}'{nearest(config.task, TASKS)} (known: {', '.join(TASKS)})"
         )
-    return TASKS[config.task](config)
+    return TASKS[config.task](config, platform)

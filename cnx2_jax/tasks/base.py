@@ -75,13 +75,23 @@ def open_images(config: ConfigDict) -> ImageData:
     return images
 
 
-def build(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ConvNeXtV2 | FCMAE:
+def build(
+    config: ConfigDict, num_classes: int, rngs: nnx.Rngs, platform: str | None = None
+) -> ConvNeXtV2 | FCMAE:
     """Builds the model of a run: FCMAE for pretraining, else a classifier.
+
+    Args:
+      config: the run's.
+      num_classes: of the classifier.
+      rngs: give the initial parameters.
+      platform: what `auto` chooses for in `model.layout` and `model.scan`: `cpu`, `tpu` or `gpu`; by default
+        JAX's default backend.
 
     Raises:
       UserError: see the models, and an unknown dtype.
     """
     model = config.model
+    platform = platform or jax.default_backend()
     depths, dims = _sizes(model)
     if model.dtype not in DTYPES:
         hint = nearest(model.dtype, DTYPES)
@@ -91,13 +101,14 @@ def build(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ConvNeXtV2 | 
         "patch_size": model.patch_size,
         "drop_path": model.drop_path,
         "remat": model.remat,
-        "scan": _scan(model.scan),
+        "scan": _scan(model.scan, platform),
         "dtype": DTYPES[model.dtype],
         "rngs": rngs,
     }
     if config.task == "pretrain":
         names = ("mask_ratio", "mask_patch", "decoder_dim", "decoder_depth", "layout")
-        return FCMAE(depths, dims, **{name: model[name] for name in names}, **options)
+        masking = {name: model[name] for name in names}
+        return FCMAE(depths, dims, platform=platform, **masking, **options)
     return ConvNeXtV2(
         depths,
         dims,
@@ -107,9 +118,9 @@ def build(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ConvNeXtV2 | 
     )
 
 
-def _scan(choice: str) -> bool:
+def _scan(choice: str, platform: str) -> bool:
     """Whether stages are scanned; `auto` scans but on TPU, where loops cost time (docs/performance.md)."""
-    known = {"auto": jax.default_backend() != "tpu", "on": True, "off": False}
+    known = {"auto": platform != "tpu", "on": True, "off": False}
     if choice not in known:
         raise UserError(f"unknown model.scan '{choice}'{nearest(choice, known)} (known: {', '.join(known)})")
     return known[choice]

@@ -27,6 +27,7 @@ class Classify:
     """A classifier on the images of a config, from scratch or from `config.init_from`.
 
     Evaluation gives `accuracy`, `top5_accuracy` (shares, not percent) and `loss` (cross-entropy).
+    `platform` is what the model is built for; see `base.build`.
 
     Raises:
       UserError: the images have fewer than two classes; see `base.check` and `base.starting_params`.
@@ -34,9 +35,10 @@ class Classify:
 
     best: tuple[str, Literal["max", "min"]] = ("accuracy", "max")
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, platform: str | None = None):
         base.check(config)
         self.config = config
+        self._platform = platform
         self.images = base.open_images(config)
         self.data: Data = self.images
         self.class_names = self.images.class_names
@@ -47,7 +49,7 @@ class Classify:
             )
 
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
-        return base.build(self.config, len(self.class_names), rngs)
+        return base.build(self.config, len(self.class_names), rngs, self._platform)
 
     def start(self, params: Params) -> Params:
         if not self.config.init_from:

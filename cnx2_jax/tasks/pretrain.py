@@ -28,13 +28,15 @@ class Pretrain:
     """FCMAE on the images of a config; labels are not used.
 
     Evaluation gives `loss`, on masks that are a function of the seed and the image's place alone.
+    `platform` is what the model is built for; see `base.build`.
     """
 
     best: tuple[str, Literal["max", "min"]] = ("loss", "min")
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, platform: str | None = None):
         base.check(config)
         self.config = config
+        self._platform = platform
         # What only masking can refuse, refused before anything is made.
         height, width = image_hw(config)
         jax.eval_shape(lambda key: self.init(nnx.Rngs(key)).mask(key[None], height, width), jax.random.key(0))
@@ -42,7 +44,7 @@ class Pretrain:
         self.data: Data = self.images
 
     def init(self, rngs: nnx.Rngs) -> FCMAE:
-        model = base.build(self.config, 0, rngs)
+        model = base.build(self.config, 0, rngs, self._platform)
         assert isinstance(model, FCMAE)
         return model
 

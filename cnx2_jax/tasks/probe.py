@@ -47,8 +47,8 @@ class Probe(Classify):
       UserError: `optimizer.trainable` is not the head; see `Classify`.
     """
 
-    def __init__(self, config: ConfigDict):
-        super().__init__(config)
+    def __init__(self, config: ConfigDict, platform: str | None = None):
+        super().__init__(config, platform)
         _, shapes = split(nnx.eval_shape(lambda: self.init(nnx.Rngs(0))))
         others = [name for name in trainable(shapes, config.optimizer.trainable) if not _in_head(name)]
         if others:

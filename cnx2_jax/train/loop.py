@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 
 from cnx2_jax import configuration
 from cnx2_jax.errors import RunError, UserError
-from cnx2_jax.train import optimizer, processes, sharding, starting
+from cnx2_jax.train import processes, sharding, starting
 from cnx2_jax.train.checkpoint import Checkpoints
 from cnx2_jax.train.flight import Flight
 from cnx2_jax.train.hang import HangWatch
+from cnx2_jax.train.program import make_program
 from cnx2_jax.train.report import Report, Silence, say
 from cnx2_jax.train.state import Params, TrainState, merge
-from cnx2_jax.train.step import make_train_step
 from cnx2_jax.train.stopping import StopAskedError, StopRequest
 from cnx2_jax.train.task import Metrics, Task
 
@@ -37,23 +37,13 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
 
     Raises:
       UserError: see `configuration.make_workdir`, `only_run_in`, `sharding.make_mesh`,
-        `sharding.check_batch`, `starting.first_state` and the task.
+        `make_program`, `starting.first_state` and the task.
       RunError: the loss or the gradient is not finite, or something cannot be written.
     """
     config, data = task.config, task.data
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.batch_size, config.accumulation_steps, mesh)
-    total = configuration.total_steps(config, data.num_train)
-    schedule = optimizer.learning_rate_schedule(
-        config.optimizer,
-        config.batch_size,
-        configuration.in_steps(config.optimizer.warmup_epochs, config, data.num_train),
-        total,
-    )
-    graph, params = starting.describe(task)
-    transform = optimizer.make_optimizer(config.optimizer, schedule, params)
-    like = jax.eval_shape(lambda params: starting.begin(config, transform, params), params)
-    step_fn = make_train_step(task, graph, transform, like, mesh)
+    program = make_program(task, mesh)
+    total, like = program.total_steps, program.like
     configuration.make_workdir(config, workdir)
 
     with (
@@ -64,7 +54,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         metric, end = task.best
         metric = AVERAGED + metric if config.ema_decay else metric
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=(metric, end))
-        state = starting.first_state(task, transform, checkpoints, like, mesh)
+        state = starting.first_state(task, program.transform, checkpoints, like, mesh)
         task.begin(state.params)
         step = saved = int(state.step)
         report = Silence(workdir, start_step=step)
@@ -91,7 +81,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     flight.land()
                     with report.paused(), contextlib.suppress(StopAskedError):
                         # Where it is interrupted, it is done when the run goes on, before its next update.
-                        _evaluate(task, graph, state, mesh, stop, report, step)
+                        _evaluate(task, program.graph, state, mesh, stop, report, step)
                         saved = -1  # what a signal saved without its evaluation is saved again, with it
                     asked = stop.reached()
                 due = last or due or asked
@@ -105,7 +95,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     best = checkpoints.best()
                     break
 
-                state, metrics = step_fn(state, next(batches))
+                state, metrics = program.step(state, next(batches))
                 step += 1
                 flight.start(step, metrics)
                 report.progress(step)
@@ -114,7 +104,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     values = {name: float(value) for name, value in metrics.items()}
                     # A skipped update has metrics that are no numbers, and JSON has none such.
                     values = {name: value for name, value in values.items() if math.isfinite(value)}
-                    values["learning_rate"] = float(schedule(step - 1))
+                    values["learning_rate"] = float(program.schedule(step - 1))
                     values["images_per_sec"] = round(report.images_per_sec(step), 1)
                     report.log(step, "train", values)
     evaluated = report.evaluation(step)

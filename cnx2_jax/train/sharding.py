@@ -1,7 +1,7 @@
 """The device mesh, and where parameters and batches live on it."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -14,20 +14,25 @@ from cnx2_jax.train.state import Params
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)  # a batch is spread over both axes
 
-# First match wins. An axis that the device count does not divide stays whole.
+# First match wins. Where the device count does not divide the axis, the one before it is tried, and so on.
 PARTITION_RULES = (
-    (r"\.kernel$", -1),  # the output channels, over fsdp
+    (r"\.kernel$", -1),  # over fsdp: the output channels, else the input channels
     (r"", None),  # biases, norms and the like are small: everywhere
 )
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh that `config.data` by `config.fsdp` asks for; -1 takes what is left.
 
+    Args:
+      config: the config's `mesh`.
+      devices: all devices of the default backend, if not given.
+
     Raises:
-      UserError: the product is not the number of devices.
+      UserError: the product is not the number of devices, or a TPU's torus cannot be divided so.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     shape = [config.data, config.fsdp]
     if shape.count(-1) == 1:
         rest = int(np.prod([n for n in shape if n != -1]))
@@ -37,7 +42,14 @@ def make_mesh(config: ConfigDict) -> Mesh:
             f"mesh data={config.data}, fsdp={config.fsdp} does not fit {count} device(s); "
             "their product must be the number of devices (-1 takes what is left)"
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    try:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:
+        raise UserError(
+            f"mesh data={shape[0]}, fsdp={shape[1]} cannot be laid over this TPU slice; each must be a "
+            "product of sides of the slice"
+        ) from None
 
 
 def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
@@ -54,8 +66,11 @@ def param_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShardi
     """Returns where the parameter of this dotted name lives, by `PARTITION_RULES`."""
     axis = next(axis for pattern, axis in PARTITION_RULES if re.search(pattern, name))
     spec: list[str | None] = [None] * len(shape)
-    if axis is not None and shape[axis] % mesh.shape["fsdp"] == 0:
-        spec[axis] = "fsdp"
+    places = [] if axis is None else range(len(shape) + axis, -1, -1)
+    for place in places:
+        if shape[place] % mesh.shape["fsdp"] == 0:
+            spec[place] = "fsdp"
+            break
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 

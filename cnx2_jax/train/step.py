@@ -8,9 +8,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cnx2_jax.train.gradient import make_gradient
 from cnx2_jax.train.optimizer import trainable
-from cnx2_jax.train.sharding import BATCH, batch_sharding, state_sharding
-from cnx2_jax.train.state import Params, TrainState, merge
+from cnx2_jax.train.sharding import batch_sharding, state_sharding
+from cnx2_jax.train.state import TrainState
 from cnx2_jax.train.task import Batch, Task
 
 BATCH_DRAWS = 2**31  # no sample has this number
@@ -53,37 +54,15 @@ def make_train_step(
       mesh: where it all lives.
     """
     config = task.config
-    parts = config.accumulation_steps
-
-    def loss(moving: Params, params: Params, batch: Batch, keys: jax.Array):
-        return task.loss(merge(graph, {**params, **moving}), batch, keys)
-
-    gradient = jax.value_and_grad(loss, has_aux=True)
-
-    def accumulated(moving: Params, params: Params, batch: Batch, keys: jax.Array):
-        # Every part takes each `parts`-th sample, so that no sample moves to another device.
-        def divide(x: jax.Array) -> jax.Array:
-            x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(moving, params, *part)), None
-
-        divided = jax.tree.map(divide, (batch, keys))
-        first = jax.tree.map(lambda x: x[0], divided)
-        shapes = jax.eval_shape(gradient, moving, params, *first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, divided)
-        return jax.tree.map(lambda x: x / parts, total)
+    gradient = make_gradient(task, graph, like, mesh)
 
     def train_step(state: TrainState, batch: Batch):
         batch = dict(batch)
         unreadable = batch.pop("unreadable", None)
         batch = task.prepare(batch, batch_key(config.seed, state.step))
         keys = sample_keys(config.seed, state.step, config.batch_size)
-        compute = gradient if parts == 1 else accumulated
+        (value, metrics), gradients = gradient(state.params, batch, keys)
         moving = trainable(state.params, config.optimizer.trainable)
-        (value, metrics), gradients = compute(moving, state.params, batch, keys)
         updates, opt_state = optimizer.update(gradients, state.opt_state, moving)
         params = {**state.params, **optax.apply_updates(moving, updates)}
         ema = state.ema

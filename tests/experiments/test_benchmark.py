@@ -35,13 +35,12 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_cycles_count_loops_by_their_trips_and_fusions_once(load):
-    topologies = load("topologies")
-    assert topologies.cycles_by_kind(PROGRAM) == {"mul": 27 * 7 + 3, "unnamed": 11}
+    assert load("programs").cycles_by_kind(PROGRAM) == {"mul": 27 * 7 + 3, "unnamed": 11}
 
 
 def test_a_loop_without_a_plain_trip_count_is_an_error(load):
     with pytest.raises(ValueError, match="trips"):
-        load("topologies").cycles_by_kind(PROGRAM.replace("constant(27)", "parameter(0)"))
+        load("programs").cycles_by_kind(PROGRAM.replace("constant(27)", "parameter(0)"))
 
 
 def test_contestants_take_turns_and_who_cannot_start_is_left_out(load):

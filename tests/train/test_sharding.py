@@ -59,7 +59,8 @@ def test_batch_that_does_not_divide(batch, parts):
         ("stages.0.0.pwconv1.kernel", (40, 160), (None, "fsdp")),
         ("stages.0.0.dwconv.kernel", (7, 7, 40), (None, None, "fsdp")),
         ("head.kernel", (320, 1000), (None, "fsdp")),
-        ("head.kernel", (320, 10), (None, None)),  # 4 does not divide 10
+        ("head.kernel", (320, 10), ("fsdp", None)),  # 4 does not divide 10
+        ("head.kernel", (30, 10), (None, None)),
         ("stages.0.0.pwconv1.bias", (160,), (None,)),
         ("stages.0.0.grn.gamma", (160,), (None,)),
         ("mask_token", (512,), (None,)),

@@ -1,0 +1,152 @@
+"""Reading compiled programs: what runs how often, which collectives move how much, estimated cycles.
+
+XLA prints a program as computations, one instruction a line. Loops count times their trips, and an operation
+in flight, which several lines tell of, counts once.
+"""
+
+import collections
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator
+
+BYTES = {"pred": 1, "bf16": 2, "f16": 2}  # of other types, by the bits in their name
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_KIND = "|".join(COLLECTIVES)
+# The shape can be a tuple, with notes such as `/*index=5*/` in it.
+_COLLECTIVE = re.compile(rf" = (?P<shape>.*?) (?P<kind>{_KIND})(?P<start>-start)?\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+Tally = collections.Counter
+
+
+def cycles_by_kind(text: str) -> dict[str, int]:
+    """Sums the `estimated_cycles` in a compiled TPU program's text by kind of operation, greatest first."""
+
+    def cycles(line: str, _: str) -> Tally:
+        if not (found := re.search(r'"estimated_cycles":"(\d+)"', line)):
+            return Tally()
+        operation = re.search(r'op_name="([^"]*)"', line)
+        return Tally({operation[1].split("/")[-1] if operation else "unnamed": int(found[1])})
+
+    return dict(_sum(text, cycles).most_common())
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """Counts a compiled program's collectives and the bytes that each device sends for them, by kind.
+
+    Bytes are those of a ring of n devices: (n - 1) / n of what is gathered, scattered or exchanged, twice
+    that of what is all-reduced, and what is permuted.
+
+    Returns:
+      `{kind: {"count": operations, "bytes": bytes}}`, of one device and one run of the program.
+    """
+
+    def collective(line: str, computation: str) -> Tally:
+        found = _COLLECTIVE.search(line)
+        # A TPU's operation in flight is part of several fusions; its first has no flags to wait for.
+        if not found or re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', line):
+            return Tally()
+        kind, size = found["kind"], _bytes(found["shape"])
+        if kind == "collective-permute":  # in flight, operand and result are printed
+            return Tally({(kind, "count"): 1, (kind, "bytes"): size // 2 if found["start"] else size})
+        group = _group_size(line)
+        if group == 1:
+            return Tally()  # nothing leaves the device
+        if kind in ("all-gather", "reduce-scatter") and found["start"]:
+            size = size * group // (group + 1)  # operand and result, of which one is an n-th of the other
+        elif kind == "reduce-scatter":
+            size *= group
+        elif kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # as TPUs' compiler writes it
+        trips = 2 if kind == "all-reduce" else 1
+        return Tally({(kind, "count"): 1, (kind, "bytes"): trips * size * (group - 1) // group})
+
+    sums = _sum(text, collective, inside_fusions=True)
+    return {
+        kind: {what: sums[kind, what] for what in ("count", "bytes")}
+        for kind in COLLECTIVES
+        if sums[kind, "count"]
+    }
+
+
+def has_loops(text: str) -> bool:
+    """Says whether a compiled program loops; XLA's own counts take every loop's body once."""
+    return " while(" in text
+
+
+def _bytes(shape: str) -> int:
+    """Returns the bytes of a shape as XLA prints it, such as `(f32[8,2]{1,0}, u32[])`; lone u32 are flags."""
+    return sum(
+        _item_bytes(kind) * math.prod(int(n) for n in sizes.split(",") if n)
+        for kind, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}|u32\[\]", "", shape))
+    )
+
+
+def _item_bytes(kind: str) -> int:
+    bits = re.search(r"\d+", kind)
+    return BYTES.get(kind) or max(1, int(bits[0]) // 8 if bits else 1)
+
+
+def _group_size(line: str) -> int:
+    """Reads how many devices take part in each group of a collective, in any of XLA's three notations."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    if table := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(table[1])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    raise ValueError(f"a collective whose groups are not plain: {line.strip()[:200]}")
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Returns the instructions of every computation, and which one is run."""
+    computations: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if found := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+            name = found[2]
+            computations[name] = []
+            entry = name if found[1] else entry
+        elif name and " = " in line:
+            computations[name].append(line)
+    return computations, entry
+
+
+def _sum(text: str, of: Callable[[str, str], Tally], *, inside_fusions: bool = False) -> Tally:
+    """Sums `of(instruction, its computation)` over all that a program runs."""
+    computations, entry = _computations(text)
+
+    def called(line: str) -> Iterator[str]:
+        if re.search(r" (call|conditional)\(", line):
+            for names in re.findall(r"(?:to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)", line):
+                yield from re.findall(r"[\w.\-]+", names)
+            yield from re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+        elif inside_fusions and re.search(r" (fusion|async-start)\(", line):
+            yield from re.findall(r"calls=%?([\w.\-]+)", line)
+
+    @functools.cache
+    def total(name: str) -> Tally:
+        sums: Tally = Tally()
+        for line in computations[name]:
+            if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
+                if inner := total(loop[2]):
+                    trips = _trips(line, computations[loop[1]])
+                    sums.update({kind: trips * count for kind, count in inner.items()})
+                continue
+            sums.update(of(line, name))
+            for inside in called(line):
+                sums.update(total(inside))
+        return sums
+
+    return total(entry)
+
+
+def _trips(loop: str, condition: list[str]) -> int:
+    """Returns how often a loop runs: as XLA says, or that its counter, from 0, is compared with."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
+        return int(known[1])
+    constants = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    if len(constants) != 1:
+        raise ValueError(f"a loop whose number of trips is not plain: {condition}")
+    return int(constants[0])
