@@ -1,7 +1,6 @@
 """The program of a run: made of its task and mesh alone, so that it can be compiled for any device."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ class Program:
     graph: nnx.GraphDef
     transform: optax.GradientTransformation
     like: TrainState
-    step: Callable
+    step: jax.stages.Wrapped
 
 
 def make_program(task: Task, mesh: Mesh) -> Program:
