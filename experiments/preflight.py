@@ -114,6 +114,7 @@ def preflight(config: ConfigDict, topology: topologies.Topology) -> dict:
     found["compile_seconds"] = round(time.monotonic() - begin, 1)
     text = compiled.as_text()
     memory = compiled.memory_analysis()
+    assert text and memory  # as both compilers give
     peak = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

@@ -93,7 +93,7 @@ def _group_size(line: str) -> int:
         return listed[1].count(",") + 1
     if table := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(table[1])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{('[^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
     raise ValueError(f"a collective whose groups are not plain: {line.strip()[:200]}")

@@ -111,6 +111,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %r = ((f32[32]{0}), (f32[4]{0})) reduce-scatter-start(%x), replica_groups={{0,1,2,3,4,5,6,7}}
   %c = (f32[6,7,7]{2,1,0}, f32[6,7,7]{2,1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%z), source_target_pairs={{0,1}}
   %cd = f32[6,7,7]{2,1,0} collective-permute-done(%c)
+  %half = f32[64]{0} all-reduce(%a), replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, to_apply=%add
   %one = f32[64]{0} all-reduce(%a), replica_groups={{0},{1}}, to_apply=%add
 }
 """  # noqa: E501 - as the compilers write it
@@ -121,6 +122,7 @@ def test_what_is_in_flight_counts_once(load):
         "all-gather": {"count": 2, "bytes": (160 * 640 * 4 + 32 * 4 + 16 * 2) * 7 // 8},
         "reduce-scatter": {"count": 3, "bytes": (8 * 4 + 64 * 4 + 32 * 4) * 7 // 8},
         "collective-permute": {"count": 1, "bytes": 6 * 7 * 7 * 4},
+        "all-reduce": {"count": 1, "bytes": 2 * 64 * 4 * 3 // 4},
     }
 
 
