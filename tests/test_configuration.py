@@ -271,6 +271,9 @@ def test_free_keys_may_change_and_are_recorded(tmp_path):
         "eval_epochs": 2.0,
         "checkpoint_steps": 3,
         "keep_checkpoints": 5,
+        "on_nonfinite": "skip",
+        "max_nonfinite": 3,
+        "hang_seconds": 5.0,
     }
     # All keys that are free, and no others, are in this test.
     assert set(new) == {key for key in flat(defaults("pretrain")) if key.startswith(FREE_KEYS)}

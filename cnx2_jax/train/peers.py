@@ -71,9 +71,7 @@ class Watch:
         except Exception as error:
             if self._leaving:
                 return
-            lost = _first_line(error)
-            self._say(f"process 0 of {self._count} is gone or out of reach ({lost}); {GO_ON}")
-            self._end(1)
+            self._lost(_first_line(error))
         status = verdict["status"]
         if verdict["missing"]:
             self._say(f"{self._named(verdict['missing'])} of {self._count} gone without a word; {GO_ON}")
@@ -94,7 +92,12 @@ class Watch:
     def _wait_for_alarm(self) -> dict:
         """Gives signs, and in process 0 looks for those of the others, until there is an alarm."""
         for beat in itertools.count():
+            # A frozen process 0 would keep the request for as long as JAX lets it.
+            timer = threading.Timer(self._silence, self._lost, [f"no sign for {self._silence:g} s"])
+            timer.daemon = True
+            timer.start()
             self._store.key_value_set(f"{_BEAT}/{self._index}", str(beat), allow_overwrite=True)
+            timer.cancel()
             if self._index == 0:
                 self._look_for_signs()
             try:
@@ -103,6 +106,10 @@ class Watch:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
         raise AssertionError
+
+    def _lost(self, reason: str) -> None:
+        self._say(f"process 0 of {self._count} is gone or out of reach ({reason}); {GO_ON}")
+        self._end(1)
 
     def _look_for_signs(self) -> None:
         now = time.monotonic()
