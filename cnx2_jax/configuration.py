@@ -21,6 +21,7 @@ FREE_KEYS = (
     "model.remat",
     "model.scan",
     "log_steps",
+    "profile_steps",
     "eval_epochs",
     "checkpoint_steps",
     "keep_checkpoints",
@@ -79,6 +80,7 @@ def defaults(task: str) -> ConfigDict:
     config.total_epochs = 100.0
     config.total_steps = 0  # if not 0, instead of total_epochs
     config.log_steps = 50
+    config.profile_steps = ""  # FIRST:LAST: writes a trace of these updates into the workdir's profile/
     config.eval_epochs = 10.0
     config.checkpoint_steps = 1000
     config.keep_checkpoints = 2  # the latest ones; the best is kept besides

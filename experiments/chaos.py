@@ -26,6 +26,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from cnx2_jax.train.observe import TIMED
+
 ROOT = Path(__file__).resolve().parent.parent
 HEARTBEAT_SECONDS = 10
 START_SECONDS = 15  # about what a start takes
@@ -135,15 +137,14 @@ class Run:
         return [process.wait(seconds) for process in self.processes]
 
     def rows(self) -> list[dict]:
-        """The rows of metrics.jsonl but for the one metric that is a time; a cut last line is none."""
+        """The rows of metrics.jsonl but for metrics that are times; a cut last line is none."""
         path, rows = self.workdir / "metrics.jsonl", []
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
             except ValueError:
                 break
-            row.pop("images_per_sec", None)
-            rows.append(row)
+            rows.append({name: value for name, value in row.items() if not TIMED.fullmatch(name)})
         return rows
 
     def step(self) -> int:
@@ -242,9 +243,9 @@ def read_arrays(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def read_rows(workdir: Path) -> list[dict]:
-    """Returns the rows of metrics.jsonl but for the one metric that is a time."""
+    """Returns the rows of metrics.jsonl but for metrics that are times."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "images_per_sec"} for row in rows]
+    return [{name: value for name, value in row.items() if not TIMED.fullmatch(name)} for row in rows]
 
 
 def free_port() -> int:

@@ -148,7 +148,8 @@ def test_train_says_what_it_did(pretrained):
     # Progress is on standard error, and no library speaks there.
     lines = done.stderr.splitlines()
     assert lines[0].startswith("pretrain custom, ")
-    assert all(re.match(r"step \d+(/4 \(\d+%\), loss |: val loss )", text) for text in lines[1:-1])
+    assert all(re.match(r"step \d+(/4 \(\d+%\), loss |: val loss )", text) for text in lines[1:-2])
+    assert lines[-2].startswith("goodput ")
     assert lines[-1] == f"done after step 4; the best checkpoint by loss is {workdir}/checkpoints/4"
 
     rows = [json.loads(row) for row in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -268,6 +268,7 @@ def test_free_keys_may_change_and_are_recorded(tmp_path):
         "model.remat": "block",
         "model.scan": "off",
         "log_steps": 1,
+        "profile_steps": "2:3",
         "eval_epochs": 2.0,
         "checkpoint_steps": 3,
         "keep_checkpoints": 5,

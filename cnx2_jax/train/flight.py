@@ -2,6 +2,7 @@
 
 import collections
 import math
+from collections.abc import Callable
 
 import jax
 
@@ -17,10 +18,12 @@ class Flight:
 
     Args:
       max_nonfinite: skipped updates in a row at which the run stops.
+      landed: called for each update that is done.
     """
 
-    def __init__(self, max_nonfinite: int):
+    def __init__(self, max_nonfinite: int, landed: Callable[[], None]):
         self._max_nonfinite = max_nonfinite
+        self._landed = landed
         self._flying: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
 
     def start(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -43,6 +46,8 @@ class Flight:
     def _wait(self, most: int) -> None:
         while len(self._flying) > most:
             step, metrics = self._flying.popleft()
+            jax.block_until_ready(metrics)
+            self._landed()
             for name in FINITE:
                 value = float(metrics[name])
                 if not math.isfinite(value):

@@ -1,10 +1,12 @@
 """Ends a run that hangs, and shows where it does."""
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 STDERR = 2  # the file itself, whatever Python's stands for
@@ -27,6 +29,7 @@ class HangWatch:
         self._seconds = seconds
         self._path = workdir / f"stacks-{process_index}.txt"
         self._moved_at = time.monotonic()
+        self._aside = False
         self._over = threading.Event()
 
     def __enter__(self):
@@ -42,6 +45,14 @@ class HangWatch:
         """Says that the run is alive."""
         self._moved_at = time.monotonic()
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Lets what is inside take as long as it likes."""
+        self._aside = True
+        yield
+        self.moved()
+        self._aside = False
+
     def _watch(self) -> None:
         pause = self._seconds / 10
         while True:
@@ -50,7 +61,7 @@ class HangWatch:
             if self._over.wait(pause):
                 return
             still = time.monotonic() - self._moved_at
-            if still > self._seconds:
+            if still > self._seconds and not self._aside:
                 self._end(still)
 
     def _end(self, still: float) -> None:

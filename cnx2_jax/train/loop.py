@@ -16,6 +16,7 @@ from cnx2_jax.train import processes, sharding, starting
 from cnx2_jax.train.checkpoint import Checkpoints
 from cnx2_jax.train.flight import Flight
 from cnx2_jax.train.hang import HangWatch
+from cnx2_jax.train.observe import Observer, Profile
 from cnx2_jax.train.program import make_program
 from cnx2_jax.train.report import Report, Silence, say
 from cnx2_jax.train.state import Params, TrainState, merge
@@ -40,7 +41,9 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         `make_program`, `starting.first_state` and the task.
       RunError: the loss or the gradient is not finite, or something cannot be written.
     """
+    observer = Observer()
     config, data = task.config, task.data
+    profile = Profile(config.profile_steps, workdir / "profile")
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(task, mesh)
     total, like = program.total_steps, program.like
@@ -55,7 +58,8 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         metric = AVERAGED + metric if config.ema_decay else metric
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=(metric, end))
         state = starting.first_state(task, program.transform, checkpoints, like, mesh)
-        task.begin(state.params)
+        with hang.aside():
+            task.begin(state.params)
         step = saved = int(state.step)
         report = Silence(workdir, start_step=step)
         if processes.is_first():
@@ -71,15 +75,15 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         )
 
         batches = sharding.put_batches(data.train_batches(step, **processes.share()), mesh)
-        flight = Flight(config.max_nonfinite)
-        with _closing(report, checkpoints):
+        flight = Flight(config.max_nonfinite, observer.landed)
+        with _closing(report, checkpoints, profile):
             while True:
                 asked = stop.reached()
                 last = step == total
                 due = last or configuration.passes(config.eval_epochs, step, config, data.num_train)
                 if due and report.evaluation(step) is None and not asked:
                     flight.land()
-                    with report.paused(), contextlib.suppress(StopAskedError):
+                    with report.paused(), observer.paused(), contextlib.suppress(StopAskedError):
                         # Where it is interrupted, it is done when the run goes on, before its next update.
                         _evaluate(task, program.graph, state, mesh, stop, report, step)
                         saved = -1  # what a signal saved without its evaluation is saved again, with it
@@ -88,16 +92,22 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                 if step > max(saved, 0) and (due or step % config.checkpoint_steps == 0):
                     # Nothing is saved before every update in it is known to be finite.
                     flight.land()
-                    with report.paused():
+                    with report.paused(), observer.paused():
                         checkpoints.save(step, state, task.card(), report.evaluation(step))
                     saved = step
                 if last or asked:
                     best = checkpoints.best()
                     break
 
-                state, metrics = program.step(state, next(batches))
+                profile.before(step + 1)
+                with observer.waiting():
+                    batch = next(batches)
+                state, metrics = program.step(state, batch)
                 step += 1
                 flight.start(step, metrics)
+                if profile.after(step):
+                    flight.land()
+                    profile.close()
                 report.progress(step)
                 if step % config.log_steps == 0 or step == total:
                     flight.land()
@@ -106,11 +116,13 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     values = {name: value for name, value in values.items() if math.isfinite(value)}
                     values["learning_rate"] = float(program.schedule(step - 1))
                     values["images_per_sec"] = round(report.images_per_sec(step), 1)
+                    values |= observer.values()
                     report.log(step, "train", values)
     evaluated = report.evaluation(step)
     if evaluated is None:
         say(f"stopped after step {step:,} of {total:,}; the same command goes on from there")
         return None
+    say(observer.summary())
     say(f"done after step {total:,}; the best checkpoint by {metric} is {best}")
     return {"step": step, **evaluated}
 
@@ -136,8 +148,8 @@ def only_run_in(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _closing(report: Silence, checkpoints: Checkpoints) -> Iterator[None]:
-    """Closes both, and so finishes what is being saved.
+def _closing(report: Silence, checkpoints: Checkpoints, profile: Profile) -> Iterator[None]:
+    """Closes all three, and so finishes what is being saved.
 
     But not where the computation fails on several processes: one of them may be gone, and saving would wait
     for it.
@@ -150,6 +162,7 @@ def _closing(report: Silence, checkpoints: Checkpoints) -> Iterator[None]:
         raise
     finally:
         if finish:
+            profile.close()
             report.close()
             checkpoints.close()
 

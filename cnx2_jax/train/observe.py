@@ -1,9 +1,9 @@
-"""Where a run's time goes: goodput, waiting for data, step times, memory, FLOP utilisation, traces."""
+"""Where a run's time goes: goodput, waiting for data, step times, memory, traces."""
 
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -12,35 +12,19 @@ import numpy as np
 from cnx2_jax.errors import UserError
 from cnx2_jax.train.task import Metrics
 
-# Dense bfloat16 FLOP/s of what JAX calls one device (a core on v2, v3 and 7x, else a chip), by the makers.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1153e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
 # What is a matter of time and place: all other metrics are a function of the config and the step.
-TIMED = re.compile(r"images_per_sec|goodput|data_wait|step_seconds_.*|memory_.*|flop_utilisation")
+TIMED = re.compile(r"images_per_sec|goodput|data_wait|step_seconds_.*|memory_.*")
 
 
 class Observer:
     """Measures one run from its start; `values` says what happened since it was last asked.
 
     Args:
-      flops_per_step: of the whole batch, 0 if not known; for `flop_utilisation`.
       now: seconds of a clock that does not go back.
     """
 
-    def __init__(self, flops_per_step: float = 0.0, now=time.monotonic):
+    def __init__(self, now: Callable[[], float] = time.monotonic):
         self._now = now
-        self._flops = flops_per_step
         self._begin = self._since = self._landed = now()
         self._trained = 0.0  # in updates, since the run began
         self._updates = 0
@@ -80,7 +64,7 @@ class Observer:
         Returns:
           `goodput`: share of the time since the run began in which it trained. `data_wait`: share of the
           time in which the host waited for data. `step_seconds_p50`, `_p90`, `_p99`. `memory_peak_gib`: the
-          most that any device here held, where devices say so. `flop_utilisation`: of the peak, where known.
+          most that any device here held, where devices say so.
         """
         now = self._now()
         values: Metrics = {"goodput": self._trained / max(now - self._begin, 1e-9)}
@@ -88,8 +72,6 @@ class Observer:
         values |= _percentiles(self._intervals)
         values |= _memory()
         self._all_intervals += self._intervals
-        if self._intervals:
-            values |= self._utilisation(float(np.mean(self._intervals)))
         self._intervals, self._waited, self._since = [], 0.0, now
         return {name: float(f"{value:.6g}") for name, value in values.items()}
 
@@ -103,14 +85,8 @@ class Observer:
             line += ", step " + ", ".join(
                 f"{name[-3:]} {1000 * value:.1f} ms" for name, value in times.items()
             )
-            utilisation = self._utilisation(float(np.mean(self._all_intervals)))
-            line += "".join(f", {value:.0%} of the peak FLOP/s" for value in utilisation.values())
         line += "".join(f", {value:.1f} GiB at most on a device" for value in _memory().values())
         return line
-
-    def _utilisation(self, seconds: float) -> Metrics:
-        peak = peak_flops(jax.devices()[0].device_kind) * jax.device_count()
-        return {"flop_utilisation": self._flops / seconds / peak} if peak and self._flops else {}
 
 
 def _percentiles(seconds: list[float]) -> Metrics:
@@ -123,12 +99,6 @@ def _memory() -> Metrics:
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [known["peak_bytes_in_use"] for known in stats if known and "peak_bytes_in_use" in known]
     return {"memory_peak_gib": max(peaks) / 2**30} if peaks else {}
-
-
-def peak_flops(kind: str) -> float:
-    """Returns the peak of a device of this kind, 0 if it is not known; the longest name that fits counts."""
-    fitting = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(fitting, key=len)] if fitting else 0.0
 
 
 class Profile:

@@ -90,7 +90,8 @@ class Report(Silence):
     """Reports one run; rows after the step that it resumes from are dropped, as they come again.
 
     `metrics.jsonl` holds one JSON object per logged step and split: `{"step": ..., "split": "train" or
-    "val", ...}`. Every metric but `images_per_sec` is a function of the config and the step.
+    "val", ...}`. Every metric but those of `observe.TIMED` is a
+    function of the config and the step.
 
     Args:
       workdir: where `metrics.jsonl`, `tensorboard/` and `reconstructions/` go.

@@ -82,6 +82,7 @@ def test_convert_from_the_hub(hub, tmp_path, small):
     tensors = to_torch({name: value.astype(np.float32) for name, value in small.items()}, "timm")
     files["some/model/model.safetensors"] = safetensors.numpy.save(tensors)
     config = {"architecture": "convnextv2_tiny", "label_names": ["a", "b", "c"]}
+    config["model_args"] = {"depths": [1, 2, 1, 1], "dims": [8, 16, 24, 40]}
     config["pretrained_cfg"] = {"input_size": [3, 96, 96]}
     files["some/model/config.json"] = json.dumps(config).encode()
     arguments = ("-m", "cnx2_jax.cli", "convert", "--from", "hf:some/model@v1", "--to", tmp_path / "new")

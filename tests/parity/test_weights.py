@@ -196,4 +196,4 @@ def test_damaged_pickles(tmp_path, zipped):
     path.write_bytes(path.read_bytes()[:-200])
     assert "damaged" in refusal(path)
     path.write_bytes(b"hello " * 100)
-    assert "damaged or no PyTorch file" in refusal(path)
+    assert "is damaged, or no file of tensors by PyTorch" in refusal(path)

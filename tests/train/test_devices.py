@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cnx2_jax.train import checkpoint
+from cnx2_jax.train.observe import TIMED
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -47,7 +48,7 @@ def train(task, workdir, devices, *overrides):
     assert len(rows) == STEPS + 1
     # On this process's one device, whatever it was saved from.
     params = checkpoint.read_params(workdir / "checkpoints" / str(STEPS))
-    rows = [{k: v for k, v in row.items() if k not in ("images_per_sec", "split")} for row in rows]
+    rows = [{k: v for k, v in row.items() if k != "split" and not TIMED.fullmatch(k)} for row in rows]
     return rows, {name: np.asarray(value) for name, value in params.items()}
 
 

@@ -43,8 +43,10 @@ def test_a_pretraining_run_leaves_what_the_readme_says(tmp_path, capsys):
         (3, "train"), (6, "train"), (8, "train"), (8, "val"),
     ]  # fmt: skip
     assert rows[0].keys() == {
-        "step", "split", "loss", "grad_norm", "update_norm", "learning_rate", "images_per_sec"
+        "step", "split", "loss", "grad_norm", "update_norm", "learning_rate", "images_per_sec",
+        "goodput", "data_wait", "step_seconds_p50", "step_seconds_p90", "step_seconds_p99",
     }  # fmt: skip
+    assert 0 < rows[1]["goodput"] < 1 and 0 <= rows[1]["data_wait"] <= 1
     assert metrics["loss"] == rows[-1]["loss"]
     assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 16
     # The latest two; the best is the last, for it alone was evaluated.
@@ -158,3 +160,11 @@ def test_averaged_parameters_have_an_evaluation_of_their_own(tmp_path, capsys):
     assert (averaged["head.kernel"] != params["head.kernel"]).any()
     start = base.starting_params(tmp_path, task.config, params)
     np.testing.assert_array_equal(start["head.kernel"], averaged["head.kernel"])
+
+
+def test_a_trace_of_some_updates(tmp_path):
+    fit(small("pretrain.py:digits", "--config.profile_steps=3:4"), tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(UserError, match="profile_steps '4:3' must be FIRST:LAST"):
+        fit(small("pretrain.py:digits", "--config.profile_steps=4:3"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -1,12 +1,10 @@
 """Where time goes, on a clock of our own; traces, for real."""
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 from cnx2_jax.errors import UserError
-from cnx2_jax.train import observe
-from cnx2_jax.train.observe import TIMED, Observer, Profile, peak_flops
+from cnx2_jax.train.observe import TIMED, Observer, Profile
 
 
 class Clock:
@@ -62,22 +60,6 @@ def test_before_any_update_there_is_little_to_say(clock):
     clock.pass_(1)
     assert observer.values() == {"goodput": 0, "data_wait": 0}
     assert observer.summary() == "goodput 0%"
-
-
-def test_utilisation_where_the_peak_is_known(clock, monkeypatch):
-    monkeypatch.setitem(observe.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
-    observer = Observer(flops_per_step=2e11 * jax.device_count(), now=clock)
-    for _ in range(3):
-        update(clock, observer, 0, 0.5)
-    assert observer.values()["flop_utilisation"] == pytest.approx(0.4)
-    assert "40% of the peak FLOP/s" in observer.summary()
-
-
-def test_peaks_are_found_by_the_longest_name():
-    assert peak_flops("TPU v5 lite") == 197e12
-    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("cpu") == 0
 
 
 def test_timed_metrics_are_told_from_others(clock):

@@ -101,7 +101,8 @@ def assert_alike(workdir, reference, tolerance=1e-5):
     ours, theirs = CHAOS["read_rows"](workdir), CHAOS["read_rows"](reference)
     assert [(row["step"], row["split"]) for row in ours] == [(row["step"], row["split"]) for row in theirs]
     for row, other in zip(ours, theirs, strict=True):
-        assert row == pytest.approx(other, abs=tolerance, rel=tolerance)
+        numbers, others = ({k: v for k, v in r.items() if k != "split"} for r in (row, other))
+        assert numbers == pytest.approx(others, abs=tolerance, rel=tolerance)
     ours, theirs = arrays(workdir), arrays(reference)
     assert ours.keys() == theirs.keys() and len(ours) > 100
     for name, value in theirs.items():
@@ -152,7 +153,7 @@ def test_a_run_begun_by_one_and_finished_on_two_is_evaluated_on_two(alone, tmp_p
 
 
 def test_kills_change_nothing(tmp_path):
-    command = ["experiments/chaos.py", "--kills", 3, "--steps", 40, "--seed", 1, "--out", tmp_path / "chaos"]
+    command = ["experiments/chaos.py", "--kills", 2, "--steps", 24, "--seed", 1, "--out", tmp_path / "chaos"]
     ((status, out, err),) = finish(start(command))
     assert status == 0, (out, err)
     assert json.loads(out.splitlines()[-1])["kills"] == 3

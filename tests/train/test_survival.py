@@ -16,6 +16,7 @@ from cnx2_jax.cli import main
 from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.train import checkpoint, damage
 from cnx2_jax.train.loop import fit
+from cnx2_jax.train.observe import TIMED
 from cnx2_jax.train.report import read_metrics
 
 SKIP = "on_nonfinite=skip"
@@ -29,7 +30,7 @@ def params_at(workdir, step):
 
 def rows(workdir):
     found = [row for row in read_metrics(workdir / "metrics.jsonl") if row["split"] == "train"]
-    return [{name: value for name, value in row.items() if name != "images_per_sec"} for row in found]
+    return [{name: value for name, value in row.items() if not TIMED.fullmatch(name)} for row in found]
 
 
 def steps(workdir):

@@ -70,6 +70,9 @@ class TinyTask:
     def start(self, params):
         return params
 
+    def begin(self, params):
+        pass
+
     def prepare(self, batch, key):
         return batch
 
