@@ -88,8 +88,12 @@ def state_sharding(state, mesh: Mesh):
 
 
 def put_params(params: Params, mesh: Mesh) -> Params:
-    """Moves parameters to where they live on the mesh."""
-    return {n: jax.device_put(leaf, param_sharding(n, leaf.shape, mesh)) for n, leaf in params.items()}
+    """Moves parameters, of which each process has all, to where they live on the mesh."""
+    # From the host: arrays on a device of one process do not go to a mesh of several.
+    return {
+        name: jax.device_put(np.asarray(leaf), param_sharding(name, leaf.shape, mesh))
+        for name, leaf in params.items()
+    }
 
 
 def everywhere(params: Params, mesh: Mesh) -> Params:
