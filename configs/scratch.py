@@ -1,12 +1,11 @@
-"""Supervised training from scratch: what pretraining is compared with (paper, table 3; ConvNeXt's recipe).
+"""Supervised training from scratch: what pretraining is compared with (ConvNeXt's recipe).
 
   cnx2 train --config configs/scratch.py:base --config.data.root=IMAGES --workdir runs/scratch
   cnx2 train --config configs/scratch.py:smoke --workdir runs/smoke      # a minute on a CPU
 
 IMAGES holds a folder per class, under `train/` and `val/` or split here. The paper trains its supervised
-models as ConvNeXt's were (arXiv 2201.03545, table 5): 300 epochs, batch 4096, AdamW at 4e-3, 20 epochs of
-warmup. Recipes: the nine variants. Expected of the averaged weights, in percent: base 84.3, large 84.5.
-Not yet reproduced here.
+models as ConvNeXt's were (its TRAINING.md): 300 epochs, batch 4096, AdamW at 4e-3, 20 epochs of warmup.
+Recipes: the nine variants. What to expect is in the paper's table 3; not yet reproduced here.
 
 Uncertain, and what is taken: stochastic depth is published for tiny (0.1), small (0.4), base and large
 (0.5); huge takes 0.5, those below tiny 0. The recipe has no minimum of the learning rate; the official

@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cnx2_jax.train.observe import TIMED
+from cnx2_jax.train.report import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 HEARTBEAT_SECONDS = 10
@@ -137,15 +138,7 @@ class Run:
         return [process.wait(seconds) for process in self.processes]
 
     def rows(self) -> list[dict]:
-        """The rows of metrics.jsonl but for metrics that are times; a cut last line is none."""
-        path, rows = self.workdir / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            rows.append({name: value for name, value in row.items() if not TIMED.fullmatch(name)})
-        return rows
+        return read_rows(self.workdir)
 
     def step(self) -> int:
         """The last step that is logged."""
@@ -244,7 +237,7 @@ def read_arrays(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 def read_rows(workdir: Path) -> list[dict]:
     """Returns the rows of metrics.jsonl but for metrics that are times."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(workdir / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not TIMED.fullmatch(name)} for row in rows]
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tensorflow as tf
@@ -103,13 +102,15 @@ class FeatureData:
     Args:
       images: what they are the features of.
       config: of the run.
+
+    Attributes:
+      statistics: mean and deviation `[dim]` of the training images' features before they are standardised.
     """
 
     def __init__(self, images: ImageData, config: ConfigDict):
         self.images = images
         self._config = config
         self._encoder = ""
-        self._splits: tuple[Features, Features] | None = None
 
     @property
     def num_train(self) -> int:
@@ -137,8 +138,7 @@ class FeatureData:
         graph, _ = split(nnx.eval_shape(lambda: init(nnx.Rngs(0))))
         dim = len(host["norm.scale"])
         plain = {"norm.scale": np.ones(dim, np.float32), "norm.bias": np.zeros(dim, np.float32)}
-        whole = {name: jnp.asarray(leaf) for name, leaf in (host | plain).items()}
-        model = merge(graph, put_params(whole, mesh))
+        model = merge(graph, put_params(host | plain, mesh))
         config = self._config.copy_and_resolve_references()
         config.unlock()
         config.batch_size = AT_ONCE * devices.size
@@ -149,24 +149,25 @@ class FeatureData:
             path = Path(self._config.data.feature_cache) / f"{_name(encoder, source, config)}.npz"
             return _kept(path, lambda: all_features(model, config, source, mesh))
 
-        self._splits = features(self.images.train), features(self.images.val)
+        self._hold(features(self.images.train), features(self.images.val))
         self._encoder = encoder
-        self.__dict__.pop("_standardised", None)
 
-    @property
-    def statistics(self) -> tuple[Float32[np.ndarray, " dim"], Float32[np.ndarray, " dim"]]:
-        """Mean and deviation of every feature over the training images, before they are standardised."""
-        assert self._splits is not None, "features are computed first"
-        vectors = self._splits[0][0]
-        variance = vectors.var(axis=0, dtype=np.float64)
-        mean = vectors.mean(axis=0, dtype=np.float64)
-        return mean.astype(np.float32), np.sqrt(variance + 1e-6).astype(np.float32)
+    def _hold(self, train: Features, val: Features) -> None:
+        """Takes in both splits, and standardises them in place: of a million images once is enough."""
+        mean = train[0].mean(axis=0, dtype=np.float64)
+        deviation = np.sqrt(train[0].var(axis=0, dtype=np.float64) + 1e-6)
+        # Of every feature over the training images, before they are standardised.
+        self.statistics = mean.astype(np.float32), deviation.astype(np.float32)
+        for vectors, _ in (train, val):
+            vectors -= self.statistics[0]
+            vectors /= self.statistics[1]
+        self._train, self._val = train, val
 
     def train_batches(
         self, start_step: int, *, process_index: int = 0, process_count: int = 1
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields this host's share of the batches from `start_step` on, in the order that images have."""
-        vectors, labels = self._standardised[0]
+        vectors, labels = self._train
         order = functools.lru_cache(2)(lambda epoch: epoch_order(epoch, len(labels), self._config.seed))
         for step in itertools.count(start_step):
             positions = self._share(step, process_index, process_count)
@@ -178,7 +179,7 @@ class FeatureData:
         self, *, process_index: int = 0, process_count: int = 1
     ) -> Iterable[dict[str, np.ndarray]]:
         """Yields this host's share of one pass; where it runs past the end, `mask` is False."""
-        vectors, labels = self._standardised[1]
+        vectors, labels = self._val
         for step in range(-(-len(labels) // self._config.batch_size)):
             positions = self._share(step, process_index, process_count)
             records = np.minimum(positions, len(labels) - 1)
@@ -188,13 +189,6 @@ class FeatureData:
         batch = self._config.batch_size
         share = batch // process_count
         return step * batch + process_index * share + np.arange(share)
-
-    @functools.cached_property
-    def _standardised(self) -> tuple[Features, Features]:
-        mean, deviation = self.statistics
-        assert self._splits is not None
-        train, val = (((vectors - mean) / deviation, labels) for vectors, labels in self._splits)
-        return train, val
 
 
 def _digest(params: Mapping[str, np.ndarray]) -> str:

@@ -73,10 +73,6 @@ class Checkpoints:
                 item_handlers={**arrays, "card": ocp.JsonCheckpointHandler()},
             )
 
-    def latest(self) -> int | None:
-        """Returns the step of the latest checkpoint, if there is one."""
-        return self._manager.latest_step()
-
     def reload(self) -> None:
         """Looks again at which checkpoints there are."""
         self._manager.reload()

@@ -41,8 +41,8 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         `make_program`, `starting.first_state` and the task.
       RunError: the loss or the gradient is not finite, or something cannot be written.
     """
-    observer = Observer()
     config, data = task.config, task.data
+    observer = Observer(config.batch_size)
     profile = Profile(config.profile_steps, workdir / "profile")
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(task, mesh)
@@ -83,7 +83,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                 due = last or configuration.passes(config.eval_epochs, step, config, data.num_train)
                 if due and report.evaluation(step) is None and not asked:
                     flight.land()
-                    with report.paused(), observer.paused(), contextlib.suppress(StopAskedError):
+                    with observer.paused(), contextlib.suppress(StopAskedError):
                         # Where it is interrupted, it is done when the run goes on, before its next update.
                         _evaluate(task, program.graph, state, mesh, stop, report, step)
                         saved = -1  # what a signal saved without its evaluation is saved again, with it
@@ -92,7 +92,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                 if step > max(saved, 0) and (due or step % config.checkpoint_steps == 0):
                     # Nothing is saved before every update in it is known to be finite.
                     flight.land()
-                    with report.paused(), observer.paused():
+                    with observer.paused():
                         checkpoints.save(step, state, task.card(), report.evaluation(step))
                     saved = step
                 if last or asked:
@@ -115,7 +115,6 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     # A skipped update has metrics that are no numbers, and JSON has none such.
                     values = {name: value for name, value in values.items() if math.isfinite(value)}
                     values["learning_rate"] = float(program.schedule(step - 1))
-                    values["images_per_sec"] = round(report.images_per_sec(step), 1)
                     values |= observer.values()
                     report.log(step, "train", values)
     evaluated = report.evaluation(step)

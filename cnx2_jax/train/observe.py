@@ -1,4 +1,4 @@
-"""Where a run's time goes: goodput, waiting for data, step times, memory, traces."""
+"""Where a run's time goes: throughput, goodput, waiting for data, step times, memory, traces."""
 
 import contextlib
 import re
@@ -20,17 +20,20 @@ class Observer:
     """Measures one run from its start; `values` says what happened since it was last asked.
 
     Args:
+      batch_size: images per update, for throughput.
       now: seconds of a clock that does not go back.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic):
+    def __init__(self, batch_size: int, now: Callable[[], float] = time.monotonic):
+        self._batch_size = batch_size
         self._now = now
         self._begin = self._since = self._landed = now()
         self._trained = 0.0  # in updates, since the run began
         self._updates = 0
         self._waited = 0.0
+        self._rate = 0.0
         self._intervals: list[float] = []
-        self._all_intervals: list[float] = []
+        self._earlier: list[float] = []  # intervals of former windows
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -41,7 +44,7 @@ class Observer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps what happens inside (evaluation, saving) out of the step times; goodput pays for it."""
+        """Keeps what happens inside (evaluation, saving) out of all but goodput, which pays for it."""
         begin = self._now()
         yield
         self._landed += self._now() - begin
@@ -62,31 +65,35 @@ class Observer:
         """Returns what was measured since the last call.
 
         Returns:
-          `goodput`: share of the time since the run began in which it trained. `data_wait`: share of the
-          time in which the host waited for data. `step_seconds_p50`, `_p90`, `_p99`. `memory_peak_gib`: the
-          most that any device here held, where devices say so.
+          `images_per_sec`, the last known where no update was done. `goodput`: share of the time since the
+          run began in which it trained. `data_wait`: share of the time in which the host waited for data.
+          `step_seconds_p50`, `_p90`, `_p99`. `memory_peak_gib`: the most that any device here held, where
+          devices say so.
         """
         now = self._now()
-        values: Metrics = {"goodput": self._trained / max(now - self._begin, 1e-9)}
+        if self._intervals:
+            self._rate = self._batch_size * len(self._intervals) / sum(self._intervals)
+        values: Metrics = {"images_per_sec": self._rate, "goodput": self._goodput(now)}
         values["data_wait"] = self._waited / max(now - self._since, 1e-9)
         values |= _percentiles(self._intervals)
         values |= _memory()
-        self._all_intervals += self._intervals
+        self._earlier += self._intervals
         self._intervals, self._waited, self._since = [], 0.0, now
         return {name: float(f"{value:.6g}") for name, value in values.items()}
 
     def summary(self) -> str:
         """Returns a line about the whole run."""
-        self.values()
-        share = self._trained / max(self._now() - self._begin, 1e-9)
-        line = f"goodput {share:.0%}"
-        times = _percentiles(self._all_intervals)
+        line = f"goodput {self._goodput(self._now()):.0%}"
+        times = _percentiles(self._earlier + self._intervals)
         if times:
             line += ", step " + ", ".join(
                 f"{name[-3:]} {1000 * value:.1f} ms" for name, value in times.items()
             )
         line += "".join(f", {value:.1f} GiB at most on a device" for value in _memory().values())
         return line
+
+    def _goodput(self, now: float) -> float:
+        return self._trained / max(now - self._begin, 1e-9)
 
 
 def _percentiles(seconds: list[float]) -> Metrics:

@@ -66,14 +66,6 @@ class Silence:
     def progress(self, step: int) -> None:
         """Says that `step` updates are done."""
 
-    def images_per_sec(self, step: int) -> float:
-        """Returns throughput since the last call, without compilation, evaluation and saving."""
-        return 0.0
-
-    def paused(self) -> contextlib.AbstractContextManager:
-        """Keeps what happens inside out of the throughput."""
-        return contextlib.nullcontext()
-
     def log(self, step: int, split: str, metrics: Metrics) -> None:
         """Takes in one row."""
         if split == "val":
@@ -90,14 +82,13 @@ class Report(Silence):
     """Reports one run; rows after the step that it resumes from are dropped, as they come again.
 
     `metrics.jsonl` holds one JSON object per logged step and split: `{"step": ..., "split": "train" or
-    "val", ...}`. Every metric but those of `observe.TIMED` is a
-    function of the config and the step.
+    "val", ...}`. Every metric but those of `observe.TIMED` is a function of the config and the step.
 
     Args:
       workdir: where `metrics.jsonl`, `tensorboard/` and `reconstructions/` go.
       start_step: the step that the run resumes from, 0 for a new one.
       total_steps: the step that it ends with.
-      batch_size: images per step, for throughput.
+      batch_size: images per step, for the time that is left.
 
     Raises:
       RunError: what it writes cannot be written.
@@ -118,9 +109,6 @@ class Report(Silence):
         )
         self._lines = not terminal
         self._said = time.monotonic()
-        self._speed_step = -1  # the first step compiles: throughput counts from the one after it
-        self._speed_time = 0.0
-        self._rate = 0.0
 
     def _rewrite(self, rows: list[dict]) -> None:
         partial = self._path.with_suffix(".tmp")
@@ -130,23 +118,6 @@ class Report(Silence):
     def progress(self, step: int) -> None:
         """Moves the progress bar to `step` updates done."""
         self._bar.update(step - self._bar.n)
-        if self._speed_step < 0:
-            self._speed_step, self._speed_time = step, time.monotonic()
-
-    def images_per_sec(self, step: int) -> float:
-        """Returns throughput since the last call, without compilation, evaluation and saving."""
-        now = time.monotonic()
-        if step > self._speed_step >= 0:
-            self._rate = (step - self._speed_step) * self._batch_size / (now - self._speed_time)
-            self._speed_step, self._speed_time = step, now
-        return self._rate
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Keeps what happens inside out of the throughput."""
-        begin = time.monotonic()
-        yield
-        self._speed_time += time.monotonic() - begin
 
     def log(self, step: int, split: str, metrics: Metrics) -> None:
         """Writes one row; it is on disk when this returns, so a checkpoint never runs ahead of its rows."""
@@ -162,13 +133,14 @@ class Report(Silence):
             say(f"step {step}: {', '.join(f'val {k} {v:.4g}' for k, v in metrics.items())}")
             return
         loss = metrics.get("loss", math.nan)  # not there after an update that was skipped
-        self._bar.set_postfix_str(f"loss {loss:.4g}, {self._rate:.0f} images/s")
+        rate = metrics.get("images_per_sec", 0.0)
+        self._bar.set_postfix_str(f"loss {loss:.4g}, {rate:.0f} images/s")
         if self._lines and (step == self._total or time.monotonic() - self._said > LINE_SECONDS):
             self._said = time.monotonic()
-            left = (self._total - step) * self._batch_size / self._rate if self._rate else 0
+            left = (self._total - step) * self._batch_size / rate if rate else 0
             say(
                 f"step {step}/{self._total} ({100 * step / self._total:.0f}%), loss {loss:.4g}, "
-                f"{self._rate:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} left"
+                f"{rate:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} left"
             )
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:

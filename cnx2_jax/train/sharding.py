@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError
@@ -87,11 +88,11 @@ def state_sharding(state, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def put_params(params: Params, mesh: Mesh) -> Params:
+def put_params(params: Mapping[str, ArrayLike], mesh: Mesh) -> Params:
     """Moves parameters, of which each process has all, to where they live on the mesh."""
     # From the host: arrays on a device of one process do not go to a mesh of several.
     return {
-        name: jax.device_put(np.asarray(leaf), param_sharding(name, leaf.shape, mesh))
+        name: jax.device_put(np.asarray(leaf), param_sharding(name, np.shape(leaf), mesh))
         for name, leaf in params.items()
     }
 

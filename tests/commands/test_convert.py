@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,14 +17,6 @@ from cnx2_jax.tasks import base
 from cnx2_jax.train.state import split
 
 SMALL = ((1, 2, 1, 1), (8, 16, 24, 40))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ("n01", "n02", "n03")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def run(*arguments):
     try:
         return main(["evaluate", *map(str, arguments)])

@@ -21,14 +21,6 @@ from cnx2_jax.train.state import split
 NAMES = ("cat", "dog", "owl")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def run(*arguments):
     try:
         return main(["export", *map(str, arguments)])

@@ -26,14 +26,6 @@ SHOWN = {"n02012849": "crane (bird)", "n02123045": "tabby", "zebra crossing": "z
 COMMAND = Path(sys.executable).with_name("cnx2")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def run(*arguments):
     try:
         return main(["predict", *map(str, arguments)])

@@ -70,7 +70,7 @@ def run(encoder, tmp_path_factory):
 
 def test_it_does_about_as_well_as_logistic_regression(run):
     task, _, metrics = run
-    (train, labels), (val, val_labels) = task.data._standardised
+    (train, labels), (val, val_labels) = task.data._train, task.data._val
     peer = LogisticRegression(max_iter=2000).fit(train, labels)
     expected = peer.score(val, val_labels)
     assert metrics["accuracy"] == pytest.approx(expected, abs=0.03)
@@ -135,13 +135,14 @@ class Images:
 def numbered(batch_size, train, val):
     config = small(f"batch_size={batch_size}")
     data = probe.FeatureData(Images(), config)
-    data._splits = tuple(
+    splits = (
         (
             np.random.default_rng(0).standard_normal((count, 4)).astype(np.float32),
             np.arange(count, dtype=np.int32),
         )
         for count in (train, val)
     )
+    data._hold(*splits)
     return data
 
 

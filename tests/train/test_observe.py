@@ -31,7 +31,7 @@ def update(clock, observer, waited, worked):
 
 
 def test_goodput_waits_and_step_times(clock):
-    observer = Observer(now=clock)
+    observer = Observer(4, now=clock)
     clock.pass_(10)  # opening data, building the model
     update(clock, observer, 5, 15)  # compiles
     for _ in range(9):
@@ -55,18 +55,40 @@ def test_goodput_waits_and_step_times(clock):
     assert observer.summary().startswith("goodput 27%, step p50 1000.0 ms, p90 ")
 
 
+def test_throughput():
+    observer = Observer(4)
+    assert observer.values()["images_per_sec"] == 0
+    observer.landed()
+    assert observer.values()["images_per_sec"] == 0  # the first step compiles and does not count
+    observer.landed()
+    rate = observer.values()["images_per_sec"]
+    assert 0 < rate < float("inf")
+    assert observer.values()["images_per_sec"] == rate  # no step since: the last known
+
+
+def test_what_happens_in_a_pause_does_not_count(clock):
+    observer = Observer(4, now=clock)
+    observer.landed()
+    clock.pass_(2)
+    with observer.paused():
+        clock.pass_(1000)
+    for _ in range(4):
+        observer.landed()
+    assert observer.values()["images_per_sec"] == 4 * 4 / 2
+
+
 def test_before_any_update_there_is_little_to_say(clock):
-    observer = Observer(now=clock)
+    observer = Observer(4, now=clock)
     clock.pass_(1)
-    assert observer.values() == {"goodput": 0, "data_wait": 0}
+    assert observer.values() == {"images_per_sec": 0, "goodput": 0, "data_wait": 0}
     assert observer.summary() == "goodput 0%"
 
 
 def test_timed_metrics_are_told_from_others(clock):
-    observer = Observer(now=clock)
+    observer = Observer(4, now=clock)
     for _ in range(3):
         update(clock, observer, 0, 0.5)
-    assert all(TIMED.fullmatch(name) for name in [*observer.values(), "images_per_sec", "memory_peak_gib"])
+    assert all(TIMED.fullmatch(name) for name in [*observer.values(), "memory_peak_gib"])
     assert not any(TIMED.fullmatch(name) for name in ("loss", "grad_norm", "learning_rate", "ema_accuracy"))
 
 
