@@ -96,9 +96,13 @@ def test_shellcheck_finds_nothing(path):
 
 @pytest.fixture
 def job(load, repository, monkeypatch, capsys, tmp_path):
-    """The function `job(backend, verb, *words)`, its status and output; the command notes a secret."""
+    """The function `job(backend, verb, *words)`, its status and output.
+
+    The command notes a secret, and all command lines that it sees.
+    """
     command = (
-        'echo "$1 $TOKEN" >>"$2/said"; cat "$2/said.fails" 2>/dev/null && rm "$2/said.fails" && exit 7; true'
+        'echo "$1 $TOKEN" >>"$2/said"; cat /proc/[0-9]*/cmdline >>"$2/lines" 2>/dev/null;'
+        'cat "$2/said.fails" 2>/dev/null && rm "$2/said.fails" && exit 7; true'
     )
     root = repository(greet_sh=command)
     monkeypatch.chdir(root)
@@ -117,7 +121,10 @@ def job(load, repository, monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """All command lines of this machine while the test runs, as often as they can be read."""
+    """All command lines of this machine while the test runs, as often as they can be read.
+
+    A short one may escape it: the command that is launched notes those that it sees itself.
+    """
     lines: set[bytes] = set()
     done = threading.Event()
 
@@ -198,6 +205,7 @@ def test_tpu_vm_runs_the_commit_on_the_host_and_gives_the_slice_back(job, cloud,
     left = [path for folder in (job.folder, cloud) for path in folder.rglob("*") if path.is_file()]
     assert len(left) > 5
     assert not [path for path in left if b"hunter2" in path.read_bytes()]
+    seen.add((tmp_path / "lines").read_bytes())
     assert any(b"greet.sh" in line for line in seen)
     assert not [line for line in seen if b"hunter2" in line]
     assert not [line for line in recorder.calls() if "hunter2" in line]
