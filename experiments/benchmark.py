@@ -27,12 +27,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import topologies  # before JAX starts: it says where to look for TPUs
-from contestants import CLASSIFY, DENSE, FORWARD, TRAIN, Contestant, Measurement, measure, train_step
-from plots import draw_growth, draw_into, draw_machine
-
 from cnx2_jax.errors import RunError, UserError, nearest
 from cnx2_jax.models import VARIANTS, variant
 from cnx2_jax.models.fcmae import stage_kinds
+from contestants import CLASSIFY, DENSE, FORWARD, TRAIN, Contestant, Measurement, measure, train_step
+from plots import draw_growth, draw_into, draw_machine
 
 LAYOUTS = ("masked", "gathered", "auto")
 VISIBLE = 19 / 49  # of the patches of 224 pixels, at the paper's mask ratio of 0.6

@@ -136,6 +136,7 @@ def _stream(contestant: str, kind: str, args: argparse.Namespace, root: Path, co
 
         return ImageData(_config("folder", root, 64, args.image_size, recipe)).train_batches(0)
     import torch
+
     from pil_peer import loader
 
     torch.set_num_threads(1)

@@ -212,6 +212,7 @@ def _build_jax(contestant: Contestant) -> tuple[dict[str, Callable], dict[str, d
 
 def _build_torch(contestant: Contestant) -> tuple[dict[str, Callable], dict[str, dict]]:
     import torch
+
     import torch_peer
 
     torch.manual_seed(0)

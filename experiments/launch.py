@@ -26,9 +26,8 @@ from backends.plan import render, script
 from backends.record import LAUNCHER, Job
 from backends.source import commit_of
 from backends.supervise import USER_ERROR, held, supervise
-from command import Parser, run
-
 from cnx2_jax.errors import RunError, UserError
+from command import Parser, run
 
 BACKENDS: dict[str, ModuleType] = {"local": local, "tpu-vm": tpu_vm, "xpk": xpk, "slurm": slurm}
 SHOWN_LINES = 100

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from cnx2_jax.configuration import load_config, total_steps
 from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import make_task
-from cnx2_jax.train import sharding
+from cnx2_jax.train import flops, sharding
 from cnx2_jax.train.program import make_program
 
 FINENESS = 16  # --find-batch stops once what fits and what does not are this share apart
@@ -103,7 +103,12 @@ def preflight(config: ConfigDict, topology: topologies.Topology) -> dict:
         "parameters": parameters,
         "usable_bytes": topology.usable_bytes,
     }
-    lowered = program.step.lower(program.like, batch)
+    traced = program.step.trace(program.like, batch)
+    work = flops.matrix_flops(traced.jaxpr)
+    found["matrix_flops_per_image"] = work / config.batch_size
+    if peak := flops.peak(mesh):
+        found["seconds_at_peak"] = work / peak
+    lowered = traced.lower()
     begin = time.monotonic()
     try:
         compiled = lowered.compile(topologies.compiler_options(topology.platform))
@@ -137,26 +142,30 @@ def preflight(config: ConfigDict, topology: topologies.Topology) -> dict:
     if topology.platform == "tpu":
         found["cycles"] = programs.cycles_by_kind(text)
         if topology.clock:
-            found |= _rate(topology, found, sum(found["cycles"].values()) / topology.clock)
+            cycles = sum(found["cycles"].values())
+            found |= _rate(topology, found, cycles / topology.clock, "at the estimated cycles")
+    elif "seconds_at_peak" in found:
+        found |= _rate(topology, found, found["seconds_at_peak"], "at the peak, so at the very most")
     found["pixel_bytes_per_image"] = one["image"].nbytes
     return found
 
 
 def _needed(message: str) -> int | None:
-    """Reads from a compiler's complaint how much memory it would have needed."""
-    if not (used := re.search(r"[Uu]sed ([\d.]+)([KMGT])", message)):
+    """Reads from a compiler's complaint how much memory it would have needed, at least."""
+    if not (used := re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMGT])", message)):
         return None
     return int(float(used[1]) * 2 ** (10 * ("KMGT".index(used[2]) + 1)))
 
 
-def _rate(topology: topologies.Topology, found: dict, seconds_per_step: float) -> dict:
-    return {"images_per_second_per_host": found["batch_size"] / topology.hosts / seconds_per_step}
+def _rate(topology: topologies.Topology, found: dict, seconds_per_step: float, when: str) -> dict:
+    rate = found["batch_size"] / topology.hosts / seconds_per_step
+    return {"images_per_second_per_host": rate, "rate_is": when}
 
 
 def needed_rate(config: ConfigDict, topology: topologies.Topology, found: dict, hours: float) -> dict:
     """Returns the data rate that ends the run in so many hours, instead of the compiler's."""
     steps = total_steps(config, make_task(config, topology.platform).data.num_train)
-    return {"hours": hours, **_rate(topology, found, 3600 * hours / steps)}
+    return _rate(topology, found, 3600 * hours / steps, f"for {hours:g} hours")
 
 
 def find_batch(config: ConfigDict, topology: topologies.Topology) -> dict:
@@ -214,9 +223,12 @@ def table(found: dict) -> str:
         rows["compiled in"] = f"{found['compile_seconds']:.0f} s"
         for kind, sums in found["collectives"].items():
             rows[kind] = f"{sums['count']}, each device sends {sums['bytes'] / 1e6:,.1f} MB per step"
+    rows["products and convolutions"] = f"{found['matrix_flops_per_image'] / 1e9:.2f} GFLOP per image"
+    if "seconds_at_peak" in found:
+        rows["products and convolutions"] += f", {1e3 * found['seconds_at_peak']:.1f} ms a step at the peak"
     if "flops_per_image" in found:
-        rows["per image"] = (
-            f"{found['flops_per_image'] / 1e9:.2f} GFLOP, {found['bytes_per_image'] / 1e6:.1f} MB accessed"
+        rows["all, as compiled"] = (
+            f"{found['flops_per_image'] / 1e9:.2f} GFLOP, {found['bytes_per_image'] / 1e6:.1f} MB per image"
         )
     if "cycles" in found:
         cycles = found["cycles"]
@@ -225,9 +237,8 @@ def table(found: dict) -> str:
         )
     if "images_per_second_per_host" in found:
         rate = found["images_per_second_per_host"]
-        source = f"for {found['hours']:g} hours" if "hours" in found else "at the estimated cycles"
         pixels = rate * found["pixel_bytes_per_image"] / 1e6
-        rows["each host reads"] = f"{rate:,.0f} images/s, {pixels:,.0f} MB/s of pixels, {source}"
+        rows["each host reads"] = f"{rate:,.0f} images/s, {pixels:,.0f} MB/s of pixels, {found['rate_is']}"
     lines = [("preflight", ""), ("---", "---"), *rows.items()]
     return "\n".join(f"| {name} | {value} |" for name, value in lines)
 

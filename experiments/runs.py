@@ -10,7 +10,6 @@ from pathlib import Path
 
 from backends import processes
 from backends.supervise import say, stop_request
-
 from cnx2_jax import sweeps
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError, UserError, nearest

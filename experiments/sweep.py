@@ -20,13 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import results
-from backends.local import programs
-from command import Parser, count, run
-from plots import draw_into
-
 import runs
+from backends.local import programs
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError
+from command import Parser, count, run
+from plots import draw_into
 
 LAUNCH = Path(__file__).parent / "launch.py"
 

@@ -25,11 +25,11 @@ import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from programs import cycles_by_kind
 
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models import create_model
 from cnx2_jax.train.state import merge, split
+from programs import cycles_by_kind
 
 # What XLA needs to know of an H100 SXM (NVIDIA's H100 data sheet and CUDA programming guide, compute 9.0).
 H100 = """

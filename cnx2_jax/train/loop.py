@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from cnx2_jax import configuration
 from cnx2_jax.errors import RunError, UserError
-from cnx2_jax.train import processes, sharding, starting
+from cnx2_jax.train import flops, processes, sharding, starting
 from cnx2_jax.train.checkpoint import Checkpoints
 from cnx2_jax.train.flight import Flight
 from cnx2_jax.train.hang import HangWatch
@@ -60,7 +60,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         state = starting.first_state(task, program.transform, checkpoints, like, mesh)
         with hang.aside():
             task.begin(state.params)
-        step = saved = int(state.step)
+        step = saved = begun = int(state.step)
         report = Silence(workdir, start_step=step)
         if processes.is_first():
             # Not before: a run that could not start, for a wrong init_from, leaves the workdir to the next.
@@ -102,6 +102,8 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                 profile.before(step + 1)
                 with observer.waiting():
                     batch = next(batches)
+                if step == begun and (peak := flops.peak(mesh)):
+                    observer.expect(flops.matrix_flops(program.step.trace(state, batch).jaxpr) / peak)
                 state, metrics = program.step(state, batch)
                 step += 1
                 flight.start(step, metrics)
@@ -179,11 +181,13 @@ def _evaluate(
         batches = sharding.put_batches(task.data.eval_batches(**processes.share()), mesh)
         return task.evaluate(merge(graph, params), stop.check(batches))
 
-    metrics = pass_with(state.params)
-    if state.ema is not None:
-        metrics |= {AVERAGED + name: value for name, value in pass_with(state.ema).items()}
-    report.log(step, "val", metrics)
+    # Whole: XLA would otherwise gather activations of every layer and batch, as it splits them like kernels.
     whole = sharding.everywhere(state.params, mesh)
+    metrics = pass_with(whole)
+    if state.ema is not None:
+        averaged = pass_with(sharding.everywhere(state.ema, mesh))
+        metrics |= {AVERAGED + name: value for name, value in averaged.items()}
+    report.log(step, "val", metrics)
     if processes.is_first():
         for name, picture in task.pictures(merge(graph, whole)).items():
             report.picture(step, name, picture)

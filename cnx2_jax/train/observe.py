@@ -1,4 +1,4 @@
-"""Where a run's time goes: throughput, goodput, waiting for data, step times, memory, traces."""
+"""Where a run's time goes: throughput, goodput, waiting for data, step times, FLOPs, memory, traces."""
 
 import contextlib
 import re
@@ -13,7 +13,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.train.task import Metrics
 
 # What is a matter of time and place: all other metrics are a function of the config and the step.
-TIMED = re.compile(r"images_per_sec|goodput|data_wait|step_seconds_.*|memory_.*")
+TIMED = re.compile(r"images_per_sec|goodput|data_wait|flop_utilisation|step_seconds_.*|memory_.*")
 
 
 class Observer:
@@ -34,6 +34,11 @@ class Observer:
         self._rate = 0.0
         self._intervals: list[float] = []
         self._earlier: list[float] = []  # intervals of former windows
+        self._at_peak: float | None = None
+
+    def expect(self, seconds_at_peak: float) -> None:
+        """Says how long an update would take at the devices' peak FLOP/s, where that is known."""
+        self._at_peak = seconds_at_peak
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -67,8 +72,9 @@ class Observer:
         Returns:
           `images_per_sec`, the last known where no update was done. `goodput`: share of the time since the
           run began in which it trained. `data_wait`: share of the time in which the host waited for data.
-          `step_seconds_p50`, `_p90`, `_p99`. `memory_peak_gib`: the most that any device here held, where
-          devices say so.
+          `step_seconds_p50`, `_p90`, `_p99`. `flop_utilisation`: share of the devices' peak FLOP/s that the
+          updates made use of, where it is known (`flops`). `memory_peak_gib`: the most that any device here
+          held, where devices say so.
         """
         now = self._now()
         if self._intervals:
@@ -76,6 +82,7 @@ class Observer:
         values: Metrics = {"images_per_sec": self._rate, "goodput": self._goodput(now)}
         values["data_wait"] = self._waited / max(now - self._since, 1e-9)
         values |= _percentiles(self._intervals)
+        values |= self._utilisation(self._intervals)
         values |= _memory()
         self._earlier += self._intervals
         self._intervals, self._waited, self._since = [], 0.0, now
@@ -84,13 +91,20 @@ class Observer:
     def summary(self) -> str:
         """Returns a line about the whole run."""
         line = f"goodput {self._goodput(self._now()):.0%}"
-        times = _percentiles(self._earlier + self._intervals)
+        intervals = self._earlier + self._intervals
+        times = _percentiles(intervals)
         if times:
             line += ", step " + ", ".join(
                 f"{name[-3:]} {1000 * value:.1f} ms" for name, value in times.items()
             )
+        line += "".join(f", {value:.1%} of peak FLOP/s" for value in self._utilisation(intervals).values())
         line += "".join(f", {value:.1f} GiB at most on a device" for value in _memory().values())
         return line
+
+    def _utilisation(self, intervals: list[float]) -> Metrics:
+        if self._at_peak is None or not intervals:
+            return {}
+        return {"flop_utilisation": self._at_peak * len(intervals) / sum(intervals)}
 
     def _goodput(self, now: float) -> float:
         return self._trained / max(now - self._begin, 1e-9)

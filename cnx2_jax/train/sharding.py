@@ -89,17 +89,15 @@ def state_sharding(state, mesh: Mesh):
 
 
 def put_params(params: Mapping[str, ArrayLike], mesh: Mesh) -> Params:
-    """Moves parameters, of which each process has all, to where they live on the mesh."""
+    """Moves parameters, of which each process has all, to every device of the mesh."""
     # From the host: arrays on a device of one process do not go to a mesh of several.
-    return {
-        name: jax.device_put(np.asarray(leaf), param_sharding(name, np.shape(leaf), mesh))
-        for name, leaf in params.items()
-    }
+    host = {name: np.asarray(leaf) for name, leaf in params.items()}
+    return jax.device_put(host, NamedSharding(mesh, PartitionSpec()))
 
 
 def everywhere(params: Params, mesh: Mesh) -> Params:
-    """Returns parameters such that each process has all of them; all processes call it."""
-    if mesh.shape["fsdp"] == 1 or jax.process_count() == 1:
+    """Returns parameters of which every device has all; all processes call it."""
+    if mesh.shape["fsdp"] == 1:
         return params
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(params)
 

@@ -7,10 +7,9 @@ import socket
 import sys
 from pathlib import Path
 
-from command import count
-
 from backends.plan import Plan
 from backends.record import Job
+from command import count
 
 LINE = "processes on this machine, as hosts"
 SUBMITS = False

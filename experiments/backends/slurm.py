@@ -3,11 +3,10 @@
 import argparse
 import shlex
 
-from command import count
-
 from backends.local import exports, tree
 from backends.plan import Plan, delays, written
 from backends.record import Job
+from command import count
 
 LINE = "a Slurm batch job; this folder must be on a file system that the nodes share"
 SUBMITS = True

@@ -3,11 +3,10 @@
 import argparse
 import shlex
 
-from command import count
-
 from backends.local import tree
 from backends.plan import Plan, written
 from backends.record import Job
+from command import count
 
 LINE = "a GKE workload by xpk"
 SUBMITS = True

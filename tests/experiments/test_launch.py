@@ -248,3 +248,25 @@ def test_a_number_left_by_an_ended_process_is_nobodys(load, tmp_path):
         processes.claim(path)
     os.close(descriptor)
     assert processes.holder(path) is None
+
+
+def test_a_training_run_whose_worker_is_killed_goes_on_from_its_checkpoint(launch, tmp_path, wait_for):
+    workdir, recipe = tmp_path / "run", Path(__file__).parents[2] / "configs" / "finetune.py:digits"
+    small = [
+        "--config.model.depths=(1,1,1,1)", "--config.model.dims=(4,8,8,16)", "--config.image_size=16",
+        "--config.batch_size=16", "--config.total_steps=60", "--config.log_steps=1",
+        "--config.checkpoint_steps=5", "--config.eval_epochs=0",
+    ]  # fmt: skip
+    words = ("--name", "train", "--hosts", "2", "--retries", "1", "--backoff", "0.1")
+    command = ["cnx2", "train", "--config", recipe, "--workdir", workdir, *small]
+    kept = {"JAX_COMPILATION_CACHE_DIR": tmp_path / "kept", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    running = launch("run", *words, "--", *command, env={**os.environ, **kept})
+    wait_for(lambda: (workdir / "checkpoints" / "5").exists())
+    os.kill(pids(launch.record, "train")["host1"], signal.SIGKILL)
+    out, err = finish(running)
+    assert json.loads(out)["state"] == "finished" and json.loads(out)["attempt"] == 2, err
+    log = (launch.record / "train" / "logs" / "host0.log").read_text()
+    assert "host1 ended with status -9" in err and "resuming after step" in log
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 61))
+    assert (workdir / "checkpoints" / "60").is_dir()

@@ -286,6 +286,9 @@ def test_a_tpu_program():
     sums = sum(kind["bytes"] for kind in found["collectives"].values())
     assert sums <= 3 * 4 * found["parameters"]
     assert sum(found["cycles"].values()) > 0
+    assert found["seconds_at_peak"] == pytest.approx(
+        128 * found["matrix_flops_per_image"] / (8 * 197e12), rel=1e-6
+    )
     steps = round(25 * 1_281_167 / 128)  # epochs
     assert found["images_per_second_per_host"] == pytest.approx(steps * 128 / 3600 / 2)
 

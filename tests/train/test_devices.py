@@ -35,6 +35,13 @@ TASKS = {
     ],
 }
 
+RUNS: dict[str, tuple] = {
+    "8": (8,),
+    "2x4": (8, "--config.mesh.data=2", "--config.mesh.fsdp=4"),
+    "1x8": (8, "--config.mesh.data=1", "--config.mesh.fsdp=8"),
+    "accumulated": (2, "--config.accumulation_steps=4"),
+}
+
 
 def train(task, workdir, devices, *overrides):
     command = [sys.executable, "-m", "cnx2_jax.cli", "train", "--workdir", workdir, "--config", *TASKS[task]]
@@ -55,13 +62,9 @@ def train(task, workdir, devices, *overrides):
 @pytest.mark.parametrize("task", TASKS)
 def test_metrics_and_parameters_do_not_depend_on_the_devices(task, tmp_path):
     expected_rows, expected = train(task, tmp_path / "1", 1)
-    runs = {
-        "2": (2,),
-        "8": (8,),
-        "2x4": (8, "--config.mesh.data=2", "--config.mesh.fsdp=4"),
-        "accumulated": (2, "--config.accumulation_steps=4"),
-    }
-    for name, arguments in runs.items():
+    for name, arguments in RUNS.items():
+        if task == "classify" and name in ("8", "1x8"):
+            continue  # says nothing that 2x4 does not
         rows, params = train(task, tmp_path / name, *arguments)
         assert params.keys() == expected.keys()
         for row, other in zip(rows, expected_rows, strict=True):

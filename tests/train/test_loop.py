@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +15,7 @@ from cnx2_jax.cli import main
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.tasks import base, make_task
-from cnx2_jax.train import checkpoint
+from cnx2_jax.train import checkpoint, flops
 from cnx2_jax.train.loop import fit
 from cnx2_jax.train.report import read_metrics
 from cnx2_jax.train.state import split
@@ -35,7 +36,8 @@ def small(recipe, *overrides):
     return make_task(load_config(f"configs/{recipe}", [*SMALL, *overrides]))
 
 
-def test_a_pretraining_run_leaves_what_the_readme_says(tmp_path, capsys):
+def test_a_pretraining_run_leaves_what_the_readme_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(flops.PEAKS, jax.devices()[0].device_kind, 1e12)
     metrics = fit(small("pretrain.py:digits"), tmp_path)
     assert metrics["step"] == 8
     rows = read_metrics(tmp_path / "metrics.jsonl")
@@ -45,8 +47,12 @@ def test_a_pretraining_run_leaves_what_the_readme_says(tmp_path, capsys):
     assert rows[0].keys() == {
         "step", "split", "loss", "grad_norm", "update_norm", "learning_rate", "images_per_sec",
         "goodput", "data_wait", "step_seconds_p50", "step_seconds_p90", "step_seconds_p99",
+        "flop_utilisation",
     }  # fmt: skip
     assert 0 < rows[1]["goodput"] < 1 and 0 <= rows[1]["data_wait"] <= 1
+    # What an image costs is no matter of time.
+    costs = [1e12 * row["flop_utilisation"] / row["images_per_sec"] for row in rows[:3]]
+    assert costs == pytest.approx([costs[0]] * 3, rel=1e-4) and 1e4 < costs[0] < 1e7
     assert metrics["loss"] == rows[-1]["loss"]
     assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 16
     # The latest two; the best is the last, for it alone was evaluated.
@@ -56,6 +62,7 @@ def test_a_pretraining_run_leaves_what_the_readme_says(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "1,438 images" in said
     assert "step 8/8 (100%)" in said
+    assert "% of peak FLOP/s" in said
 
 
 def test_the_best_checkpoint_outlives_later_ones(tmp_path):

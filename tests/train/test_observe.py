@@ -55,6 +55,20 @@ def test_goodput_waits_and_step_times(clock):
     assert observer.summary().startswith("goodput 27%, step p50 1000.0 ms, p90 ")
 
 
+def test_flop_utilisation_where_the_peak_is_known(clock):
+    observer = Observer(4, now=clock)
+    observer.expect(0.1)
+    update(clock, observer, 0, 20)  # compiles
+    assert "flop_utilisation" not in observer.values()
+    for _ in range(5):
+        update(clock, observer, 0.1, 0.3)
+    assert observer.values()["flop_utilisation"] == pytest.approx(0.25)
+    for _ in range(5):
+        update(clock, observer, 0.1, 0.9)
+    assert observer.values()["flop_utilisation"] == pytest.approx(0.1)
+    assert "14.3% of peak FLOP/s" in observer.summary()
+
+
 def test_throughput():
     observer = Observer(4)
     assert observer.values()["images_per_sec"] == 0
@@ -88,7 +102,7 @@ def test_timed_metrics_are_told_from_others(clock):
     observer = Observer(4, now=clock)
     for _ in range(3):
         update(clock, observer, 0, 0.5)
-    assert all(TIMED.fullmatch(name) for name in [*observer.values(), "memory_peak_gib"])
+    assert all(TIMED.fullmatch(name) for name in [*observer.values(), "memory_peak_gib", "flop_utilisation"])
     assert not any(TIMED.fullmatch(name) for name in ("loss", "grad_norm", "learning_rate", "ema_accuracy"))
 
 

@@ -125,11 +125,14 @@ for wrong in [(3, -1), (-1, 3), (2, 2), (-1, 16), (-1, -1)]:
 
 over = mesh(2, 4)
 kernel = np.arange(24, dtype=np.float32).reshape(3, 8)
-params = {"a.kernel": kernel, "a.bias": np.arange(8, dtype=np.float32)}
-params = sharding.put_params(params, over)
-assert {shard.data.shape for shard in params["a.kernel"].addressable_shards} == {(3, 2)}
-assert {shard.data.shape for shard in params["a.bias"].addressable_shards} == {(8,)}
-assert (np.asarray(params["a.kernel"]) == kernel).all()
+divided = jax.device_put(kernel, sharding.param_sharding("a.kernel", kernel.shape, over))
+assert {shard.data.shape for shard in divided.addressable_shards} == {(3, 2)}
+for params in [
+    sharding.put_params({"a.kernel": kernel}, over),
+    sharding.everywhere({"a.kernel": divided}, over),
+]:
+    assert len(params["a.kernel"].addressable_shards) == 8
+    assert all((shard.data == kernel).all() for shard in params["a.kernel"].addressable_shards)
 
 images = np.arange(16 * 2 * 2, dtype=np.uint8).reshape(16, 2, 2, 1)
 (batch,) = sharding.put_batches([{"image": images, "label": np.arange(16)}], over)

@@ -237,7 +237,7 @@ def test_a_full_disk_ends_the_run_and_spares_what_was_saved(finished, tmp_path, 
     # Orbax's threads end with the process; here they may still clear away what the next run clears away.
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
-            thread.join(timeout=20)
+            threading.Thread.join(thread, timeout=20)  # their own raises what they died of
     assert fit(TinyTask(), tmp_path)["step"] == 12
     for name, value in params_at(finished, 12).items():
         np.testing.assert_array_equal(params_at(tmp_path, 12)[name], value)
