@@ -55,8 +55,8 @@ def render(job: Job, plan: Plan) -> str:
     lines.append(f"cd {shlex.quote(str(plan.directory))}")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in plan.exports.items()]
     for name, words in plan.processes.items():
-        lines.append(f"{shlex.join(words)} >>{shlex.quote(str(job.log(name)))} 2>&1 &")
-    lines += ["wait -n"] * len(plan.processes)
+        lines.append(f"{shlex.join(words)} >>{shlex.quote(str(job.log(name)))} 2>&1 & processes+=($!)")
+    lines.append('for process in "${processes[@]}"; do wait "$process"; done')
     if plan.clear:
         lines += ["", "# Only if one of them failed or was stopped:", *plan.clear]
     return script(lines)

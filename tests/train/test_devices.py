@@ -9,11 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cnx2_jax.cli import main
 from cnx2_jax.train import checkpoint
 from cnx2_jax.train.observe import TIMED
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
+# Runs in one process, as to start takes longer than they do. A line is a run: JSON, the words of its command.
+PROGRAM = """
+import json, sys
+from cnx2_jax.cli import main
+sys.exit(any([main(json.loads(line)) for line in sys.stdin]))
+"""
 SMALL = [
     "--config.model.depths=(1,1,1,1)",
     "--config.model.dims=(8,8,16,16)",
@@ -35,22 +42,23 @@ TASKS = {
     ],
 }
 
-RUNS: dict[str, tuple] = {
-    "8": (8,),
-    "2x4": (8, "--config.mesh.data=2", "--config.mesh.fsdp=4"),
-    "1x8": (8, "--config.mesh.data=1", "--config.mesh.fsdp=8"),
-    "accumulated": (2, "--config.accumulation_steps=4"),
+MESHES = {
+    "8": [],
+    "2x4": ["--config.mesh.data=2", "--config.mesh.fsdp=4"],
+    "1x8": ["--config.mesh.data=1", "--config.mesh.fsdp=8"],
+    "accumulated": ["--config.accumulation_steps=2"],
 }
+RUNS = [
+    *(("pretrain", mesh) for mesh in MESHES),
+    *(("classify", mesh) for mesh in ("2x4", "accumulated")),  # the others are parts of these
+]
 
 
-def train(task, workdir, devices, *overrides):
-    command = [sys.executable, "-m", "cnx2_jax.cli", "train", "--workdir", workdir, "--config", *TASKS[task]]
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    done = subprocess.run(
-        [*map(str, command), *SMALL, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"on {devices} cpu device(s)" in done.stderr
+def words(task, mesh, workdir):
+    return ["train", "--workdir", str(workdir), "--config", *TASKS[task], *SMALL, *mesh]
+
+
+def outcome(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == STEPS + 1
     # On this process's one device, whatever it was saved from.
@@ -59,15 +67,39 @@ def train(task, workdir, devices, *overrides):
     return rows, {name: np.asarray(value) for name, value in params.items()}
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_metrics_and_parameters_do_not_depend_on_the_devices(task, tmp_path):
-    expected_rows, expected = train(task, tmp_path / "1", 1)
-    for name, arguments in RUNS.items():
-        if task == "classify" and name in ("8", "1x8"):
-            continue  # says nothing that 2x4 does not
-        rows, params = train(task, tmp_path / name, *arguments)
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """The folder of all runs on eight devices."""
+    folder = tmp_path_factory.mktemp("eight")
+    lines = [json.dumps(words(task, MESHES[mesh], folder / task / mesh)) for task, mesh in RUNS]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input="\n".join(lines),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("on 8 cpu device(s)") == len(RUNS)
+    return folder
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def one(request, tmp_path_factory):
+    """A task and its outcome on one device."""
+    workdir = tmp_path_factory.mktemp("one") / request.param
+    assert main(words(request.param, [], workdir)) == 0
+    return request.param, *outcome(workdir)
+
+
+def test_metrics_and_parameters_do_not_depend_on_the_devices(eight, one):
+    task, expected_rows, expected = one
+    for mesh in (mesh for of, mesh in RUNS if of == task):
+        rows, params = outcome(eight / task / mesh)
         assert params.keys() == expected.keys()
         for row, other in zip(rows, expected_rows, strict=True):
-            assert row == pytest.approx(other, rel=3e-5, abs=1e-5), name
+            assert row == pytest.approx(other, rel=3e-5, abs=1e-5), mesh
         for path, value in expected.items():
-            np.testing.assert_allclose(params[path], value, rtol=0, atol=1e-5, err_msg=f"{name} {path}")
+            np.testing.assert_allclose(params[path], value, rtol=0, atol=1e-5, err_msg=f"{mesh} {path}")

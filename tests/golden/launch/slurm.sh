@@ -39,5 +39,5 @@ END_OF_FILE
 cd '/my jobs/pretrain/source'
 export PYTHONPATH='/my jobs/pretrain/source'
 export PATH=/venv/bin:/usr/bin
-sbatch --export=ALL '/my jobs/pretrain/batch.sh' >>'/my jobs/pretrain/logs/submit.log' 2>&1 &
-wait -n
+sbatch --export=ALL '/my jobs/pretrain/batch.sh' >>'/my jobs/pretrain/logs/submit.log' 2>&1 & processes+=($!)
+for process in "${processes[@]}"; do wait "$process"; done

@@ -45,8 +45,8 @@ gcloud compute tpus tpu-vm scp '/my jobs/pretrain/source.tar.gz' '/my jobs/pretr
 
 # The processes, at once.
 cd '/my jobs/pretrain'
-gcloud compute tpus tpu-vm ssh pretrain --zone=us-central1-a --worker=all --quiet '--command=bash cnx2/pretrain/run.sh' >>'/my jobs/pretrain/logs/hosts.log' 2>&1 &
-wait -n
+gcloud compute tpus tpu-vm ssh pretrain --zone=us-central1-a --worker=all --quiet '--command=bash cnx2/pretrain/run.sh' >>'/my jobs/pretrain/logs/hosts.log' 2>&1 & processes+=($!)
+for process in "${processes[@]}"; do wait "$process"; done
 
 # Only if one of them failed or was stopped:
 gcloud compute tpus tpu-vm ssh pretrain --zone=us-central1-a --worker=all --quiet '--command=test ! -e cnx2/pretrain/lock || ! fuser -s -k -TERM cnx2/pretrain/lock || flock --wait 60 cnx2/pretrain/lock true || fuser -s -k -KILL cnx2/pretrain/lock || true'
