@@ -90,6 +90,10 @@ def first_state(
     def fresh(key) -> Params:
         return split(task.init(nnx.Rngs(key)))[1]
 
-    params = jax.jit(fresh, out_shardings=places.params)(jax.random.key(task.config.seed))
+    # On a CPU, making fast code of what runs once takes six times as long as making and running slow code.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    create = jax.jit(fresh, out_shardings=places.params, compiler_options=options)
+    params = create(jax.random.key(task.config.seed))
     params = jax.device_put(task.start(params), places.params)
     return jax.jit(lambda params: begin(task.config, transform, params), out_shardings=places)(params)
