@@ -116,7 +116,9 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     values = {name: float(value) for name, value in metrics.items()}
                     # A skipped update has metrics that are no numbers, and JSON has none such.
                     values = {name: value for name, value in values.items() if math.isfinite(value)}
-                    values["learning_rate"] = float(program.schedule(step - 1))
+                    # Which follows the updates that were made, not those that were skipped.
+                    made = step - int(values.get("skipped", 0))
+                    values["learning_rate"] = float(program.schedule(max(made - 1, 0)))
                     values |= observer.values()
                     report.log(step, "train", values)
     evaluated = report.evaluation(step)
