@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import topologies  # before JAX starts: it says where to look for TPUs
-from cnx2_jax.errors import RunError, UserError, nearest
+from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models import VARIANTS, variant
 from cnx2_jax.models.fcmae import stage_kinds
+from command import Parser, count, run
 from contestants import CLASSIFY, DENSE, FORWARD, TRAIN, Contestant, Measurement, measure, train_step
 from plots import draw_growth, draw_into, draw_machine
 
@@ -45,30 +46,20 @@ DEPTHS = ("atto", "tiny", "base", "huge")  # whose train steps are compiled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        _run(_parse(argv))
-    except UserError as error:
-        print(f"benchmark: error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"benchmark: stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run("benchmark", lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder; %(default)s")
     parser.add_argument("--variants", nargs="+", default=["atto", "tiny"], help="machine: atto tiny")
-    parser.add_argument("--rounds", type=int, default=11, help="machine, growth: turns; %(default)s")
-    parser.add_argument("--batch", type=int, default=8, help="machine: images; %(default)s")
+    parser.add_argument("--rounds", type=count, default=11, help="machine, growth: turns; %(default)s")
+    parser.add_argument("--batch", type=count, default=8, help="machine: images; %(default)s")
     parser.add_argument("--image-size", type=int, default=224, help="machine: pixels; %(default)s")
     parser.add_argument("--topology", default="v5e:2x2", help="tpu; %(default)s")
     parser.add_argument("--compiled-variant", default="base", help="tpu, gpu; %(default)s")
-    parser.add_argument("--compiled-batch", type=int, default=64, help="tpu, gpu: per device; %(default)s")
+    parser.add_argument("--compiled-batch", type=count, default=64, help="tpu, gpu: per device; %(default)s")
     args = parser.parse_args(argv)
     for section in args.sections:
         if section not in SECTIONS:
@@ -77,9 +68,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             )
     for name in [*args.variants, args.compiled_variant]:
         variant(name)
-    for name in ("rounds", "batch", "compiled_batch"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.image_size < 64 or args.image_size % 32:
         raise UserError(f"--image-size {args.image_size} must be a multiple of 32, at least 64")
     return args

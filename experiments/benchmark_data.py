@@ -30,6 +30,7 @@ import numpy as np
 
 from cnx2_jax.configuration import defaults
 from cnx2_jax.errors import RunError, UserError, nearest
+from command import Parser, count, run
 
 HEIGHT, WIDTH = 375, 500
 PHOTOGRAPHS = 64
@@ -40,28 +41,18 @@ FAR_STEP = 1_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        _run(_parse(argv))
-    except UserError as error:
-        print(f"benchmark_data: error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"benchmark_data: stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run("benchmark_data", lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_data"), help="folder; %(default)s")
-    parser.add_argument("--rounds", type=int, default=9, help="speed, start: turns; %(default)s")
-    parser.add_argument("--batches", type=int, default=16, help="speed: of 64 images a turn; %(default)s")
-    parser.add_argument("--warm-up", type=int, default=200, help="memory: batches before; %(default)s")
-    parser.add_argument("--measured", type=int, default=2000, help="memory: batches after; %(default)s")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels; %(default)s")
+    parser.add_argument("--rounds", type=count, default=9, help="speed, start: turns; %(default)s")
+    parser.add_argument("--batches", type=count, default=16, help="speed: of 64 images a turn; %(default)s")
+    parser.add_argument("--warm-up", type=count, default=200, help="memory: batches before; %(default)s")
+    parser.add_argument("--measured", type=count, default=2000, help="memory: batches after; %(default)s")
+    parser.add_argument("--image-size", type=count, default=224, help="pixels; %(default)s")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # a contestant's process, started by `speed`
     args = parser.parse_args(argv)
     for section in args.sections:
@@ -69,9 +60,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(
                 f"unknown section '{section}'{nearest(section, SECTIONS)} (known: {', '.join(SECTIONS)})"
             )
-    for name in ("rounds", "batches", "warm_up", "measured", "image_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     return args
 
 

@@ -5,8 +5,9 @@
 
 Trains as `cnx2 train` does, on random images, in turns of so many steps that save once at their beginning or
 not at all. What a turn that saves takes longer, to the end of all writing in the background, is what a
-checkpoint costs; spread over --every steps it is told as a share of them. Parameters and both moments of
-AdamW are saved. Writes saving.json into the folder --out, and prints a table.
+checkpoint costs; spread over --every steps it is told as a share of them. Parameters and both moments of AdamW
+are saved. What the disk does after Orbax has handed it all over is not waited for, and no old checkpoint is
+deleted. Writes saving.json into the folder --out, and prints a table.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,8 @@ from cnx2_jax.train import sharding, starting
 from cnx2_jax.train.checkpoint import Checkpoints, saved_items
 from cnx2_jax.train.program import make_program
 from command import Parser, count, run
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,22 +48,22 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--every", type=count, default=100, help="steps per checkpoint; %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_saving"), help="folder; %(default)s")
     args = parser.parse_args(argv)
-    found = measure(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="saving-", dir=args.out) as folder:
+        found = measure(args, Path(folder))
     (args.out / "saving.json").write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
 
 
-def measure(args: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Returns the arguments, seconds of every turn, and what follows from their medians; see `table`."""
-    turn, close, size = _prepare(args)
+    turn, size = _prepare(args, folder)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for i in range(args.rounds):
         for saves in (False, True) if i % 2 == 0 else (True, False):
             seconds[saves].append(turn(saves))
             what = "with" if saves else "without"
             print(f"{args.steps} steps {what} a checkpoint: {seconds[saves][-1]:.2f} s", file=sys.stderr)
-    close()
     step = statistics.median(seconds[False]) / args.steps
     cost = statistics.median(seconds[True]) - statistics.median(seconds[False])
     return {
@@ -74,9 +78,8 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
-def _prepare(args: argparse.Namespace) -> tuple[Callable[[bool], float], Callable[[], None], int]:
-    """Returns a function that trains for a turn and says how long it took, one that cleans up, and the bytes
-    of a checkpoint."""
+def _prepare(args: argparse.Namespace, folder: Path) -> tuple[Callable[[bool], float], int]:
+    """Returns a function that trains for a turn and says how long it took, and the bytes of a checkpoint."""
     overrides = {
         "data.source": f"synthetic:{args.batch}:1",
         "data.root": "",
@@ -84,19 +87,20 @@ def _prepare(args: argparse.Namespace) -> tuple[Callable[[bool], float], Callabl
         "image_size": args.image_size,
     }
     config = load_config(
-        f"configs/pretrain.py:{args.variant}", [f"--config.{key}={value}" for key, value in overrides.items()]
+        f"{ROOT}/configs/pretrain.py:{args.variant}",
+        [f"--config.{key}={value}" for key, value in overrides.items()],
     )
     task = make_task(config)
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(task, mesh)
-    folder = args.out / "checkpoints"
-    shutil.rmtree(folder, ignore_errors=True)
 
     def manager(name: str) -> Checkpoints:
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir()
         return Checkpoints(folder / name, keep=1, best=task.best)
 
-    state = starting.first_state(task, program.transform, manager("none"), program.like, mesh)
+    none = manager("none")
+    state = starting.first_state(task, program.transform, none, program.like, mesh)
+    none.close()
     batch = next(sharding.put_batches(task.data.train_batches(0), mesh))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(saved_items(state)))
     state, metrics = program.step(state, batch)
@@ -117,10 +121,11 @@ def _prepare(args: argparse.Namespace) -> tuple[Callable[[bool], float], Callabl
         if checkpoints:
             checkpoints.close()
         seconds = time.monotonic() - begin
-        shutil.rmtree(folder / str(turns), ignore_errors=True)
+        if saves:
+            shutil.rmtree(folder / str(turns))
         return seconds
 
-    return turn, lambda: shutil.rmtree(folder), size
+    return turn, size
 
 
 def table(found: dict) -> str:

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ import orbax.checkpoint as ocp
 
 from cnx2_jax.train.observe import TIMED
 from cnx2_jax.train.report import read_metrics
+from command import Parser, count, run
 
 ROOT = Path(__file__).resolve().parent.parent
 HEARTBEAT_SECONDS = 10
@@ -60,17 +62,19 @@ class Kill:
     others_said: str
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--kills", type=int, default=25, help="25 by default")
-    parser.add_argument("--processes", type=int, default=2, help="of the run; 2 by default")
-    parser.add_argument("--steps", type=int, default=120, help="of the run; 120 by default")
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("chaos", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=count, default=25, help="25 by default")
+    parser.add_argument("--processes", type=count, default=2, help="of the run; 2 by default")
+    parser.add_argument("--steps", type=count, default=120, help="of the run; 120 by default")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and processes; 0 by default")
     parser.add_argument("--config", default=f"{ROOT}/configs/finetune.py:digits", help="the recipe")
     parser.add_argument("--out", type=Path, help="a new folder; runs/chaos-DATE-TIME by default")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     out = args.out or Path("runs") / time.strftime("chaos-%Y%m%d-%H%M%S")
     out.mkdir(parents=True)
 

@@ -22,14 +22,20 @@ def count(text: str) -> int:
     return int(text)
 
 
-def run(name: str, main: Callable[[], None]) -> int:
-    """Calls `main` and returns the exit status: 2 for a UserError, 1 for a RunError, told in one line."""
+def run(name: str, main: Callable[[], int | None]) -> int:
+    """Calls `main` and returns its exit status, 0 where it returns none.
+
+    What goes wrong is told in one line: a UserError and a file or folder that cannot be had are status 2, a
+    RunError is 1.
+    """
     try:
-        main()
+        return main() or 0
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except RunError as error:
         print(f"{name}: stopped: {error}", file=sys.stderr)
         return 1
-    return 0
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        print(f"{name}: error: '{error.filename}': {error.strerror}", file=sys.stderr)
+        return 2

@@ -30,37 +30,38 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train import flops, sharding
 from cnx2_jax.train.program import make_program
+from command import Parser, count, run
 
 FINENESS = 16  # --find-batch stops once what fits and what does not are this share apart
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        args, overrides = _parse(argv)
-        topology = topologies.topology(args.topology)
-        config = load_config(args.config, overrides)
-        _without_images(config, args.images, args.classes)
-        found = find_batch(config, topology) if args.find_batch else preflight(config, topology)
-        if args.hours and found["fits"]:
-            found |= needed_rate(config, topology, found, args.hours)
-    except UserError as error:
-        print(f"preflight: error: {error}", file=sys.stderr)
-        return 2
+    return run("preflight", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args, overrides = _parse(argv)
+    topology = topologies.topology(args.topology)
+    config = load_config(args.config, overrides)
+    _without_images(config, args.images, args.classes)
+    found = find_batch(config, topology) if args.find_batch else preflight(config, topology)
+    if args.hours and found["fits"]:
+        found |= needed_rate(config, topology, found, args.hours)
     print(table(found))
     print(json.dumps(found))
     return 0 if found["fits"] else 1
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, metavar="FILE:RECIPE", help="as for `cnx2 train`")
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:16x16, h100:1x8")
     parser.add_argument("--find-batch", action="store_true", help="find the largest batch that fits")
     parser.add_argument("--hours", type=float, help="say what each host must read for a run of that length")
-    parser.add_argument("--images", type=int, default=1_281_167, help="to train on; %(default)s")
-    parser.add_argument("--classes", type=int, default=1000, help="of a classifier; %(default)s")
+    parser.add_argument("--images", type=count, default=1_281_167, help="to train on; %(default)s")
+    parser.add_argument("--classes", type=count, default=1000, help="of a classifier; %(default)s")
     args, overrides = parser.parse_known_args(argv)
     for argument in overrides:
         if not re.match(r"--config\..*=", argument):
@@ -141,9 +142,9 @@ def preflight(config: ConfigDict, topology: topologies.Topology) -> dict:
         found["bytes_per_image"] = costs["bytes accessed"] * share
     if topology.platform == "tpu":
         found["cycles"] = programs.cycles_by_kind(text)
-        if topology.clock:
-            cycles = sum(found["cycles"].values())
-            found |= _rate(topology, found, cycles / topology.clock, "at the estimated cycles")
+    if topology.clock:
+        cycles = sum(found["cycles"].values())
+        found |= _rate(topology, found, cycles / topology.clock, "at the estimated cycles")
     elif "seconds_at_peak" in found:
         found |= _rate(topology, found, found["seconds_at_peak"], "at the peak, so at the very most")
     found["pixel_bytes_per_image"] = one["image"].nbytes

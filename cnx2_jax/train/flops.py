@@ -28,11 +28,13 @@ def matrix_flops(jaxpr: Any) -> int:
     """Counts the FLOPs of a traced program's matrix products and convolutions, over all devices.
 
     A multiply-add is two. Padding counts, the zeros that a stride puts between inputs do not. Loops count
-    times their trips, `while` once; of branches, the one with most counts, as a product that one platform
-    computes by shifts is still one. What rematerialisation computes again counts again.
+    times their trips, `while` once. What rematerialisation computes again counts again. Of what is done
+    differently on each platform, the form for GPUs counts: there convolutions are convolutions and moving
+    is moving, while TPUs move pixels by products with one-hot matrices, which are no use by themselves.
 
     Args:
-      jaxpr: such as `jax.jit(f).trace(*args).jaxpr`; under `shard_map` shapes are of one device.
+      jaxpr: such as `jax.jit(f).trace(*args).jaxpr`. Under `shard_map` shapes are of one device; it is over
+        all axes of its mesh.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -41,30 +43,38 @@ def matrix_flops(jaxpr: Any) -> int:
             total += _product(equation)
         elif name == "conv_general_dilated":
             total += _convolution(equation)
+        elif name == "cond":
+            branches = params["branches"]
+            if platforms := params.get("branches_platforms"):
+                branches = [branches[_on_gpus(platforms)]]
+            total += max(matrix_flops(branch.jaxpr) for branch in branches)
         else:
-            inner = [matrix_flops(each) for each in _inside(params)]
-            if name == "cond":
-                total += max(inner)
-            elif name == "scan":
-                total += params["length"] * sum(inner)
+            inner = sum(matrix_flops(program) for program in _programs(params))
+            if name == "scan":
+                inner *= params["length"]
             elif name == "shard_map":
-                total += params["mesh"].size * sum(inner)
-            else:
-                total += sum(inner)
+                inner *= params["mesh"].size
+            total += inner
     return total
+
+
+def _on_gpus(platforms: tuple) -> int:
+    """Returns the number of the branch that CUDA takes: the one that names it, else that of all others."""
+    named = [i for i, names in enumerate(platforms) if names and "cuda" in names]
+    return named[0] if named else platforms.index(None)
+
+
+def _programs(params: dict) -> list:
+    """Returns the programs that an operation carries."""
+    values = [each for value in params.values() for each in (value if isinstance(value, tuple) else (value,))]
+    closed = [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value for value in values]
+    return [value for value in closed if isinstance(value, core.Jaxpr)]
 
 
 def peak(mesh: Mesh) -> float | None:
     """Returns the FLOP/s that all devices of a mesh could do, None where that is not known."""
     one = PEAKS.get(mesh.devices.flat[0].device_kind)
     return one * mesh.size if one else None
-
-
-def _inside(params: dict) -> list:
-    """Returns the programs that an operation carries."""
-    values = [each for value in params.values() for each in (value if isinstance(value, tuple) else (value,))]
-    closed = [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value for value in values]
-    return [value for value in closed if isinstance(value, core.Jaxpr)]
 
 
 def _product(equation) -> int:

@@ -17,6 +17,7 @@ from cnx2_jax.train.checkpoint import Checkpoints
 from cnx2_jax.train.flight import Flight
 from cnx2_jax.train.hang import HangWatch
 from cnx2_jax.train.observe import Observer, Profile
+from cnx2_jax.train.optimizer import updates_made
 from cnx2_jax.train.program import make_program
 from cnx2_jax.train.report import Report, Silence, say
 from cnx2_jax.train.state import Params, TrainState, merge
@@ -116,8 +117,8 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     values = {name: float(value) for name, value in metrics.items()}
                     # A skipped update has metrics that are no numbers, and JSON has none such.
                     values = {name: value for name, value in values.items() if math.isfinite(value)}
-                    # Which follows the updates that were made, not those that were skipped.
-                    made = step - int(values.get("skipped", 0))
+                    # Of the last update that was made: the schedule does not follow those that were skipped.
+                    made = updates_made(state.opt_state)
                     values["learning_rate"] = float(program.schedule(max(made - 1, 0)))
                     values |= observer.values()
                     report.log(step, "train", values)
@@ -186,10 +187,11 @@ def _evaluate(
     # Whole: XLA would otherwise gather activations of every layer and batch, as it splits them like kernels.
     whole = sharding.everywhere(state.params, mesh)
     metrics = pass_with(whole)
+    pictures = task.pictures(merge(graph, whole)) if processes.is_first() else {}
+    del whole
     if state.ema is not None:
         averaged = pass_with(sharding.everywhere(state.ema, mesh))
         metrics |= {AVERAGED + name: value for name, value in averaged.items()}
     report.log(step, "val", metrics)
-    if processes.is_first():
-        for name, picture in task.pictures(merge(graph, whole)).items():
-            report.picture(step, name, picture)
+    for name, picture in pictures.items():
+        report.picture(step, name, picture)

@@ -88,6 +88,12 @@ def layers(names: Iterable[str], kind: str) -> tuple[dict[str, int], int]:
     return {name: number(match) for name, match in places.items()}, last + 1
 
 
+def updates_made(opt_state: optax.OptState) -> int:
+    """Returns how many updates an optimizer's state has seen; the schedule follows them."""
+    counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    return max(int(count) for _, count in counts)
+
+
 def learning_rate_scales(names: Iterable[str], decay: float, kind: str) -> dict[str, float]:
     """Returns the factor on each parameter's learning rate: `decay` to the number of layers behind its own.
 

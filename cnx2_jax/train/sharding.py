@@ -99,7 +99,7 @@ def everywhere(params: Params, mesh: Mesh) -> Params:
     """Returns parameters of which every device has all; all processes call it."""
     if mesh.shape["fsdp"] == 1:
         return params
-    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))(params)
+    return jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

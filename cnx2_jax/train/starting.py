@@ -90,7 +90,7 @@ def first_state(
     def fresh(key) -> Params:
         return split(task.init(nnx.Rngs(key)))[1]
 
-    # On a CPU, making fast code of what runs once takes six times as long as making and running slow code.
+    # On a CPU, to make fast code of what runs once takes several times as long as to make and run slow code.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     create = jax.jit(fresh, out_shardings=places.params, compiler_options=options)

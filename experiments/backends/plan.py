@@ -51,12 +51,17 @@ def render(job: Job, plan: Plan) -> str:
     """Returns the script of one attempt; what launch.py runs has these very words."""
     lines = [f"# {job.backend} job '{job.name}', commit {job.commit}.", ""]
     lines += [f"mkdir -p {shlex.quote(str(job.log('').parent))}", "", "# Prepare.", *plan.prepare]
-    lines += ["", "# The processes, at once."]
+    lines += [
+        "",
+        "# The processes, at once. Where one fails, launch.py ends the others; this waits for them.",
+    ]
     lines.append(f"cd {shlex.quote(str(plan.directory))}")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in plan.exports.items()]
+    lines.append("processes=() status=0")
     for name, words in plan.processes.items():
         lines.append(f"{shlex.join(words)} >>{shlex.quote(str(job.log(name)))} 2>&1 & processes+=($!)")
-    lines.append('for process in "${processes[@]}"; do wait "$process"; done')
+    lines.append('for process in "${processes[@]}"; do wait "$process" || status=$?; done')
     if plan.clear:
-        lines += ["", "# Only if one of them failed or was stopped:", *plan.clear]
+        lines += ['if [ "$status" != 0 ]; then', *plan.clear, "fi"]
+    lines.append('exit "$status"')
     return script(lines)

@@ -1,13 +1,6 @@
 """The benchmark's own parts: reading compiled programs, taking turns, and what it says of bad arguments."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
 
 PROGRAM = """\
 HloModule jit_f
@@ -62,12 +55,11 @@ def test_contestants_take_turns_and_who_cannot_start_is_left_out(load):
         (["machne"], "unknown section 'machne'; did you mean 'machine'? (known: machine, growth, tpu, gpu)"),
         (["machine", "--variants", "otto"], "unknown variant 'otto'; did you mean 'atto'"),
         (["machine", "--image-size", "100"], "--image-size 100 must be a multiple of 32"),
-        (["machine", "--rounds", "0"], "--rounds 0 must be at least 1"),
+        (["machine", "--rounds", "0"], "--rounds: '0' is not a whole number from 1 on"),
     ],
 )
-def test_bad_arguments(arguments, said, tmp_path):
-    command = [sys.executable, EXPERIMENTS / "benchmark.py", *arguments, "--out", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+def test_bad_arguments(arguments, said, tmp_path, load, capsys):
+    assert load("benchmark").main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()

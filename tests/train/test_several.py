@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "experiments"))  # where chaos.py finds what it imports
 CHAOS = runpy.run_path(str(ROOT / "experiments" / "chaos.py"))
 STEPS = 24
 SMALL = [

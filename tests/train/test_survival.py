@@ -62,7 +62,7 @@ def test_an_update_that_is_not_finite_stops_the_run(tmp_path):
     assert steps(tmp_path) == ["2", "4"]
 
 
-def test_a_skipped_update_leaves_all_but_the_step_as_it_was(tmp_path, capsys):
+def test_a_skipped_update_leaves_all_but_the_step_as_it_was(finished, tmp_path, capsys):
     task = TinyTask(SKIP, "checkpoint_steps=1", "keep_checkpoints=12", "ema_decay=0.9", poisoned={5, 6, 9})
     fit(task, tmp_path)
     assert "loss is nan at step 6: this update is skipped, 2 in a row, 2 in all" in capsys.readouterr().err
@@ -77,6 +77,10 @@ def test_a_skipped_update_leaves_all_but_the_step_as_it_was(tmp_path, capsys):
     found = {row["step"]: row for row in rows(tmp_path)}
     assert [found[step]["skipped"] for step in range(1, 13)] == [0, 0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 3]
     assert "loss" not in found[5] and found[7]["loss"] > 0
+    rates = {row["step"]: row["learning_rate"] for row in rows(finished)}
+    assert len(set(rates.values())) == 12
+    for step, row in found.items():
+        assert row["learning_rate"] == rates[step - row["skipped"]]
 
 
 def damage_free(folder):

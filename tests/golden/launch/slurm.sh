@@ -35,9 +35,11 @@ for wait in 10 20 40 never; do
 done
 END_OF_FILE
 
-# The processes, at once.
+# The processes, at once. Where one fails, launch.py ends the others; this waits for them.
 cd '/my jobs/pretrain/source'
 export PYTHONPATH='/my jobs/pretrain/source'
 export PATH=/venv/bin:/usr/bin
+processes=() status=0
 sbatch --export=ALL '/my jobs/pretrain/batch.sh' >>'/my jobs/pretrain/logs/submit.log' 2>&1 & processes+=($!)
-for process in "${processes[@]}"; do wait "$process"; done
+for process in "${processes[@]}"; do wait "$process" || status=$?; done
+exit "$status"

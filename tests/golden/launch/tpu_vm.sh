@@ -43,10 +43,12 @@ trap 'rm -f '"'"'/my jobs/pretrain/environment'"'"'' EXIT
 gcloud compute tpus tpu-vm ssh pretrain --zone=us-central1-a --worker=all --quiet '--command=mkdir -p cnx2/pretrain'
 gcloud compute tpus tpu-vm scp '/my jobs/pretrain/source.tar.gz' '/my jobs/pretrain/run.sh' '/my jobs/pretrain/environment' pretrain:cnx2/pretrain/ --zone=us-central1-a --worker=all --quiet
 
-# The processes, at once.
+# The processes, at once. Where one fails, launch.py ends the others; this waits for them.
 cd '/my jobs/pretrain'
+processes=() status=0
 gcloud compute tpus tpu-vm ssh pretrain --zone=us-central1-a --worker=all --quiet '--command=bash cnx2/pretrain/run.sh' >>'/my jobs/pretrain/logs/hosts.log' 2>&1 & processes+=($!)
-for process in "${processes[@]}"; do wait "$process"; done
-
-# Only if one of them failed or was stopped:
+for process in "${processes[@]}"; do wait "$process" || status=$?; done
+if [ "$status" != 0 ]; then
 gcloud compute tpus tpu-vm ssh pretrain --zone=us-central1-a --worker=all --quiet '--command=test ! -e cnx2/pretrain/lock || ! fuser -s -k -TERM cnx2/pretrain/lock || flock --wait 60 cnx2/pretrain/lock true || fuser -s -k -KILL cnx2/pretrain/lock || true'
+fi
+exit "$status"
