@@ -5,8 +5,8 @@
 
 Trains as `cnx2 train` does, on random images, in turns of so many steps that save once at their beginning or
 not at all. What a turn that saves takes longer, to the end of all writing in the background, is what a
-checkpoint costs; spread over --every steps it is told as a share of them. Parameters and both moments of AdamW
-are saved. What the disk does after Orbax has handed it all over is not waited for, and no old checkpoint is
+checkpoint costs; spread over --every steps it is told as a share of them. Parameters and both moments of
+AdamW are saved. What the disk does after Orbax has handed it all over is not waited for, and no old one is
 deleted. Writes saving.json into the folder --out, and prints a table.
 """
 
