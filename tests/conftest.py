@@ -53,6 +53,17 @@ def admit_placeholders(kind: type) -> None:
 admit_placeholders(Windows)
 
 
+# Files whose tests wait for processes of their own. Begun first, they leave no worker busy alone at the end.
+LONG = (
+    "test_several", "test_resume", "test_preflight", "test_cli",
+    "test_launch", "test_devices", "test_weights",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def parameter_paths(model: nnx.Module) -> dict[str, nnx.Param]:
     """Returns the parameters by dotted path, such as `stages.0.1.dwconv.kernel`, in sorted order."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
