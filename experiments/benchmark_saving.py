@@ -1,6 +1,6 @@
 """What saving costs a run: the time of train steps with a checkpoint among them, over that without.
 
-  python experiments/benchmark_saving.py                      # ConvNeXt V2 tiny: about 20 minutes on 2 cores
+  python experiments/benchmark_saving.py                    # ConvNeXt V2 tiny: about five minutes on 2 cores
   python experiments/benchmark_saving.py --variant atto --rounds 3 --steps 5 --image-size 64    # a quick look
 
 Trains as `cnx2 train` does, on random images, in turns of so many steps that save once at their beginning or
