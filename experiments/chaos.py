@@ -16,7 +16,6 @@ import os
 import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from backends.local import free_port
 from cnx2_jax.train.observe import TIMED
 from cnx2_jax.train.report import read_metrics
 from command import Parser, count, run
@@ -243,13 +243,6 @@ def read_rows(workdir: Path) -> list[dict]:
     """Returns the rows of metrics.jsonl but for metrics that are times."""
     rows = read_metrics(workdir / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not TIMED.fullmatch(name)} for row in rows]
-
-
-def free_port() -> int:
-    """Returns a port that nothing listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -104,6 +104,15 @@ def fill_randomly(model: nnx.Module, seed: int, dtype=np.float32) -> nnx.Module:
     return model
 
 
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """Leaves out what XLA optimises, where nothing runs long enough to earn back what that takes."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def random_params():
     """The function `fill_randomly(model, seed, dtype=float32)`."""

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,12 +32,7 @@ SMALL_DIGITS = [*SMALL, "--config.image_size=16"]
 SMALL_PRETRAIN = [*SMALL_DIGITS, "--config.model.decoder_dim=8"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def run_process(*arguments, **environment):

@@ -25,7 +25,7 @@ def plan(job: Job) -> Plan:
     Several are told `--coordinator`, `--num-processes` and `--process-id`, as `cnx2 train` takes them.
     """
     hosts = job.options["hosts"]
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
 
     def together(host: int) -> list[str]:
         if hosts == 1:
@@ -73,7 +73,8 @@ def programs() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port of this machine that nothing listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]

@@ -37,11 +37,8 @@ KINDS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def all_compile_quickly(compile_quickly):
+    """Nothing here runs long."""
 
 
 @pytest.fixture(scope="session")

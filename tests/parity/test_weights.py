@@ -27,12 +27,7 @@ transformers = pytest.importorskip("transformers")
 BOUND = 1e-5  # largest absolute difference over largest absolute value, in float32
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def hugging_face(variant):

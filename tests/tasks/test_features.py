@@ -16,12 +16,7 @@ from cnx2_jax.train import sharding
 DEPTHS, DIMS = (1, 1, 1, 1), (4, 4, 8, 12)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "experiments"))  # where chaos.py finds what it imports
 CHAOS = runpy.run_path(str(ROOT / "experiments" / "chaos.py"))
+free_port = CHAOS["free_port"]
 STEPS = 24
 SMALL = [
     "--config.model.depths=(1,1,1,1)",
@@ -30,12 +31,6 @@ SMALL = [
     "--config.ema_decay=0.9",
 ]
 HEARTBEAT = 8
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def start(*commands, **variables):

@@ -22,13 +22,7 @@ from cnx2_jax.train.step import batch_key, make_train_step, sample_keys
 BATCH = 16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling is nearly all of the time here, and nothing runs long enough to earn it back."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def small_task(*arguments):
