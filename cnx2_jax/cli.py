@@ -3,46 +3,39 @@
 import argparse
 import importlib
 import sys
-from typing import NoReturn
 
 from absl import logging
 
-from cnx2_jax.errors import RunError, UserError, tell
+from cnx2_jax.commandline import Parser, run
+from cnx2_jax.errors import UserError
 
 # Modules are imported only when their verb runs: `--help` should not wait for JAX and TensorFlow.
 VERBS = {
     "data": "look at training images, and check and time their pipeline",
-    "train": "train a model as a config says, or go on with a workdir's run",
+    "train": "train a model as a config says, or resume a workdir's run",
     "evaluate": "evaluate a checkpoint on its run's images or on other sets",
     "predict": "name the top classes of image files",
     "reconstruct": "mask images and draw what a pretrained model makes of them",
     "convert": "take weights from PyTorch, timm or Hugging Face, as a checkpoint",
     "export": "write a checkpoint for use elsewhere, and check it there",
+    "preflight": "compile a run for TPUs or GPUs that are not there: does it fit, what does a step cost?",
+    "launch": "run a command on hosts: local, tpu-vm, xpk, slurm; and again when a host dies",
+    "sweep": "make a run for each set of overrides in a config's sweep, and a table of results",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as all errors are said."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog.split()[0]}: error: {message}; see `{self.prog} --help`\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `cnx2` with these arguments (the process's by default) and returns its exit status."""
-    try:
-        _run(sys.argv[1:] if argv is None else argv)
-    except (UserError, RunError, BrokenPipeError, KeyboardInterrupt) as error:
-        return tell(error)
-    return 0
+    return run(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
-def _run(argv: list[str]) -> None:
-    # `--config.KEY=VALUE` is the config's to read; everything else is the verb's. Both `--config.KEY=VALUE`
-    # and `--config.KEY VALUE` are common, so the second form is joined into the first.
-    argv, overrides = _take_overrides(argv)
+def _run(argv: list[str]) -> int | None:
+    # `--config.KEY=VALUE` belongs to the config, everything else to the verb, and what follows `--` is a
+    # command to launch, passed on as it is.
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    own, overrides = _take_overrides(own)
     width = max(map(len, VERBS))
-    parser = _Parser(
+    parser = Parser(
         prog="cnx2",
         description="ConvNeXt V2 and FCMAE in JAX.",
         # A list of our own: argparse would wrap it.
@@ -52,22 +45,32 @@ def _run(argv: list[str]) -> None:
     verbs = parser.add_subparsers(
         dest="verb", metavar="VERB", required=True, help="see below; `cnx2 VERB --help` says more"
     )
-    chosen = next((word for word in argv if word in VERBS), None)
+    chosen = next((word for word in own if word in VERBS), None)
     command = None
     for verb, line in VERBS.items():
-        verb_parser = verbs.add_parser(verb, description=f"{line[0].upper()}{line[1:]}.")
+        verb_parser = verbs.add_parser(
+            verb,
+            description=f"{line[0].upper()}{line[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if verb == chosen:
-            logging.set_verbosity(logging.ERROR)  # Orbax notes much for itself
+            logging.set_verbosity(logging.ERROR)  # Orbax logs much for itself
             command = importlib.import_module(f"cnx2_jax.commands.{verb}")
             command.add_arguments(verb_parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(own)
     assert command is not None
     if overrides and not command.TAKES_OVERRIDES:
         parser.error(f"{args.verb} takes no {overrides[0].partition('=')[0]}")
-    command.run(args, overrides)
+    takes_command = getattr(command, "TAKES_COMMAND", False)
+    if len(own) < len(argv) and not takes_command and "--" in argv:
+        raise UserError(f"{args.verb} takes no command after --")
+    if takes_command:
+        args.command = argv[argv.index("--") + 1 :] if "--" in argv else []
+    return command.run(args, overrides)
 
 
 def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Separates `--config.KEY=VALUE` and `--config.KEY VALUE`, both of which are common, from the rest."""
     rest: list[str] = []
     overrides: list[str] = []
     words = iter(argv)

@@ -7,36 +7,39 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can put right: a wrong key, path, size or file.
+    """Something the user can fix: a wrong key, path, size or file.
 
-    The command line prints its message as one line and exits with status 2. The message says what is
-    wrong, with the offending value, and what to do.
+    The command line prints its message as one line and exits with status 2. The message gives the
+    offending value, the rule, and what to do.
     """
 
 
 class RunError(Exception):
-    """A run that cannot go on though nothing was asked wrongly, such as a non-finite loss; exit status 1."""
+    """A run that cannot continue although nothing was asked wrongly, such as on a non-finite loss.
+
+    Exit status 1.
+    """
 
 
-def tell(error: BaseException) -> int:
-    """Prints what ended a command as one line, and returns its exit status.
+def report(error: BaseException, name: str = "cnx2") -> int:
+    """Prints the error that ended a command as one line, and returns the exit status.
 
     Raises:
-      BaseException: the error itself, if it is none that a command is meant to end with.
+      BaseException: the error itself, unless it is one that ends a command without a traceback.
     """
     match error:
         case UserError():
-            print(f"cnx2: error: {error}", file=sys.stderr)
+            print(f"{name}: error: {error}", file=sys.stderr)
             return 2
         case RunError():
-            print(f"cnx2: stopped: {error}", file=sys.stderr)
+            print(f"{name}: stopped: {error}", file=sys.stderr)
             return 1
         case BrokenPipeError():
-            # Who read the output, such as `head`, has seen enough; Python would complain once more at exit.
+            # The reader, such as `head`, has seen enough; Python would complain once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         case KeyboardInterrupt():
-            print("cnx2: interrupted", file=sys.stderr)
+            print(f"{name}: interrupted", file=sys.stderr)
             return 130
     raise error
 

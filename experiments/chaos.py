@@ -26,10 +26,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from backends.local import free_port
-from cnx2_jax.train.observe import TIMED
-from cnx2_jax.train.report import read_metrics
-from command import Parser, count, run
+from cnx2_jax.commandline import Parser, count, run
+from cnx2_jax.launch.local import free_port
+from cnx2_jax.observe.report import read_metrics
+from cnx2_jax.observe.timing import TIMED
 
 ROOT = Path(__file__).resolve().parent.parent
 HEARTBEAT_SECONDS = 10
@@ -63,7 +63,7 @@ class Kill:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run("chaos", lambda: _main(argv))
+    return run(lambda: _main(argv), "chaos")
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from cnx2_jax.checkpoints import checkpoint
+from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.configuration import check_ranges, defaults, image_hw
 from cnx2_jax.data.imagenet import CLASS_IDS, describe
 from cnx2_jax.errors import UserError
+from cnx2_jax.files import check_new
 from cnx2_jax.interop import facts, hub
 from cnx2_jax.interop.files import read_tensors
 from cnx2_jax.interop.names import Imported, from_torch
 from cnx2_jax.tasks import base
-from cnx2_jax.train import checkpoint
 
 TAKES_OVERRIDES = False
 
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    base.check_new(args.to, "--to")
+    check_new(args.to, "--to")
     path = hub.fetch(args.source) if args.source.startswith(hub.SCHEME) else Path(args.source)
     imported = from_torch(read_tensors(path), args.source)
     for name, value in imported.params.items():
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         told["image_size"] = (args.image_size,)
     config = _config(imported, told, args.source)
     names = _class_names(imported.num_classes, args.class_names, told.get("class_names", ()), args.source)
-    checkpoint.write(args.to, jax.tree.map(jnp.asarray, imported.params), base.make_card(config, names))
+    checkpoint.write(args.to, jax.tree.map(jnp.asarray, imported.params), make_card(config, names))
     result = {
         "out": str(args.to),
         "variant": imported.variant,

@@ -14,9 +14,11 @@ from cnx2_jax.data import inspection
 from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.data.sources import Source
 from cnx2_jax.errors import RunError, UserError
-from cnx2_jax.tasks import base, make_task
-from cnx2_jax.tasks.grid import draw_sheet
-from cnx2_jax.train.report import say
+from cnx2_jax.models.pixels import denormalise
+from cnx2_jax.observe.grid import draw_sheet
+from cnx2_jax.observe.pictures import check_picture, write_picture
+from cnx2_jax.observe.progress import say
+from cnx2_jax.tasks import make_task
 from cnx2_jax.train.step import batch_key
 from cnx2_jax.train.task import Task
 
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    base.check_picture(args.out)
+    check_picture(args.out)
     if not (1 <= args.rows <= 100 and 0 <= args.step < 2**31 and 0 <= args.seconds <= 3600):
         raise UserError("--rows must be 1 to 100, --step at least 0, --seconds 0 to 3600")
     config = load_config(args.config, overrides)
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         result["images_per_sec"] = inspection.images_per_second(batches, args.seconds)
         say(f"{result['images_per_sec']:,.0f} images/s on this host")
 
-    base.write_picture(_sheet(task, config, rows, args.step, args.rows), args.out)
+    write_picture(_sheet(task, config, rows, args.step, args.rows), args.out)
     print(json.dumps({**result, "sheet": str(args.out)}))
     if not all(checks.values()):
         raise RunError("the order of the data is not what it must be; please report this")
@@ -112,7 +114,7 @@ def _sheet(task: Task, config: ConfigDict, images: ImageData, step: int, rows: i
         prepared = prepare(batch, batch_key(config.seed, jnp.int32(row)))
         shown = prepared["image"]
         if shown.dtype != jnp.uint8:
-            shown = base.denormalise(shown, config.data)
+            shown = denormalise(shown, config.data.mean, config.data.std)
         pictures.append(np.asarray(shown))
         for index, label in enumerate(batch["label"]):
             names = images.class_names

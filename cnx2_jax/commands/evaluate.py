@@ -7,14 +7,17 @@ from pathlib import Path
 import jax
 from flax import nnx
 
+from cnx2_jax.checkpoints import checkpoint
+from cnx2_jax.cluster import processes
 from cnx2_jax.configuration import override, read_config
 from cnx2_jax.errors import UserError
+from cnx2_jax.evaluation import neighbours, robustness
 from cnx2_jax.models import ConvNeXtV2
-from cnx2_jax.tasks import base, make_task, neighbours, robustness
-from cnx2_jax.train import checkpoint, processes, sharding
+from cnx2_jax.models.state import merge, split
+from cnx2_jax.observe.progress import say
+from cnx2_jax.tasks import make_task, models, weights
+from cnx2_jax.train import sharding
 from cnx2_jax.train.loop import AVERAGED
-from cnx2_jax.train.report import say
-from cnx2_jax.train.state import merge, split
 
 TAKES_OVERRIDES = True
 
@@ -78,7 +81,7 @@ def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
     if jax.process_count() > 1:
         raise UserError(f"--knn works in one process, not in {jax.process_count()}; start one alone")
     task, model, mesh, folder = _run_of(args, overrides)
-    metrics = neighbours.evaluate(base.without_decoder(model), task.config, task.images, args.knn, mesh)
+    metrics = neighbours.evaluate(models.without_decoder(model), task.config, task.images, args.knn, mesh)
     return {"checkpoint": str(folder), **metrics}
 
 
@@ -89,10 +92,10 @@ def _run_of(args: argparse.Namespace, overrides: list[str], *, averaged: bool = 
     folder = checkpoint.find(args.checkpoint or args.workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)
-    base.check_class_names(checkpoint.read_card(folder), task.card(), str(folder))
+    weights.check_class_names(checkpoint.read_card(folder), task.card(), str(folder))
     graph, like = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
     params = checkpoint.read_params(folder, averaged=averaged)
-    base.check_params(params, like, str(folder))
+    weights.check_params(params, like, str(folder))
     return task, merge(graph, sharding.put_params(params, mesh)), mesh, folder
 
 
@@ -109,7 +112,7 @@ def _on_sets(args: argparse.Namespace, overrides: list[str]) -> dict:
     path = args.checkpoint or args.workdir
     if path is None:
         raise UserError("--set needs --checkpoint or --workdir, for the model")
-    model, config, class_names = base.load(path)
+    model, config, class_names = weights.load(path)
     if not isinstance(model, ConvNeXtV2) or not class_names:
         raise UserError(f"checkpoint '{path}' names no classes, as pretraining does not; fine-tune it first")
     config = override(config, overrides)

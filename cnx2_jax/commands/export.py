@@ -6,17 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
+from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.configuration import image_hw
 from cnx2_jax.data.imagenet import describe
 from cnx2_jax.errors import UserError
+from cnx2_jax.files import check_new
 from cnx2_jax.interop import export
 from cnx2_jax.interop.export import Format, Job
 from cnx2_jax.interop.facts import Facts
-from cnx2_jax.interop.program import Program
+from cnx2_jax.interop.inference import InferenceModel
 from cnx2_jax.interop.safetensors import NAMINGS
-from cnx2_jax.tasks import base
-from cnx2_jax.train import checkpoint
-from cnx2_jax.train.report import say
+from cnx2_jax.observe.progress import say
+from cnx2_jax.tasks import models, weights
 
 TAKES_OVERRIDES = False
 
@@ -31,13 +32,15 @@ def _run_orbax(path: Path, images: np.ndarray) -> np.ndarray:
     return _program(path, uint8=False).reference(images)
 
 
-def _program(path: Path, *, uint8: bool) -> Program:
-    model, config, _ = base.load(path)
+def _program(path: Path, *, uint8: bool) -> InferenceModel:
+    model, config, _ = weights.load(path)
     data = config.data
-    return Program(base.without_decoder(model), image_hw(config), mean=data.mean, std=data.std, uint8=uint8)
+    return InferenceModel(
+        models.without_decoder(model), image_hw(config), mean=data.mean, std=data.std, uint8=uint8
+    )
 
 
-def _facts(folder: Path, program: Program) -> Facts:
+def _facts(folder: Path, program: InferenceModel) -> Facts:
     card = checkpoint.read_card(folder)
     size = program.shape[0], program.shape[1]
     names = tuple(map(describe, card["class_names"])) if program.output == "logits" else ()
@@ -100,7 +103,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     for option, formats in OPTIONS.items():
         if getattr(args, option) is not None and args.format not in formats:
             raise UserError(f"--{option} is for --format {', '.join(formats)}, not for {args.format}")
-    base.check_new(args.out, "--out")
+    check_new(args.out, "--out")
     form = FORMATS[args.format] if args.naming is None else export.of_weights(args.naming)
     export.check_writable(form)
     folder = checkpoint.find(args.checkpoint)  # once: a run that goes on may have a later one in a moment

@@ -14,9 +14,10 @@ from cnx2_jax.data.imagenet import describe
 from cnx2_jax.data.pipeline import eval_batches
 from cnx2_jax.data.sources.folder import open_files
 from cnx2_jax.errors import UserError
-from cnx2_jax.tasks import base, feature_file
-from cnx2_jax.tasks.features import predictions
-from cnx2_jax.train.report import say, watched
+from cnx2_jax.evaluation import feature_file
+from cnx2_jax.evaluation.features import predictions
+from cnx2_jax.observe.progress import say, watched
+from cnx2_jax.tasks import models, weights
 
 TAKES_OVERRIDES = False
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.features is not None:
         feature_file.check(args.features)
     source = open_files(args.images)
-    model, config, class_names = base.load(args.checkpoint)
+    model, config, class_names = weights.load(args.checkpoint)
     if not class_names and args.features is None:
         kind = "is of pretraining and" if config.task == "pretrain" else "has no head and"
         raise UserError(
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     config.batch_size = min(args.batch_size, source.num_records)
     config.data.unreadable = "error"  # whatever training did: nobody would miss an image that was left out
-    model = base.without_decoder(model)
+    model = models.without_decoder(model)
     paths = [source.describe(index) for index in range(source.num_records)]
     batches = watched(eval_batches(source, config), source.num_records)
     show = _json_line if args.json else _table(class_names)

@@ -7,7 +7,8 @@ from cnx2_jax.configuration import image_hw
 from cnx2_jax.data.pipeline import preprocess_files
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE
-from cnx2_jax.tasks import base
+from cnx2_jax.observe.pictures import check_picture, write_picture
+from cnx2_jax.tasks import base, weights
 from cnx2_jax.tasks.pretrain import reconstruct, some_images
 
 TAKES_OVERRIDES = False
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    base.check_picture(args.out)
-    model, config, _ = base.load(args.workdir)
+    check_picture(args.out)
+    model, config, _ = weights.load(args.workdir)
     if not isinstance(model, FCMAE):
         raise UserError(f"'{args.workdir}' is no pretraining run but '{config.task}': it has no decoder")
     if args.images:
@@ -43,5 +44,5 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     else:
         images = some_images(base.open_images(config))
     grid = reconstruct(model, config, images, args.seed)
-    base.write_picture(grid, args.out)
+    write_picture(grid, args.out)
     print(args.out)

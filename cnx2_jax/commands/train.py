@@ -5,9 +5,9 @@ import json
 import os
 from pathlib import Path
 
+from cnx2_jax.cluster import processes
 from cnx2_jax.configuration import load_config
 from cnx2_jax.tasks import make_task
-from cnx2_jax.train import processes
 from cnx2_jax.train.loop import fit
 
 TAKES_OVERRIDES = True

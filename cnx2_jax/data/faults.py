@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from cnx2_jax.cluster.store import shared_store
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.store import shared_store
 
 POLICIES = ("error", "skip")
 

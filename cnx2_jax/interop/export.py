@@ -18,7 +18,7 @@ import numpy as np
 from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.interop import safetensors
 from cnx2_jax.interop.facts import Facts
-from cnx2_jax.interop.program import Program
+from cnx2_jax.interop.inference import InferenceModel
 
 # Largest difference over largest value. float32: sums in another order change atto's logits by less than 1e-6
 # of the largest; deeper networks and other processors may take a hundred times that. bfloat16 has 8 bits, so
@@ -39,7 +39,7 @@ class Job:
     """
 
     checkpoint: Path
-    program: Program
+    program: InferenceModel
     facts: Facts
     dtype: str = "float32"
 

@@ -2,7 +2,7 @@
 
 from typing import Protocol, TypeVar
 
-from cnx2_jax.interop.program import Program
+from cnx2_jax.interop.inference import InferenceModel
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class Layers(Protocol[T]):
         ...
 
 
-def compose(program: Program, layers: Layers[T], images: T) -> T:
+def compose(program: InferenceModel, layers: Layers[T], images: T) -> T:
     """Composes the program of a framework's layers; returns its logits or features."""
     x = layers.normalise(images) if program.uint8 else images
     for stage, depth in enumerate(program.depths):

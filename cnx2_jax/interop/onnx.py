@@ -12,8 +12,8 @@ import onnx
 from jaxtyping import Float, Shaped
 from onnx import helper, numpy_helper
 
+from cnx2_jax.interop.inference import InferenceModel
 from cnx2_jax.interop.layers import compose
-from cnx2_jax.interop.program import Program
 from cnx2_jax.kernels.pointwise import EPSILON
 
 OPSET = 20  # the first with GELU
@@ -21,7 +21,7 @@ IR_VERSION = 9  # that opset's
 LIMIT = 2**31 - 2**20  # bytes of weights: protobuf takes no file of 2 GiB
 
 
-def write(path: Path, program: Program) -> None:
+def write(path: Path, program: InferenceModel) -> None:
     """Writes the graph for any batch size.
 
     Weights above `LIMIT` go into a second file beside it, `NAME.data`, that the first one names.
@@ -56,7 +56,7 @@ def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, 
     return result
 
 
-def _describe(program: Program) -> str:
+def _describe(program: InferenceModel) -> str:
     height, width, channels = program.shape
     if program.uint8:
         return f"[batch, {height}, {width}, {channels}], from 0 to 255"
@@ -69,7 +69,7 @@ def _describe(program: Program) -> str:
 class _Graph:
     """See `layers.Layers`; tensors are names of values, and each layer's value has the layer's name."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: InferenceModel):
         self.program = program
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []

@@ -10,12 +10,12 @@ import numpy as np
 import tensorflow as tf
 from jaxtyping import Float, Shaped
 
+from cnx2_jax.interop.inference import InferenceModel
 from cnx2_jax.interop.layers import compose
-from cnx2_jax.interop.program import Program
 from cnx2_jax.kernels.pointwise import EPSILON
 
 
-def write(path: Path, program: Program) -> None:
+def write(path: Path, program: InferenceModel) -> None:
     """Writes the signature `serving_default`, `images -> logits` (or features), for any batch size.
 
     The weights are variables, named as our parameters.
@@ -46,7 +46,7 @@ def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, 
 class _Layers(tf.Module):
     """See `layers.Layers`. Kernels are laid out as ours."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: InferenceModel):
         super().__init__()
         self.mean_of_pixels, self.deviation = program.mean, program.std
         self.variables_by_name = {

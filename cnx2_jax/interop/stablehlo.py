@@ -11,13 +11,13 @@ from jax import export
 from jaxtyping import Float, Shaped
 
 from cnx2_jax.errors import UserError
-from cnx2_jax.interop.program import Program, cpu
+from cnx2_jax.interop.inference import InferenceModel, cpu
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 LIMIT = 2**31 - 2**26  # bytes of weights: the file is a FlatBuffer, of at most 2 GiB
 
 
-def write(path: Path, program: Program) -> None:
+def write(path: Path, program: InferenceModel) -> None:
     """Writes `images -> logits` (or features) with a symbolic batch and the weights inside.
 
     Raises:

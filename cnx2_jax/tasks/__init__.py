@@ -19,7 +19,7 @@ def make_task(config: ConfigDict, platform: str | None = None) -> Pretrain | Cla
 
     Args:
       config: the run's.
-      platform: what the model is built for; see `base.build`.
+      platform: what the model is built for; see `models.build`.
 
     Raises:
       UserError: there is no such task; see the tasks.

@@ -21,14 +21,16 @@ from ml_collections import ConfigDict
 from cnx2_jax.data.pipeline import ImageData, epoch_order
 from cnx2_jax.data.sources import Source
 from cnx2_jax.errors import UserError
+from cnx2_jax.evaluation.classification import class_scores
+from cnx2_jax.evaluation.features import all_features
+from cnx2_jax.evaluation.metrics import average
 from cnx2_jax.models import ConvNeXtV2
-from cnx2_jax.tasks.classify import Classify, class_scores
-from cnx2_jax.tasks.features import all_features
-from cnx2_jax.train.evaluation import average
+from cnx2_jax.models.state import Params, merge, split
+from cnx2_jax.tasks.classify import Classify
 from cnx2_jax.train.optimizer import trainable
 from cnx2_jax.train.sharding import AXES, put_params
-from cnx2_jax.train.state import Params, merge, split
-from cnx2_jax.train.task import Batch, Data, Metrics
+from cnx2_jax.train.task import Data
+from cnx2_jax.types import Batch, Metrics
 
 AT_ONCE = 64  # images per device whose features are computed at a time
 Features = tuple[Float32[np.ndarray, "n dim"], Int32[np.ndarray, " n"]]

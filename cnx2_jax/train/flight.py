@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 
 from cnx2_jax.errors import RunError
-from cnx2_jax.train.report import say
+from cnx2_jax.observe.progress import say
 from cnx2_jax.train.step import FINITE
 
 STEPS_AHEAD = 2  # updates in flight: enough to hide the host's work, few enough to stop soon

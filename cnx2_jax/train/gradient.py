@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from cnx2_jax.models.state import Params, merge
 from cnx2_jax.train.optimizer import trainable
 from cnx2_jax.train.sharding import AXES, BATCH, state_sharding
-from cnx2_jax.train.state import Params, TrainState, merge
-from cnx2_jax.train.task import Batch, Task
+from cnx2_jax.train.state import TrainState
+from cnx2_jax.train.task import Task
+from cnx2_jax.types import Batch
 
 
 def make_gradient(task: Task, graph: nnx.GraphDef, like: TrainState, mesh: Mesh) -> Callable:

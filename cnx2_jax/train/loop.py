@@ -11,18 +11,24 @@ import jax
 from jax.sharding import Mesh
 
 from cnx2_jax import configuration
+from cnx2_jax.checkpoints.checkpoint import Checkpoints
+from cnx2_jax.cluster import processes
+from cnx2_jax.cluster.hang import HangWatch
+from cnx2_jax.cluster.stopping import StopAskedError, StopRequest
 from cnx2_jax.errors import RunError, UserError
-from cnx2_jax.train import flops, processes, sharding, starting
-from cnx2_jax.train.checkpoint import Checkpoints
+from cnx2_jax.models.state import Params, merge
+from cnx2_jax.observe import flops
+from cnx2_jax.observe.profile import Profile
+from cnx2_jax.observe.progress import say
+from cnx2_jax.observe.report import Report, Silence
+from cnx2_jax.observe.timing import Observer
+from cnx2_jax.train import sharding, starting
 from cnx2_jax.train.flight import Flight
-from cnx2_jax.train.hang import HangWatch
-from cnx2_jax.train.observe import Observer, Profile
 from cnx2_jax.train.optimizer import updates_made
 from cnx2_jax.train.program import make_program
-from cnx2_jax.train.report import Report, Silence, say
-from cnx2_jax.train.state import Params, TrainState, merge
-from cnx2_jax.train.stopping import StopAskedError, StopRequest
-from cnx2_jax.train.task import Metrics, Task
+from cnx2_jax.train.state import TrainState
+from cnx2_jax.train.task import Task
+from cnx2_jax.types import Metrics
 
 AVERAGED = "ema_"  # before the metrics of averaged parameters
 

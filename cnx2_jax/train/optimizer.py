@@ -8,7 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.train.state import Params
+from cnx2_jax.models.state import Params
 
 BASE_BATCH = 256  # recipes give the learning rate for this batch; it grows linearly with the batch
 _PLACE = re.compile(r"(encoder\.)?(downsample_layers\.(?P<down>\d)|stages\.(?P<stage>\d)\.(?P<block>\d+))\.")

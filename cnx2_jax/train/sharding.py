@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError
-from cnx2_jax.train.state import Params
+from cnx2_jax.models.state import Params
 
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)  # a batch is spread over both axes

@@ -9,10 +9,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from cnx2_jax.checkpoints import damage
+from cnx2_jax.checkpoints.checkpoint import Checkpoints, saved_items
+from cnx2_jax.cluster import processes
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.train import damage, optimizer, processes, sharding
-from cnx2_jax.train.checkpoint import Checkpoints, saved_items
-from cnx2_jax.train.state import Params, TrainState, split
+from cnx2_jax.models.state import Params, split
+from cnx2_jax.train import optimizer, sharding
+from cnx2_jax.train.state import TrainState
 from cnx2_jax.train.task import Task
 
 ON_NONFINITE = ("stop", "skip")

@@ -1,13 +1,12 @@
-"""What a run carries from step to step, and the way between a module and its named parameters."""
+"""What a run carries from step to step."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import optax
-from flax import nnx
 
-Params = dict[str, jax.Array]
+from cnx2_jax.models.state import Params
+
 Skipped = dict[str, jax.Array]  # int32 scalars: `total`, and `in_a_row` up to now
 
 
@@ -30,17 +29,3 @@ class TrainState:
     opt_state: optax.OptState
     ema: Params | None = None
     skipped: Skipped | None = None
-
-
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """Splits a module into its structure and its parameters by dotted name."""
-    graph, state = nnx.split(model)
-    return graph, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-
-
-def merge(graph: nnx.GraphDef, params: Params) -> Any:
-    """Inverse of `split`: the module of that class, which shares the arrays."""
-    paths = {tuple(int(p) if p.isdigit() else p for p in name.split(".")): name for name in params}
-    variables: dict = {path: nnx.Param(params[name]) for path, name in paths.items()}
-    state = nnx.from_flat_state(variables)
-    return nnx.merge(graph, state)

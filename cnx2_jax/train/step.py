@@ -12,7 +12,8 @@ from cnx2_jax.train.gradient import make_gradient
 from cnx2_jax.train.optimizer import trainable
 from cnx2_jax.train.sharding import batch_sharding, state_sharding
 from cnx2_jax.train.state import TrainState
-from cnx2_jax.train.task import Batch, Task
+from cnx2_jax.train.task import Task
+from cnx2_jax.types import Batch
 
 BATCH_DRAWS = 2**31  # no sample has this number
 FINITE = ("loss", "grad_norm", "update_norm")  # the metrics that are finite exactly if an update is

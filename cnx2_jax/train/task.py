@@ -1,6 +1,6 @@
 """What the loop asks of a task. A new task is one new file that provides this."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Protocol
 
 import jax
@@ -8,8 +8,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-Batch = Mapping[str, jax.Array]
-Metrics = dict[str, float]
+from cnx2_jax.types import Batch, Metrics
 
 
 class Data(Protocol):

@@ -13,8 +13,8 @@ from cnx2_jax.configuration import defaults, image_hw
 from cnx2_jax.data.imagenet import CLASS_IDS, describe
 from cnx2_jax.interop.names import to_torch
 from cnx2_jax.models import FCMAE, ConvNeXtV2
-from cnx2_jax.tasks import base
-from cnx2_jax.train.state import split
+from cnx2_jax.models.state import split
+from cnx2_jax.tasks import weights
 
 SMALL = ((1, 2, 1, 1), (8, 16, 24, 40))
 
@@ -57,7 +57,7 @@ def test_the_same_model_comes_out(tmp_path, capfd, classifier, naming):
         "naming": naming,
         "image_size": [96, 96],
     }
-    model, config, names = base.load(tmp_path / "new")
+    model, config, names = weights.load(tmp_path / "new")
     assert names == ("class_0000", "class_0001", "class_0002") and image_hw(config) == (96, 96)
     found = split(model)[1]
     assert found.keys() == params.keys()
@@ -88,7 +88,7 @@ def test_what_lies_beside_the_weights_is_read(tmp_path, classifier):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     assert convert("--from", path, "--to", tmp_path / "new") == 0
-    _, config, names = base.load(tmp_path / "new")
+    _, config, names = weights.load(tmp_path / "new")
     assert names == ("a", "b", "c") and image_hw(config) == (64, 64) and config.data.eval_crop == 0.9
     assert (config.data.mean, config.data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
@@ -96,7 +96,7 @@ def test_what_lies_beside_the_weights_is_read(tmp_path, classifier):
 def test_a_thousand_classes_are_those_of_imagenet(tmp_path, build):
     path = save(tmp_path / "model.safetensors", build(ConvNeXtV2, *SMALL, num_classes=1000))
     assert convert("--from", path, "--to", tmp_path / "new") == 0
-    assert base.load(tmp_path / "new")[2] == CLASS_IDS
+    assert weights.load(tmp_path / "new")[2] == CLASS_IDS
 
 
 def test_fine_tuning_starts_from_a_pretrained_encoder(tmp_path, capfd, build):
@@ -109,7 +109,7 @@ def test_fine_tuning_starts_from_a_pretrained_encoder(tmp_path, capfd, build):
     config = defaults("classify")
     config.model.variant, config.model.depths, config.model.dims = "custom", *SMALL
     fresh = split(build(ConvNeXtV2, *SMALL, num_classes=5, seed=1))[1]
-    started = base.starting_params(tmp_path / "new", config, fresh)
+    started = weights.starting_params(tmp_path / "new", config, fresh)
     given = split(encoder)[1]
     for name, value in started.items():
         if name.startswith("head."):
@@ -130,7 +130,7 @@ def test_a_whole_fcmae_becomes_a_pretraining_checkpoint(tmp_path, build):
     fcmae = build(FCMAE, *SMALL, decoder_dim=12, decoder_depth=2)
     path = save(tmp_path / "model.safetensors", fcmae)
     assert convert("--from", path, "--to", tmp_path / "new") == 0
-    model, config, _ = base.load(tmp_path / "new")
+    model, config, _ = weights.load(tmp_path / "new")
     assert isinstance(model, FCMAE)
     assert (config.task, config.model.decoder_dim, config.model.decoder_depth) == ("pretrain", 12, 2)
     found, params = split(model)[1], split(fcmae)[1]
@@ -161,11 +161,11 @@ def test_classes_of_the_hub_are_recognised_as_imagenets(tmp_path, build, capfd):
     beside = tmp_path / "config.json"
     beside.write_text(json.dumps({"model_type": "convnextv2", "id2label": labels}))
     assert convert("--from", path, "--to", tmp_path / "new") == 0
-    assert base.load(tmp_path / "new")[2] == CLASS_IDS
+    assert weights.load(tmp_path / "new")[2] == CLASS_IDS
     labels = {key: f"{key} {name}" for key, name in labels.items()}  # other classes
     beside.write_text(json.dumps({"model_type": "convnextv2", "id2label": labels}))
     assert convert("--from", path, "--to", tmp_path / "other") == 0
-    assert base.load(tmp_path / "other")[2] == tuple(labels.values())
+    assert weights.load(tmp_path / "other")[2] == tuple(labels.values())
 
 
 def test_what_cannot_be_right_is_refused(tmp_path, capfd, classifier):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cnx2_jax.cli import main
 from cnx2_jax.commands import data
-from cnx2_jax.tasks.grid import GAP, HEADER, LEAST_SIDE
+from cnx2_jax.observe.grid import GAP, HEADER, LEAST_SIDE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = ["--config.image_size=16", "--seconds", "0"]

@@ -11,13 +11,14 @@ from flax import nnx
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+from cnx2_jax.checkpoints import checkpoint
+from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.cli import main
 from cnx2_jax.configuration import defaults
 from cnx2_jax.data.pipeline import ImageData, eval_batches
+from cnx2_jax.models.state import split
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base
-from cnx2_jax.train import checkpoint
-from cnx2_jax.train.state import split
+from cnx2_jax.tasks import base, models, weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ("n01", "n02", "n03")
@@ -42,10 +43,10 @@ def config():
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """A checkpoint of a classifier that takes everything for class 1."""
-    _, params = split(base.build(config(), len(NAMES), nnx.Rngs(0)))
+    _, params = split(models.build(config(), len(NAMES), nnx.Rngs(0)))
     params["head.bias"] = params["head.bias"].at[:].set(np.array([0, 100, 0], np.float32))
     folder = tmp_path_factory.mktemp("checkpoints") / "one"
-    checkpoint.write(folder, params, base.make_card(config(), NAMES))
+    checkpoint.write(folder, params, make_card(config(), NAMES))
     return folder
 
 
@@ -154,9 +155,9 @@ def runs(tmp_path_factory, random_params):
     arguments = ["train", "--config", f"{CONFIGS / 'pretrain.py'}:digits", "--workdir", str(pretrain)]
     assert main([*arguments, *(f"--config.{one}" for one in small)]) == 0
     classes = tuple("0123456789")
-    empty = nnx.eval_shape(lambda: base.build(config(), len(classes), nnx.Rngs(0)))
+    empty = nnx.eval_shape(lambda: models.build(config(), len(classes), nnx.Rngs(0)))
     _, params = split(random_params(empty, 0))
-    checkpoint.write(classify / "checkpoints" / "4", params, base.make_card(config(), classes))
+    checkpoint.write(classify / "checkpoints" / "4", params, make_card(config(), classes))
     (classify / "config.json").write_text(json.dumps(config().to_dict()))
     return {"pretrain": pretrain, "classify": classify}
 
@@ -169,9 +170,9 @@ def test_neighbours_of_validation_images_are_training_images(runs, kind, capfd):
     assert result.keys() == {"checkpoint", "knn_accuracy", "knn_top5_accuracy"}
     assert result["checkpoint"] == str(runs[kind] / "checkpoints" / "4")
 
-    model, values, _ = base.load(runs[kind])
+    model, values, _ = weights.load(runs[kind])
     pooled = jax.jit(lambda model, x: model.pooled(x))
-    data, encoder, sets = ImageData(values), base.without_decoder(model), []
+    data, encoder, sets = ImageData(values), models.without_decoder(model), []
     for source in (data.train, data.val):
         batches = [b["image"][b["mask"]] for b in eval_batches(source, values)]
         images = base.normalise(jnp.asarray(np.concatenate(batches)), values.data)

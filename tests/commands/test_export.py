@@ -12,11 +12,12 @@ from flax import nnx
 from jax import export
 from PIL import Image
 
+from cnx2_jax.checkpoints import checkpoint
+from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.cli import main
 from cnx2_jax.configuration import defaults
-from cnx2_jax.tasks import base
-from cnx2_jax.train import checkpoint
-from cnx2_jax.train.state import split
+from cnx2_jax.models.state import split
+from cnx2_jax.tasks import models, weights
 
 NAMES = ("cat", "dog", "owl")
 
@@ -41,9 +42,9 @@ def stored(random_params, tmp_path_factory):
             config.model.dtype = "bfloat16"
         else:
             config.model.decoder_dim = 8
-        empty = nnx.eval_shape(lambda: base.build(config, len(names), nnx.Rngs(0)))  # noqa: B023 - called here
+        empty = nnx.eval_shape(lambda: models.build(config, len(names), nnx.Rngs(0)))  # noqa: B023 - called here
         params = split(random_params(empty, 0))[1]
-        checkpoint.write(folder / task, params, base.make_card(config, names))
+        checkpoint.write(folder / task, params, make_card(config, names))
     return folder
 
 
@@ -92,12 +93,12 @@ def test_every_format_gives_what_the_checkpoint_gives(name, uint8, stored, tmp_p
     assert list(out.parent.iterdir()) == [out]
 
     # The checkpoint's own results, in float32.
-    model, config, names = base.load(stored / task)
+    model, config, names = weights.load(stored / task)
     config.model.dtype = "float32"
-    fine = base.build(config, len(names), nnx.Rngs(0))
+    fine = models.build(config, len(names), nnx.Rngs(0))
     nnx.update(fine, nnx.state(model))
     pictures = images(2)
-    expected = jax.jit(lambda model, x: model(x))(base.without_decoder(fine), normal(pictures))
+    expected = jax.jit(lambda model, x: model(x))(models.without_decoder(fine), normal(pictures))
     found = RUNTIMES[name](out, pictures if uint8 else normal(pictures))
     assert error(found, expected) < 1e-5
 
@@ -111,7 +112,7 @@ def test_orbax_goes_on_as_a_checkpoint(dtype, stored, tmp_path, capfd):
         result = json.loads(capfd.readouterr().out)
         assert result["runtime"].startswith("orbax.checkpoint ")
         assert (result["max_difference"] == 0) == (dtype == "float32")
-        ours, theirs = (split(base.load(path)[0])[1] for path in (stored / task, out))
+        ours, theirs = (split(weights.load(path)[0])[1] for path in (stored / task, out))
         assert ours.keys() == theirs.keys()  # the decoder's too
         for name, value in ours.items():
             assert theirs[name].dtype == np.float32
@@ -185,9 +186,9 @@ def test_weights_for_other_libraries(naming, task, stored, tmp_path, capfd):
     again = tmp_path / "again"
     assert main(["convert", "--from", str(out / "model.safetensors"), "--to", str(again)]) == 0
     assert json.loads(capfd.readouterr().out)["classes"] == (len(NAMES) if task == "classify" else 0)
-    ours, config, names = base.load(stored / task)
-    theirs, other, found_names = base.load(again)
-    ours, theirs = split(base.without_decoder(ours))[1], split(theirs)[1]
+    ours, config, names = weights.load(stored / task)
+    theirs, other, found_names = weights.load(again)
+    ours, theirs = split(models.without_decoder(ours))[1], split(theirs)[1]
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         np.testing.assert_array_equal(theirs[name], value, err_msg=name)

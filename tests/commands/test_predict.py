@@ -13,13 +13,15 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from cnx2_jax.checkpoints import checkpoint
+from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.cli import main
 from cnx2_jax.configuration import defaults
 from cnx2_jax.data.pipeline import preprocess_files
+from cnx2_jax.models.pixels import normalise
+from cnx2_jax.models.state import merge, split
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base
-from cnx2_jax.train import checkpoint
-from cnx2_jax.train.state import merge, split
+from cnx2_jax.tasks import models, weights
 
 NAMES = ("n02012849", "n02123045", "zebra crossing")
 SHOWN = {"n02012849": "crane (bird)", "n02123045": "tabby", "zebra crossing": "zebra crossing"}
@@ -46,8 +48,8 @@ def config(task):
 
 
 def store(folder, task, names, fill):
-    empty = nnx.eval_shape(lambda: base.build(config(task), len(names), nnx.Rngs(0)))
-    checkpoint.write(folder, split(fill(empty, 3))[1], base.make_card(config(task), names))
+    empty = nnx.eval_shape(lambda: models.build(config(task), len(names), nnx.Rngs(0)))
+    checkpoint.write(folder, split(fill(empty, 3))[1], make_card(config(task), names))
     return folder
 
 
@@ -74,12 +76,14 @@ def images(tmp_path):
 
 def expected(folder, paths):
     """Vectors and probabilities of files, each for itself."""
-    model, values, _ = base.load(folder)
-    encoder = base.without_decoder(model)
+    model, values, _ = weights.load(folder)
+    encoder = models.without_decoder(model)
     pixels = preprocess_files(paths, size=(16, 16), channels=1, eval_crop=values.data.eval_crop)
     graph, params = split(encoder)
     pooled = jax.jit(lambda x: merge(graph, params).pooled(x))
-    vectors = np.concatenate([pooled(base.normalise(image[None], values.data)) for image in pixels])
+    vectors = np.concatenate(
+        [pooled(normalise(image[None], values.data.mean, values.data.std)) for image in pixels]
+    )
     if not encoder.num_classes:
         return vectors, None
     logits = vectors @ np.asarray(model.head.kernel) + np.asarray(model.head.bias)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cnx2_jax.interop.program import Program
+from cnx2_jax.interop.inference import InferenceModel
 from cnx2_jax.models import FCMAE, ConvNeXtV2
 
 MEAN, STD = (0.5, 0.4, 0.3, 0.6, 0.7), (0.2, 0.25, 0.3, 0.15, 0.1)
@@ -59,7 +59,7 @@ def program(network):
     def make(kind=KINDS[0], **options):
         size = (8 * kind.patch_size, 16 * kind.patch_size)
         mean, std = MEAN[: kind.in_chans], STD[: kind.in_chans]
-        return Program(network(kind, **options), size, mean=mean, std=std, uint8=kind.uint8)
+        return InferenceModel(network(kind, **options), size, mean=mean, std=std, uint8=kind.uint8)
 
     return make
 

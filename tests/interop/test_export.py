@@ -11,7 +11,7 @@ from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.interop import export, stablehlo
 from cnx2_jax.interop.export import FORMATS, Format, Job, whole
 from cnx2_jax.interop.facts import Facts
-from cnx2_jax.interop.program import Program
+from cnx2_jax.interop.inference import InferenceModel
 from cnx2_jax.models import create_model
 
 FACTS = Facts(tuple(f"name {i}" for i in range(1000)), (224, 224), 0.875, (0.5,) * 3, (0.25,) * 3)
@@ -40,7 +40,7 @@ def test_atto_at_224(name, build, tmp_path):
     model = build(functools.partial(create_model, "convnextv2_atto"), seed=1)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     uint8 = name != "safetensors"  # which are weights alone
-    job = Job(tmp_path, Program(model, (224, 224), mean=mean, std=std, uint8=uint8), FACTS)
+    job = Job(tmp_path, InferenceModel(model, (224, 224), mean=mean, std=std, uint8=uint8), FACTS)
     result = export.export(tmp_path / "out", FORMATS[name], job)
     assert result["runtime"].startswith(FORMATS[name].runtime + " ")
     assert 0 <= result["max_difference"] < 1e-5 * result["largest"]

@@ -8,8 +8,8 @@ import pytest
 
 from cnx2_jax.configuration import defaults
 from cnx2_jax.models import ConvNeXtV2
+from cnx2_jax.models.state import merge, split
 from cnx2_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from cnx2_jax.train.state import merge, split
 
 torch = pytest.importorskip("torch")
 

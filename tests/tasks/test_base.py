@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cnx2_jax.checkpoints import checkpoint
+from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.configuration import defaults, override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE, ConvNeXtV2
+from cnx2_jax.models.state import split
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base, make_task
-from cnx2_jax.train import checkpoint
-from cnx2_jax.train.state import split
+from cnx2_jax.tasks import base, make_task, models, weights
 
 
 def small(task, *arguments):
@@ -26,7 +27,7 @@ def small(task, *arguments):
 
 
 def shapes(config, classes=0):
-    return split(nnx.eval_shape(lambda: base.build(config, classes, nnx.Rngs(0))))[1]
+    return split(nnx.eval_shape(lambda: models.build(config, classes, nnx.Rngs(0))))[1]
 
 
 def random_params(config, classes=0, seed=0):
@@ -43,7 +44,7 @@ def stored(tmp_path):
 
     def write(config, classes=0, seed=0):
         path = tmp_path / f"{config.task}-{classes}-{seed}"
-        card = base.make_card(config, tuple("abcdefghijkl"[:classes]))
+        card = make_card(config, tuple("abcdefghijkl"[:classes]))
         checkpoint.write(path, random_params(config, classes, seed), card)
         return path
 
@@ -60,7 +61,7 @@ def same(ours, theirs):
 def test_start_from_pretraining_takes_the_encoder(stored):
     path = stored(small("pretrain"), seed=1)
     fresh = random_params(small("classify"), 10, seed=2)
-    params = base.starting_params(path, small("classify"), fresh)
+    params = weights.starting_params(path, small("classify"), fresh)
     assert params.keys() == fresh.keys()
     pretrained = random_params(small("pretrain"), seed=1)
     kept = {name for name in params if same(params[name], fresh[name])}
@@ -72,7 +73,7 @@ def test_start_from_pretraining_takes_the_encoder(stored):
 def test_start_from_a_classifier_of_other_classes_takes_all_but_the_head(stored):
     path = stored(small("classify"), classes=3, seed=1)
     fresh = random_params(small("classify"), 10, seed=2)
-    params = base.starting_params(path, small("classify"), fresh)
+    params = weights.starting_params(path, small("classify"), fresh)
     trained = random_params(small("classify"), 3, seed=1)
     for name in fresh:
         source = fresh if name.startswith("head.") else trained
@@ -81,7 +82,7 @@ def test_start_from_a_classifier_of_other_classes_takes_all_but_the_head(stored)
 
 def test_start_from_a_classifier_of_as_many_classes_takes_everything(stored):
     path = stored(small("classify"), classes=10, seed=1)
-    params = base.starting_params(path, small("classify"), random_params(small("classify"), 10, seed=2))
+    params = weights.starting_params(path, small("classify"), random_params(small("classify"), 10, seed=2))
     trained = random_params(small("classify"), 10, seed=1)
     assert params.keys() == trained.keys()
     assert all(same(params[name], trained[name]) for name in trained)
@@ -91,7 +92,7 @@ def test_start_from_another_variant(stored):
     path = stored(small("pretrain"))
     config = small("classify", "model.variant=atto", "model.depths=()", "model.dims=()")
     with pytest.raises(UserError) as raised:
-        base.starting_params(path, config, {})
+        weights.starting_params(path, config, {})
     assert f"checkpoint '{path}' holds variant 'custom', the config asks for 'atto'" in str(raised.value)
 
 
@@ -107,14 +108,14 @@ def test_start_from_another_custom_model(stored, argument, message):
     path = stored(small("pretrain"))
     config = small("classify", argument)
     with pytest.raises(UserError) as raised:
-        base.starting_params(path, config, random_params(config, 10))
+        weights.starting_params(path, config, random_params(config, 10))
     assert message in str(raised.value)
     assert str(path) in str(raised.value)
 
 
 def test_start_from_nowhere(tmp_path):
     with pytest.raises(UserError, match="nowhere' does not exist"):
-        base.starting_params(tmp_path / "nowhere", small("classify"), {})
+        weights.starting_params(tmp_path / "nowhere", small("classify"), {})
 
 
 def test_classify_starts_from_init_from_only_if_it_is_set(stored):
@@ -127,14 +128,14 @@ def test_classify_starts_from_init_from_only_if_it_is_set(stored):
 
 def test_check_params_says_what_differs():
     like = {"a.kernel": np.zeros((2, 3)), "a.bias": np.zeros(3)}
-    base.check_params(dict(like), like, "there")
+    weights.check_params(dict(like), like, "there")
     with pytest.raises(UserError, match="'there' is of another model: 'more' has no place here"):
-        base.check_params({**like, "more": np.zeros(1)}, like, "there")
+        weights.check_params({**like, "more": np.zeros(1)}, like, "there")
     with pytest.raises(UserError) as raised:
-        base.check_params({"a.kernel": np.zeros((2, 3))}, like, "there")
+        weights.check_params({"a.kernel": np.zeros((2, 3))}, like, "there")
     assert str(raised.value) == "checkpoint 'there' has no parameter 'a.bias': it is of another model"
     with pytest.raises(UserError) as raised:
-        base.check_params({**like, "a.kernel": np.zeros((2, 4))}, like, "there")
+        weights.check_params({**like, "a.kernel": np.zeros((2, 4))}, like, "there")
     assert "checkpoint 'there' is of another model: 'a.kernel' is (2, 4) there and (2, 3) here" in str(
         raised.value
     )
@@ -147,7 +148,7 @@ def test_check_params_says_what_differs():
 def test_load_gives_model_config_and_classes(stored, task, classes, kind):
     config = small(task, "model.drop_path=0.25")
     path = stored(config, classes=classes, seed=1)
-    model, loaded, class_names = base.load(path)
+    model, loaded, class_names = weights.load(path)
     assert type(model) is kind
     assert loaded.to_dict() == config.to_dict()
     assert class_names == tuple("abc"[:classes])
@@ -158,10 +159,10 @@ def test_load_gives_model_config_and_classes(stored, task, classes, kind):
 
 
 def test_load_of_parameters_that_are_not_the_cards(tmp_path):
-    card = base.make_card(small("classify"), ("a", "b"))
+    card = make_card(small("classify"), ("a", "b"))
     checkpoint.write(tmp_path / "c", random_params(small("classify"), 3), card)
     with pytest.raises(UserError, match=r"'head.bias' is \(3,\) there and \(2,\) here"):
-        base.load(tmp_path / "c")
+        weights.load(tmp_path / "c")
 
 
 # Pixels.
@@ -228,7 +229,7 @@ def test_tasks_check_their_config(task, arguments, message):
 )
 def test_build_refuses(arguments, message):
     with pytest.raises(UserError) as raised:
-        jax.eval_shape(lambda: split(base.build(small("classify", *arguments), 10, nnx.Rngs(0)))[1])
+        jax.eval_shape(lambda: split(models.build(small("classify", *arguments), 10, nnx.Rngs(0)))[1])
     assert message in str(raised.value)
 
 
@@ -241,9 +242,9 @@ def test_unknown_task():
 
 def test_an_encoder_without_its_decoder_gives_the_mean_of_its_last_map(build):
     fcmae = build(FCMAE, (1, 1, 2, 1), (4, 4, 8, 12), decoder_dim=8, in_chans=1, patch_size=1)
-    encoder = base.without_decoder(fcmae)
+    encoder = models.without_decoder(fcmae)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16, 24, 1)), jnp.float32)
     mean = np.asarray(fcmae.encoder.features(images)[-1], np.float64).mean(axis=(1, 2))
     expected = (mean - mean.mean(-1, keepdims=True)) / np.sqrt(mean.var(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(encoder(images), expected, atol=1e-4)
-    assert base.without_decoder(encoder) is encoder
+    assert models.without_decoder(encoder) is encoder

@@ -10,8 +10,9 @@ from PIL import Image
 from cnx2_jax.configuration import defaults, override
 from cnx2_jax.data.mixing import draw_mix, mix_targets
 from cnx2_jax.errors import UserError
+from cnx2_jax.models.pixels import normalise
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base, make_task
+from cnx2_jax.tasks import make_task
 
 
 class Given(nnx.Module):
@@ -122,7 +123,7 @@ def test_prepare_mixes_images_and_targets_by_one_draw():
     task = classify("mixup=0.8", "cutmix=1.0", "label_smoothing=0.1", "image_size=8")
     labels = np.int32([0, 9, 3, 5])
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1)).astype(np.uint8)
-    normal = base.normalise(jnp.asarray(images), task.config.data)
+    normal = normalise(jnp.asarray(images), task.config.data.mean, task.config.data.std)
     prepare, seen = jax.jit(task.prepare), set()
     for number in range(12):
         key = jax.random.key(number)
@@ -140,6 +141,6 @@ def test_prepare_alone_changes_nothing():
     task, labels = classify(), np.int32([0, 9, 3])
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
     batch = task.prepare({"image": images, "label": labels}, jax.random.key(0))
-    expected = base.normalise(jnp.asarray(images), task.config.data)
+    expected = normalise(jnp.asarray(images), task.config.data.mean, task.config.data.std)
     np.testing.assert_allclose(batch["image"], expected, atol=1e-6)
     np.testing.assert_array_equal(batch["target"], np.eye(10)[labels])

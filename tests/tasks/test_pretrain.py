@@ -10,11 +10,11 @@ from flax import nnx
 
 from cnx2_jax.configuration import defaults, override
 from cnx2_jax.errors import UserError
+from cnx2_jax.models.state import merge, split
+from cnx2_jax.observe.grid import GAP, HEADER
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import make_task
-from cnx2_jax.tasks.grid import GAP, HEADER
 from cnx2_jax.tasks.pretrain import HIDDEN_GREY, reconstruct
-from cnx2_jax.train.state import merge, split
 
 HEIGHT, WIDTH, STRIDE = 32, 16, 8
 

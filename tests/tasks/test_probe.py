@@ -10,14 +10,16 @@ from flax import nnx
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+from cnx2_jax.checkpoints import checkpoint
+from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.configuration import defaults, override
 from cnx2_jax.errors import UserError
+from cnx2_jax.models.pixels import normalise
+from cnx2_jax.models.state import merge, split
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base, classify, make_task, probe
+from cnx2_jax.tasks import base, classify, make_task, models, probe, weights
 from cnx2_jax.tasks.probe import Probe
-from cnx2_jax.train import checkpoint
 from cnx2_jax.train.loop import fit
-from cnx2_jax.train.state import merge, split
 
 
 def small(*arguments, task="probe"):
@@ -46,7 +48,7 @@ def begun(*arguments):
 def encoder(tmp_path_factory):
     """An FCMAE checkpoint of random parameters, of useful size."""
     config = small(task="pretrain")
-    shapes = split(nnx.eval_shape(lambda: base.build(config, 0, nnx.Rngs(0))))[1]
+    shapes = split(nnx.eval_shape(lambda: models.build(config, 0, nnx.Rngs(0))))[1]
     rng = np.random.default_rng(0)
 
     def draw(name, shape):
@@ -56,7 +58,7 @@ def encoder(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("encoder") / "stored"
     params = {name: draw(name, leaf.shape).astype(np.float32) for name, leaf in shapes.items()}
-    checkpoint.write(path, params, base.make_card(config, ()))
+    checkpoint.write(path, params, make_card(config, ()))
     return path
 
 
@@ -79,7 +81,7 @@ def test_it_does_about_as_well_as_logistic_regression(run):
 
 def test_its_checkpoint_is_a_classifier_of_images(run):
     task, workdir, metrics = run
-    model, config, names = base.load(workdir)
+    model, config, names = weights.load(workdir)
     assert names == task.class_names
     found = classify.evaluate(model, config, task.images.eval_batches())
     assert found["accuracy"] == pytest.approx(metrics["accuracy"], abs=1 / 359 + 1e-9)
@@ -95,9 +97,11 @@ def test_the_encoder_stays_and_the_norm_standardises(run, encoder):
     for name in same:
         np.testing.assert_array_equal(params[name], source[f"encoder.{name}"], err_msg=name)
     assert np.abs(params["head.kernel"]).max() > 0.1
-    model = base.load(workdir)[0]
+    model = weights.load(workdir)[0]
     batches = list(itertools.islice(task.images.eval_batches(), 5))
-    images = jnp.concatenate([base.normalise(batch["image"], task.config.data) for batch in batches])
+    images = jnp.concatenate(
+        [normalise(batch["image"], task.config.data.mean, task.config.data.std) for batch in batches]
+    )
     vectors = jax.jit(lambda model, images: model.pooled(images))(model, images)
     np.testing.assert_allclose(vectors.mean(axis=0), 0, atol=0.35)
     np.testing.assert_allclose(vectors.std(axis=0), 1, atol=0.35)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.cli import main
-from cnx2_jax.train import checkpoint
-from cnx2_jax.train.observe import TIMED
+from cnx2_jax.observe.timing import TIMED
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.cli import main
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError, UserError
-from cnx2_jax.tasks import base, make_task
-from cnx2_jax.train import checkpoint, flops
+from cnx2_jax.models.state import split
+from cnx2_jax.observe import flops
+from cnx2_jax.observe.report import read_metrics
+from cnx2_jax.tasks import make_task
 from cnx2_jax.train.loop import fit
-from cnx2_jax.train.report import read_metrics
-from cnx2_jax.train.state import split
 
 SMALL = [
     "--config.model.depths=(1,1,1,1)",
@@ -124,6 +125,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from cnx2_jax.train.loop import only_run_in
+from cnx2_jax.tasks import weights
 with only_run_in(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -161,11 +163,11 @@ def test_averaged_parameters_have_an_evaluation_of_their_own(tmp_path, capsys):
     assert {name: again[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     # What is used from then on is the average.
     folder = checkpoint.find(tmp_path)
-    model, _, _ = base.load(tmp_path)
+    model, _, _ = weights.load(tmp_path)
     params = checkpoint.read_params(folder, averaged=False)
     averaged = split(model)[1]
     assert (averaged["head.kernel"] != params["head.kernel"]).any()
-    start = base.starting_params(tmp_path, task.config, params)
+    start = weights.starting_params(tmp_path, task.config, params)
     np.testing.assert_array_equal(start["head.kernel"], averaged["head.kernel"])
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from cnx2_jax.configuration import defaults
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import create_model
+from cnx2_jax.models.state import split
 from cnx2_jax.train.optimizer import (
     decay_mask,
     layers,
@@ -20,7 +21,6 @@ from cnx2_jax.train.optimizer import (
     make_optimizer,
     trainable,
 )
-from cnx2_jax.train.state import split
 
 
 def settings(**values):

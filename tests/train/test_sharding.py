@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from cnx2_jax.configuration import defaults
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import create_model
+from cnx2_jax.models.state import split
 from cnx2_jax.train import optimizer, sharding
-from cnx2_jax.train.state import TrainState, split
+from cnx2_jax.train.state import TrainState
 
 
 def mesh_config(data, fsdp):

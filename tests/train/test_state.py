@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from cnx2_jax.models import create_model
-from cnx2_jax.train.state import TrainState, merge, split
+from cnx2_jax.models.state import merge, split
+from cnx2_jax.train.state import TrainState
 
 
 def build(name):

@@ -12,11 +12,12 @@ import pytest
 from flax import nnx
 
 from cnx2_jax.configuration import defaults, override
+from cnx2_jax.models.state import merge, split
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train import sharding
 from cnx2_jax.train.optimizer import trainable
-from cnx2_jax.train.state import TrainState, merge, split
+from cnx2_jax.train.state import TrainState
 from cnx2_jax.train.step import batch_key, make_train_step, sample_keys
 
 BATCH = 16

@@ -1,0 +1,53 @@
+"""Accuracy of a classifier."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from cnx2_jax.evaluation.metrics import average
+from cnx2_jax.models.pixels import normalise
+from cnx2_jax.types import Batch, Metrics
+
+
+def evaluate(
+    model: nnx.Module, mean: Sequence[float], std: Sequence[float], batches: Iterable[Batch]
+) -> Metrics:
+    """Returns `accuracy`, `top5_accuracy` and `loss` over one pass of padded batches.
+
+    Args:
+      model: maps normalised images `[B, H, W, C]` to logits.
+      mean, std: that normalise the images.
+      batches: as `data.pipeline.eval_batches` gives them.
+    """
+    return average(_Score(tuple(mean), tuple(std)), model, batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Score:
+    """Each sample's scores; equal ones compile once."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, model, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
+        del positions  # nothing is drawn
+        return class_scores(model(normalise(batch["image"], self.mean, self.std)), batch["label"])
+
+
+def class_scores(logits: Float[Array, "b classes"], labels: Int[Array, " b"]) -> dict[str, jax.Array]:
+    """Returns `accuracy`, `top5_accuracy` and `loss` of every sample, `[B]` each."""
+    # The label's rank is the number of classes above it; ties go to the lower index, as in argmax.
+    label_logit = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    # Counted as those it does not beat, so that a NaN is never right.
+    later = jnp.arange(logits.shape[1]) >= labels[:, None]
+    rank = (~((logits < label_logit) | ((logits == label_logit) & later))).sum(axis=1)
+    return {
+        "accuracy": rank < 1,
+        "top5_accuracy": rank < 5,
+        "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+    }

@@ -1,0 +1,107 @@
+"""What is exported: a network, the size of its images, and whether they are normalised inside."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Shaped
+
+from cnx2_jax.errors import UserError
+from cnx2_jax.models import ConvNeXtV2
+from cnx2_jax.models.convnextv2 import check_size
+from cnx2_jax.models.pixels import normalise
+
+
+class InferenceModel:
+    """A network that computes in float32, with its weights on the host, for images of one size.
+
+    Args:
+      model: the network, in any compute dtype; without a head it gives features `[B, dims[3]]`.
+      size: height and width of the images.
+      mean, std: of the images that the network was trained on, per channel, as shares of the full range.
+      uint8: whether images are uint8 `[B, H, W, C]` and normalised inside; else they are float32 and
+        normalised already.
+
+    Attributes:
+      params: float32 arrays by official dotted name.
+      depths: blocks in each stage.
+      shape: `(H, W, C)` of an image.
+      dtype: of the images, `float32` or `uint8`.
+      output: what the result is called, `logits` or `features`.
+      width: how many values the result has per image.
+
+    Raises:
+      UserError: the size is no multiple of the stride.
+    """
+
+    def __init__(
+        self,
+        model: ConvNeXtV2,
+        size: tuple[int, int],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        uint8: bool,
+    ):
+        check_size(*size, model.stride)
+        self.depths = tuple(len(blocks) for blocks in model.stages)
+        self.shape = (*size, model.in_chans)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.uint8 = uint8
+        self.dtype = np.dtype(np.uint8 if uint8 else np.float32)
+        self.output = "logits" if model.num_classes else "features"
+        self.width = model.num_classes or model.dims[-1]
+        # Unrolled: a loop would stack the weights of its blocks anew at every call.
+        self._empty = nnx.eval_shape(
+            lambda: ConvNeXtV2(
+                self.depths,
+                model.dims,
+                num_classes=model.num_classes,
+                in_chans=model.in_chans,
+                patch_size=model.patch_size,
+                scan=False,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        leaves = nnx.to_flat_state(nnx.state(model))
+        self.params = {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in leaves}
+
+    def apply(
+        self, params: Mapping[str, Array | np.ndarray], images: Shaped[Array, "b height width c"]
+    ) -> Float[Array, "b width"]:
+        """Returns logits or features `[B, width]` in float32; to be traced by JAX."""
+        graph, empty = nnx.split(self._empty)
+        leaves = [
+            (path, leaf.replace(jnp.asarray(params[".".join(map(str, path))])))
+            for path, leaf in nnx.to_flat_state(empty)
+        ]
+        if self.uint8:
+            images = normalise(images, self.mean, self.std)
+        return nnx.merge(graph, nnx.from_flat_state(leaves))(images)
+
+    def reference(self, images: Shaped[np.ndarray, "b height width c"]) -> Float[np.ndarray, "b width"]:
+        """Returns what the exported program is compared with: this network's result, on the CPU."""
+        with jax.default_device(cpu()):
+            return np.asarray(jax.jit(self.apply)(self.params, images))
+
+    def some_images(self, count: int) -> Shaped[np.ndarray, "b height width c"]:
+        """Draws images of noise, the same at every call."""
+        rng = np.random.default_rng(0)
+        shape = (count, *self.shape)
+        if self.uint8:
+            return rng.integers(0, 256, shape, np.uint8)
+        return rng.standard_normal(shape, np.float32)
+
+
+def cpu() -> jax.Device:
+    """Returns where results are compared: accelerators may round the operands of products.
+
+    Raises:
+      UserError: JAX was told to do without.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise UserError("an export is checked on the CPU; name cpu in JAX_PLATFORMS as well") from None

@@ -1,0 +1,107 @@
+"""What the runs of a sweep came to: a table, files and a picture, best first."""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.launch.runs import Run
+from cnx2_jax.observe.report import read_metrics
+
+Row = dict[str, Any]
+
+
+def default_metric(config: ConfigDict) -> str:
+    """Returns the metric of a task's runs: that of the averaged weights, where there are any."""
+    metric = "loss" if config.task == "pretrain" else "accuracy"
+    return f"ema_{metric}" if config.ema_decay else metric
+
+
+def collect(runs: Sequence[Run], metric: str) -> list[Row]:
+    """Returns a row per run: its latest evaluation, best first; those without one last.
+
+    Args:
+      runs: of a sweep.
+      metric: of `metrics.jsonl`, split val; less is better of a loss, more of anything else.
+
+    Raises:
+      UserError: there are evaluations, and none has this metric.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.overrides)
+    rows: list[Row] = []
+    known: set[str] = set()
+    for run in runs:
+        evaluations = [row for row in read_metrics(run.workdir / "metrics.jsonl") if row["split"] == "val"]
+        last = evaluations[-1] if evaluations else {}
+        known |= last.keys() - {"step", "split"}
+        rows.append(
+            {
+                "run": run.name,
+                "state": run.state(),
+                "step": last.get("step"),
+                metric: last.get(metric),
+                **{key: run.overrides.get(key) for key in keys},
+            }
+        )
+    if known and metric not in known:
+        raise UserError(
+            f"no evaluation has a metric '{metric}'{nearest(metric, known)} (known: "
+            f"{', '.join(sorted(known))})"
+        )
+    sign = 1 if metric.endswith("loss") else -1
+    return sorted(rows, key=lambda row: (row[metric] is None, sign * (row[metric] or 0)))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns the rows as a table in Markdown."""
+    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """Writes `results.json` and `results.csv`, each whole, in the place of older ones."""
+    partial = folder / "results.tmp"
+    partial.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(partial, folder / "results.json")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, folder / "results.csv")
+
+
+def draw(figure, rows: Sequence[Row], keys: Sequence[str], metric: str) -> None:
+    """Draws the metric over each key that is swept, the best run marked."""
+    figure.set_size_inches(4 * len(keys), 3.2)
+    scored = [row for row in rows if row[metric] is not None]
+    panels = figure.subplots(1, len(keys), squeeze=False, sharey=True)[0]
+    for axes, key in zip(panels, keys, strict=True):
+        values = [row[key] for row in scored]
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            if min(values) > 0 and max(values) >= 10 * min(values):
+                axes.set_xscale("log")
+        else:
+            values = [str(value) for value in values]
+        heights = [row[metric] for row in scored]
+        axes.plot(values, heights, "o", color="#6baed6")
+        axes.plot(values[:1], heights[:1], "o", color="#d94801", label="best")
+        axes.set_xlabel(key)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(metric)
+    panels[0].legend(fontsize=8, frameon=False)

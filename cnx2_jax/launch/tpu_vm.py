@@ -1,0 +1,140 @@
+"""A Cloud TPU slice by a queued resource, and the command on all its hosts by ssh."""
+
+import argparse
+import shlex
+
+from cnx2_jax.launch.job import Job
+from cnx2_jax.launch.plan import Plan, written
+
+LINE = "a Cloud TPU slice: queued resource, then ssh to all its hosts"
+SUBMITS = False
+
+POLL_SECONDS = 30
+SHOWN_LINES = 50  # of a failed host's output
+# The images bring Python 3.10, and cnx2 needs 3.11: uv fetches one.
+SETUP = (
+    "python3 -m pip install --quiet --user uv"
+    " && python3 -m uv venv --quiet --allow-existing --python 3.11 ../venv"
+    " && python3 -m uv pip install --quiet --python ../venv --constraint constraints.txt --editable '.[tpu]'"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--zone", required=True)
+    parser.add_argument("--accelerator-type", required=True, metavar="TYPE", help="such as v5litepod-16")
+    parser.add_argument(
+        "--runtime-version", required=True, metavar="VERSION", help="such as v2-alpha-tpuv5-lite"
+    )
+    parser.add_argument("--spot", action="store_true", help="cheaper, and taken away at any time")
+    parser.add_argument(
+        "--setup",
+        default=SETUP,
+        help="shell line that installs the tree on a host; cnx2 into ../venv by default",
+    )
+
+
+def plan(job: Job) -> Plan:
+    """Returns the attempt: the slice if it is not there, the tree on every host, then the command on all."""
+    zone = shlex.quote(f"--zone={job.options['zone']}")
+    queued = "gcloud compute tpus queued-resources"
+    create = [
+        f"--zone={job.options['zone']}",
+        f"--node-id={job.name}",
+        f"--accelerator-type={job.options['accelerator_type']}",
+        f"--runtime-version={job.options['runtime_version']}",
+        *(["--spot"] if job.options["spot"] else []),
+    ]
+    archive, run, environment = (
+        shlex.quote(str(job.folder / name)) for name in ("source.tar.gz", "run.sh", "environment")
+    )
+    values = [f"printf 'export {name}=%q\\n' \"${name}\"" for name in job.env]
+    prepare = [
+        f'state() {{ {queued} describe {job.name} {zone} --format="value(state.state)" || echo NONE; }}',
+        'case "$(state)" in',
+        f"  FAILED | SUSPENDING | SUSPENDED) {queued} delete {job.name} {zone} --force --quiet ;;",
+        "esac",
+        'if [ "$(state)" = NONE ]; then',
+        f"  {queued} create {job.name} {shlex.join(create)}",
+        "fi",
+        'until now=$(state) && [ "$now" = ACTIVE ]; do',
+        '  case "$now" in FAILED | SUSPENDING | SUSPENDED | NONE) echo "state: $now" >&2 && exit 1 ;; esac',
+        f"  sleep {POLL_SECONDS}",
+        "done",
+        *clear(job),
+        f"git -C {shlex.quote(str(job.repository))} archive --format=tar.gz --output={archive} {job.commit}",
+        *written(job.folder / "run.sh", run_script(job)),
+        # Values travel in a file that its owner alone reads; printf is the shell's: it makes no process.
+        f"trap {shlex.quote(f'rm -f {environment}')} EXIT",
+        f"(umask 077 && {{ {'; '.join(['true', *values])}; }} >{environment})",
+        shlex.join(_ssh(job, f"mkdir -p cnx2/{job.name}")),
+        f"gcloud compute tpus tpu-vm scp {archive} {run} {environment} {job.name}:cnx2/{job.name}/ {zone}"
+        " --worker=all --quiet",
+    ]
+    return Plan(
+        prepare=prepare,
+        processes={"hosts": _ssh(job, f"bash cnx2/{job.name}/run.sh")},
+        directory=job.folder,
+        clear=clear(job),
+    )
+
+
+def run_script(job: Job) -> str:
+    """Returns the script that every host runs; its output stays there, so that it outlives the connection."""
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            "set -euo pipefail",
+            f'cd "$HOME/cnx2/{job.name}"',
+            "# Held while anything of this script runs.",
+            "exec 9>lock",
+            "flock --nonblock 9",
+            "# shellcheck disable=SC1091",
+            "source ./environment",
+            "rm -rf environment source",
+            "mkdir source",
+            "tar -xzf source.tar.gz -C source",
+            "cd source",
+            'export PATH="$PWD/../venv/bin:$PATH"',
+            "status=0",
+            f"{{ {job.options['setup']}; }} >>../log 2>&1 || status=1",
+            f'[ "$status" != 0 ] || {shlex.join(job.command)} >>../log 2>&1 || status=$?',
+            f'[ "$status" = 0 ] || tail -n {SHOWN_LINES} ../log',
+            'exit "$status"',
+            "",
+        ]
+    )
+
+
+def clear(job: Job) -> list[str]:
+    """Shell lines that end the command on every host: SIGTERM, and after the grace SIGKILL."""
+    held = f"cnx2/{job.name}/lock"
+    return [
+        shlex.join(
+            _ssh(
+                job,
+                f"test ! -e {held} || ! fuser -s -k -TERM {held} || flock --wait {job.grace:g} {held} true"
+                f" || fuser -s -k -KILL {held} || true",
+            )
+        )
+    ]
+
+
+def status(job: Job) -> list[str]:
+    zone = f"--zone={job.options['zone']}"
+    words = ["gcloud", "compute", "tpus", "queued-resources", "describe", job.name, zone]
+    return [shlex.join([*words, "--format=value(state.state)"])]
+
+
+def logs(job: Job) -> list[str]:
+    return [shlex.join(_ssh(job, f"tail -n 100 cnx2/{job.name}/log"))]
+
+
+def stop(job: Job) -> list[str]:
+    zone = f"--zone={job.options['zone']}"
+    words = ["gcloud", "compute", "tpus", "queued-resources", "delete", job.name, zone, "--force", "--quiet"]
+    return [shlex.join(words)]
+
+
+def _ssh(job: Job, command: str) -> list[str]:
+    words = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", job.name, f"--zone={job.options['zone']}"]
+    return [*words, "--worker=all", "--quiet", f"--command={command}"]

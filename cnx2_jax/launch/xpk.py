@@ -1,0 +1,75 @@
+"""A workload of a GKE cluster, by xpk; the cluster retries it."""
+
+import argparse
+import shlex
+
+from cnx2_jax.commandline import count
+from cnx2_jax.launch.job import Job
+from cnx2_jax.launch.local import tree
+from cnx2_jax.launch.plan import Plan, written
+
+LINE = "a GKE workload by xpk"
+SUBMITS = True
+
+SETUP = "pip install --quiet --constraint constraints.txt '.[tpu]'"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", required=True)
+    parser.add_argument("--zone", required=True)
+    parser.add_argument("--project", required=True)
+    parser.add_argument("--tpu-type", required=True, metavar="TYPE", help="such as v5litepod-16")
+    parser.add_argument("--num-slices", type=count, default=1, metavar="N", help="%(default)s")
+    parser.add_argument(
+        "--base-docker-image", default="python:3.11", metavar="IMAGE", help="to add the tree to; %(default)s"
+    )
+    parser.add_argument("--setup", default=SETUP, help="shell line that installs the tree; %(default)s")
+
+
+def plan(job: Job) -> Plan:
+    """Returns the submission: xpk adds the commit's tree to an image and creates the workload.
+
+    xpk reads the values of the variables that the file `environment` names from its own environment.
+    """
+    names = job.folder / "environment"
+    create = [
+        *_xpk(job, "create"),
+        f"--workload={job.name}",
+        f"--tpu-type={job.options['tpu_type']}",
+        f"--num-slices={job.options['num_slices']}",
+        f"--base-docker-image={job.options['base_docker_image']}",
+        f"--script-dir={job.source}",
+        *([f"--env-file={names}"] if job.env else []),
+        f"--max-restarts={job.retries}",
+        "--restart-on-user-code-failure",
+        f"--termination-grace-period-seconds={job.grace:.0f}",
+        f"--command={job.options['setup']} && exec {shlex.join(job.command)}",
+    ]
+    return Plan(
+        prepare=[*tree(job), *(written(names, "\n".join(job.env)) if job.env else [])],
+        processes={"submit": create},
+        directory=job.folder,
+    )
+
+
+def status(job: Job) -> list[str]:
+    return [shlex.join([*_xpk(job, "list"), f"--filter-by-job={job.name}"])]
+
+
+def logs(job: Job) -> list[str]:
+    wanted = (
+        f'resource.type="k8s_container" AND resource.labels.cluster_name="{job.options["cluster"]}"'
+        f' AND resource.labels.pod_name:"{job.name}-slice-job-"'
+    )
+    form = "--format=value(resource.labels.pod_name,textPayload)"
+    words = ["gcloud", "logging", "read", wanted, f"--project={job.options['project']}", "--order=asc", form]
+    return [shlex.join(words)]
+
+
+def stop(job: Job) -> list[str]:
+    return [shlex.join([*_xpk(job, "delete"), f"--workload={job.name}", "--force"])]
+
+
+def _xpk(job: Job, verb: str) -> list[str]:
+    places = [f"--{key}={job.options[key]}" for key in ("cluster", "zone", "project")]
+    return ["xpk", "workload", verb, *places]

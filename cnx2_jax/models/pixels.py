@@ -1,0 +1,21 @@
+"""Between the pixels that images are stored in and the numbers that networks compute with."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+
+def normalise(
+    images: UInt8[Array, "b height width c"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "b height width c"]:
+    """Maps uint8 images to float32: (x / 255 - mean) / std per channel."""
+    return (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+
+
+def denormalise(
+    images: Float[Array, "b height width c"], mean: Sequence[float], std: Sequence[float]
+) -> UInt8[Array, "b height width c"]:
+    """Inverse of `normalise`, rounded and clipped to uint8."""
+    images = (images * jnp.array(std) + jnp.array(mean)) * 255
+    return jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8)

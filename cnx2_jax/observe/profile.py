@@ -1,0 +1,44 @@
+"""Traces of chosen updates."""
+
+import re
+from pathlib import Path
+
+import jax
+
+from cnx2_jax.errors import UserError
+
+
+class Profile:
+    """Writes a trace of some updates into a folder, for TensorBoard and Perfetto.
+
+    Args:
+      steps: `FIRST:LAST` of the updates, counted from 1, or empty for none.
+      folder: where to.
+
+    Raises:
+      UserError: `steps` is not that.
+    """
+
+    def __init__(self, steps: str, folder: Path):
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", steps) if steps else None
+        if steps and (match is None or not 1 <= int(match[1]) <= int(match[2])):
+            raise UserError(f"profile_steps '{steps}' must be FIRST:LAST, such as 10:13")
+        self._first, self._last = (int(match[1]), int(match[2])) if match else (0, -1)
+        self._folder = folder
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """To be called before update number `step` is started."""
+        if self._first <= step <= self._last and not self._running:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int) -> bool:
+        """Says whether `close` is due once update number `step` is done."""
+        return self._running and step >= self._last
+
+    def close(self) -> None:
+        """Writes the trace, if one is being made."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

@@ -1,0 +1,98 @@
+"""Models from checkpoints, and what a run starts from."""
+
+from pathlib import Path
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from cnx2_jax.checkpoints import checkpoint
+from cnx2_jax.configuration import from_json
+from cnx2_jax.errors import UserError
+from cnx2_jax.models import FCMAE, ConvNeXtV2
+from cnx2_jax.models.state import Params, merge, split
+from cnx2_jax.tasks.models import build
+
+
+def load(path: Path) -> tuple[ConvNeXtV2 | FCMAE, ConfigDict, tuple[str, ...]]:
+    """Loads a model with its config and class names from a checkpoint (see `checkpoint.find`).
+
+    Raises:
+      UserError: there is no checkpoint, or it cannot be read.
+    """
+    folder = checkpoint.find(path)
+    card = checkpoint.read_card(folder)
+    try:
+        config, class_names = from_json(card["config"]), tuple(card["class_names"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"checkpoint '{path}' is damaged: its config cannot be read ({error})") from None
+    empty = nnx.eval_shape(lambda: build(config, len(class_names), nnx.Rngs(0)))
+    graph, like = split(empty)
+    params = checkpoint.read_params(folder)
+    check_params(params, like, str(path))
+    return merge(graph, params), config, class_names
+
+
+def check_params(params: Params, like: Params, source: str) -> None:
+    """Raises UserError unless `params` has the names of `like`, no others, and the same shapes."""
+    for name, leaf in like.items():
+        if name not in params:
+            raise UserError(f"checkpoint '{source}' has no parameter '{name}': it is of another model")
+        if params[name].shape != leaf.shape:
+            raise UserError(
+                f"checkpoint '{source}' is of another model: '{name}' is {params[name].shape} there and "
+                f"{leaf.shape} here; check model.variant, depths, dims, in_chans and patch_size"
+            )
+    surplus = sorted(params.keys() - like.keys())
+    if surplus:
+        raise UserError(f"checkpoint '{source}' is of another model: '{surplus[0]}' has no place here")
+
+
+def check_class_names(theirs: dict, ours: dict, source: str) -> None:
+    """Raises UserError unless two cards name the same classes, or the checkpoint's names none."""
+    stored, here = theirs.get("class_names"), ours["class_names"]
+    if stored and here and stored != here:
+        place = next(
+            (i for i, pair in enumerate(zip(stored, here, strict=False)) if pair[0] != pair[1]), None
+        )
+        difference = f"{len(stored)} classes there, {len(here)} here"
+        if place is not None:
+            difference = f"class {place} is '{stored[place]}' there and '{here[place]}' here"
+        raise UserError(f"checkpoint '{source}' was trained on other classes: {difference}; check data.root")
+
+
+def starting_params(
+    path: Path, config: ConfigDict, fresh: Params, class_names: tuple[str, ...] = ()
+) -> Params:
+    """Returns `fresh` with the encoder's parameters taken from a checkpoint.
+
+    From an FCMAE checkpoint the encoder, the final norm and the head staying fresh; from a classifier
+    everything but a head of another class count, or of classes of other names than `class_names`.
+
+    Raises:
+      UserError: there is no checkpoint, or it is of another variant.
+    """
+    folder = checkpoint.find(path)
+    card = checkpoint.read_card(folder)
+    theirs, ours = card["config"]["model"]["variant"], config.model.variant
+    if theirs != ours:
+        raise UserError(
+            f"checkpoint '{path}' holds variant '{theirs}', the config asks for '{ours}'; "
+            f"set model.variant={theirs} or choose another init_from"
+        )
+    stored = checkpoint.read_params(folder)
+    pretrained = any(name.startswith("encoder.") for name in stored)
+    if pretrained:
+        prefix = "encoder."
+        stored = {n.removeprefix(prefix): value for n, value in stored.items() if n.startswith(prefix)}
+    others = bool(class_names and card["class_names"]) and tuple(card["class_names"]) != class_names
+    mine = ("norm.", "head.") if pretrained else ("head.",) if others else ()
+    own = {
+        name
+        for name in fresh
+        if name.startswith(mine)
+        or (name.startswith("head.") and (name not in stored or stored[name].shape != fresh[name].shape))
+    }
+    taken = {name: leaf for name, leaf in stored.items() if name not in own}
+    check_params(taken, {name: leaf for name, leaf in fresh.items() if name not in own}, str(path))
+    return {name: leaf if name in own else jax.device_get(stored[name]) for name, leaf in fresh.items()}
