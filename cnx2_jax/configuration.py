@@ -1,12 +1,13 @@
 """Configs: every key with its default, overrides, and the record in a workdir."""
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -47,17 +48,10 @@ RANGES = {
     "hang_seconds": (0, 1e6),
     "model.in_chans": (1, INFINITY),
     "model.patch_size": (1, 4),
-    "model.mask_patch": (0, INFINITY),
-    "model.decoder_dim": (1, INFINITY),
-    "model.decoder_depth": (1, INFINITY),
-    "model.head_init_scale": (0, 1e9),
     "data.val_fraction": (0, 0.999),
     "data.random_erasing": (0, 1),
     "data.max_unreadable": (0, 0.5),
     "data.eval_crop": (0.1, 1),
-    "label_smoothing": (0, 0.999),
-    "mixup": (0, 1e6),
-    "cutmix": (0, 1e6),
     "optimizer.min_learning_rate": (0, INFINITY),
     "optimizer.warmup_epochs": (0, 1e9),
     "optimizer.weight_decay": (0, 1e9),
@@ -69,8 +63,29 @@ RANGES = {
 }
 
 
+AddKeys = Callable[[ConfigDict], None]
+TASK_KEYS: dict[str, AddKeys] = {}
+
+
+def register_task(name: str, add_keys: AddKeys, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Makes a task's name and its own keys known to configs.
+
+    Args:
+      name: what `config.task` holds.
+      add_keys: adds the task's keys with their defaults to a config that has the common ones.
+      ranges: least and greatest value of these keys.
+    """
+    TASK_KEYS[name] = add_keys
+    RANGES.update(ranges)
+
+
 def defaults(task: str) -> ConfigDict:
-    """Returns a config with every key that a run of this task reads; recipes change what they need to."""
+    """Returns a config with every key that a run of this task reads; recipes change what they need to.
+
+    Raises:
+      UserError: no task of that name is registered.
+    """
+    check_task(task)
     config = ConfigDict()
     config.task = task
     config.seed = 0
@@ -134,28 +149,26 @@ def defaults(task: str) -> ConfigDict:
     mesh.data = -1  # -1: all devices that are left
     mesh.fsdp = 1
 
-    if task == "pretrain":
-        model.layout = (
-            "auto"  # how the masked map is held: masked, gathered, or what is fastest where it runs
-        )
-        model.mask_ratio = 0.6
-        model.mask_patch = 0  # side of the hidden squares in pixels; 0: the total stride
-        model.decoder_dim = 512
-        model.decoder_depth = 1
-    elif task == "classify":
-        config.init_from = ""  # a checkpoint to start from; empty: from scratch
-        model.head_init_scale = 1.0
-        config.label_smoothing = 0.0
-        # Alphas of the beta distributions that mixing coefficients are drawn from; 0: none. With both, each
-        # batch draws which.
-        config.mixup = 0.0
-        config.cutmix = 0.0
-    elif task == "probe":
-        config.init_from = ""  # a checkpoint whose encoder is frozen; empty: a random one
-        model.head_init_scale = 1.0
-        data.feature_cache = ""  # a folder in which other runs find the features too
-        optimizer.trainable = "^head\\."
+    TASK_KEYS[task](config)
     return config
+
+
+def check_task(task: str) -> None:
+    """Makes sure that a task is registered; one named `MODULE:CLASS` registers when its module is imported.
+
+    Raises:
+      UserError: there is no such task.
+    """
+    module, colon, _ = task.partition(":")
+    if colon and task not in TASK_KEYS:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(
+                f"task '{task}' cannot be imported: {error}; install its package or set PYTHONPATH"
+            ) from None
+    if task not in TASK_KEYS:
+        raise UserError(f"unknown task '{task}'{nearest(task, TASK_KEYS)} (known: {', '.join(TASK_KEYS)})")
 
 
 def load_config(location: str, overrides: Sequence[str] = ()) -> ConfigDict:

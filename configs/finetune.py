@@ -22,9 +22,9 @@ Uncertain, and what is taken: the paper prints a learning rate of 6.25e-3 for ba
 fine-tunes the digits network in about a minute on a CPU; `digits,labels=10` on ten labels per class.
 """
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.recipes import parse_argument, use_digits, use_imagenet_recipe, use_smoke
 from cnx2_jax.sweeps import choice, log_uniform, product, random, uniform
+from cnx2_jax.tasks import defaults
 
 RECIPES = {
     # variant: base lr, weight decay, layer decay, its type, warmup epochs, epochs, smoothing, mixup, cutmix,

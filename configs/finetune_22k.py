@@ -13,9 +13,9 @@ Uncertain, and what is taken: random erasing (not in the table; the official cod
 layers decay by group from base on, as on ImageNet-1K.
 """
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.recipes import parse_argument, use_imagenet_recipe, use_smoke
 from cnx2_jax.sweeps import product
+from cnx2_jax.tasks import defaults
 
 RECIPES = {
     # variant: layer decay, its type, drop path

@@ -16,9 +16,9 @@ Random erasing is not in the table; the official code's default is 0.25. Layers 
 on, as on ImageNet-1K.
 """
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.recipes import parse_argument, use_imagenet_recipe, use_smoke
 from cnx2_jax.sweeps import product
+from cnx2_jax.tasks import defaults
 
 RECIPES = {
     # variant: layer decay, its type, epochs, drop path, decay of the average

@@ -15,10 +15,10 @@ fine-tuning. The recipe is ours, after MAE's (arXiv 2111.06377, table 10): 90 ep
 epochs of warmup, no weight decay, no augmentation; AdamW in the place of LARS.
 """
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.models import VARIANTS
 from cnx2_jax.recipes import parse_argument, use_digits, use_smoke
 from cnx2_jax.sweeps import product
+from cnx2_jax.tasks import defaults
 
 
 def get_config(argument="tiny"):

@@ -16,10 +16,10 @@ pretrains a small network on scikit-learn's 1,797 embedded digits in about a min
 `configs/pretrain.py:smoke` runs a few steps of the recipe above on made-up images.
 """
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.models import VARIANTS
 from cnx2_jax.recipes import parse_argument, use_digits, use_smoke
 from cnx2_jax.sweeps import product
+from cnx2_jax.tasks import defaults
 
 
 def get_config(argument="tiny"):

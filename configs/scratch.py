@@ -12,9 +12,9 @@ Uncertain, and what is taken: stochastic depth is published for tiny (0.1), smal
 code's default is 1e-6.
 """
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.recipes import parse_argument, use_imagenet_recipe, use_smoke
 from cnx2_jax.sweeps import product
+from cnx2_jax.tasks import defaults
 
 DROP_PATH = {
     "atto": 0.0,

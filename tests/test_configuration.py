@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cnx2_jax import configuration
-from cnx2_jax.configuration import FREE_KEYS, defaults, load_config, override
+from cnx2_jax.configuration import FREE_KEYS, load_config, override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import split
-from cnx2_jax.tasks import make_task
+from cnx2_jax.tasks import defaults, make_task
 from cnx2_jax.train.loop import fit
 
 CONFIGS = Path(__file__).parents[1] / "configs"

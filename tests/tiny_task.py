@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cnx2_jax.configuration import defaults, override
+from cnx2_jax.configuration import override
+from cnx2_jax.tasks import defaults
 
 SETTINGS = [
     "batch_size=8",

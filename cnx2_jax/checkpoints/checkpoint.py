@@ -6,137 +6,20 @@ parameters, and `skipped`, how many updates it left out.
 An exported checkpoint has `params` and `card` alone, so one reader serves both.
 """
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
-from cnx2_jax.errors import RunError, UserError
+from cnx2_jax.checkpoints import metadata
+from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import Params
-from cnx2_jax.train.state import TrainState
 
 FOREIGN = (".pt", ".pth", ".bin", ".safetensors")  # files that `cnx2 convert` reads
-
-
-class Checkpoints:
-    """The checkpoints of one run. Saving is asynchronous, and a folder appears only when it is whole.
-
-    Every process of a run makes one and calls it at the same steps; all see the same folder.
-
-    Args:
-      directory: `workdir/checkpoints`, created if need be.
-      keep: how many of the latest to keep; the best by `best` is kept besides.
-      best: evaluation metric and the end of it that is good.
-
-    Raises:
-      RunError: the folder cannot be made. So does each method where what it does fails on the disk; what
-        fails after `save` has returned is raised by the next `save` or by `close`.
-    """
-
-    def __init__(self, directory: Path, *, keep: int, best: tuple[str, Literal["max", "min"]]):
-        metric, end = best
-
-        def value(metrics: dict[str, float]) -> float:
-            return metrics[metric]
-
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(keep),
-                checkpoint_managers.BestN(
-                    get_metric_fn=value,
-                    reverse=end == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
-        self.directory = directory
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            best_fn=value,  # unused beside the policy, but without it metrics are not written
-            best_mode=end,
-            cleanup_tmp_directories=True,
-            step_prefix=None,
-        )
-        arrays = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "ema", "skipped")}
-        with self._failures():
-            self._manager = ocp.CheckpointManager(
-                directory.absolute(),
-                options=options,
-                item_handlers={**arrays, "card": ocp.JsonCheckpointHandler()},
-            )
-
-    def reload(self) -> None:
-        """Looks again at which checkpoints there are."""
-        self._manager.reload()
-
-    def save(self, step: int, state: TrainState, card: dict, metrics: dict[str, float] | None) -> None:
-        """Begins to save; the arrays may be donated as soon as this returns. `metrics` rank the best.
-
-        A step that is there already is replaced: it was saved before it was evaluated.
-        """
-        items = {name: ocp.args.StandardSave(item) for name, item in saved_items(state).items()}
-        with self._failures():
-            if step in self._manager.all_steps():
-                self._manager.wait_until_finished()
-                self._manager.delete(step)
-            self._manager.save(
-                step, args=ocp.args.Composite(card=ocp.args.JsonSave(card), **items), metrics=metrics
-            )
-
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """Restores a step onto the shapes, dtypes and shardings of `like`."""
-        wanted = saved_items(like)
-        if not (self.directory / str(step) / "skipped").is_dir():
-            wanted.pop("skipped", None)  # the run went on until then without leaving anything out
-        arguments = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
-        items = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        count = jax.device_put(np.int32(step), like.step.sharding)
-        skipped = like.skipped and (
-            items.get("skipped")
-            or {name: jax.device_put(np.int32(0), leaf.sharding) for name, leaf in like.skipped.items()}
-        )
-        return TrainState(count, items["params"], items["opt_state"], items.get("ema"), skipped)
-
-    def best(self) -> Path:
-        """Returns the folder of the best checkpoint; the latest where none was evaluated."""
-        return self.directory / str(self._manager.best_step())
-
-    def close(self) -> None:
-        """Waits for what is being saved; an error in saving is raised here at the latest."""
-        with self._failures():
-            self._manager.close()
-
-    @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Makes one line of what goes wrong on the disk, and of what TensorStore calls it."""
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0].partition(" [")[0]
-            raise RunError(
-                f"cannot save to '{self.directory}': {reason}; checkpoints saved before are whole, make room "
-                "and give the same command"
-            ) from error
-
-
-def saved_items(state: TrainState) -> dict[str, Any]:
-    """Returns what a checkpoint holds of a state besides its step, by name."""
-    items = {
-        "params": state.params,
-        "opt_state": state.opt_state,
-        "ema": state.ema,
-        "skipped": state.skipped,
-    }
-    return {name: item for name, item in items.items() if item is not None}
 
 
 def find(path: Path) -> Path:
@@ -165,38 +48,51 @@ def find(path: Path) -> Path:
 
 
 def read_card(path: Path) -> dict:
-    """Returns the card of the checkpoint folder `path` (see `find`)."""
+    """Returns the metadata of the checkpoint folder `path` (see `find`).
+
+    Raises:
+      UserError: there is none, or it is of a format that this version does not read.
+    """
     try:
-        card = json.loads((path / "card" / "metadata").read_text())
-        if not {"config", "class_names"} <= card.keys():
-            raise ValueError("another program's card")
-        return card
+        values = json.loads((path / metadata.ITEM / "metadata").read_text())
+        if not {"config", "class_names"} <= values.keys():
+            raise ValueError("metadata of another program")
     except (OSError, ValueError, AttributeError):
-        raise UserError(f"checkpoint '{path}' has no readable card; was it written by cnx2?") from None
+        raise UserError(f"checkpoint '{path}' has no readable metadata; was it written by cnx2?") from None
+    metadata.check_format(values.get("format"), path)
+    return values
 
 
 def read_params(path: Path, *, averaged: bool = True) -> Params:
-    """Reads the parameters of the checkpoint folder `path` (see `find`) onto this process's first device.
+    """Reads all arrays of a model from the checkpoint folder `path` (see `find`): parameters and variables.
 
-    They are float32, whatever they were exported in.
+    They are on this process's first device, floating-point ones in float32, whatever they were exported in.
 
     Args:
       path: the folder.
-      averaged: whether to read their average, where the run keeps one; it is what a recipe's accuracy is of.
+      averaged: whether to read the averages, where the run keeps them; a recipe's accuracy is theirs.
 
     Raises:
       UserError: they cannot be read.
     """
-    folder = ((path / "ema") if averaged and has_average(path) else (path / "params")).absolute()
+    if averaged and has_average(path):
+        return _read_arrays(path, "ema")
+    params = _read_arrays(path, "params")
+    return {**params, **_read_arrays(path, "variables")} if (path / "variables").is_dir() else params
+
+
+def _read_arrays(path: Path, item: str) -> Params:
+    folder = (path / item).absolute()
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def place(leaf) -> jax.ShapeDtypeStruct:
+        dtype = np.float32 if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=device)
+
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata
-            like = {
-                name: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=device)
-                for name, leaf in dict(tree).items()
-            }
-            return checkpointer.restore(folder, like)
+            return checkpointer.restore(folder, {name: place(leaf) for name, leaf in dict(tree).items()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the parameters in '{path}' cannot be read: {reason}{_others(path)}") from None
@@ -224,8 +120,8 @@ def write(path: Path, params: Params, card: dict) -> None:
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        (partial / "card").mkdir(parents=True)
-        (partial / "card" / "metadata").write_text(json.dumps(card))
+        (partial / metadata.ITEM).mkdir(parents=True)
+        (partial / metadata.ITEM / "metadata").write_text(json.dumps(card))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((partial / "params").absolute(), params)
         os.replace(partial, path)

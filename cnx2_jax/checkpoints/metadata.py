@@ -1,8 +1,30 @@
-"""What travels with the weights."""
+"""The metadata that travels with the weights: the config, the names of the classes, and its own format."""
+
+import re
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from cnx2_jax.errors import UserError
+
+ITEM = "card"  # the folder that holds it in a checkpoint; it was called so from the first version on
+FORMAT = 1  # raised when an older cnx2_jax would misread what a newer one writes
+
 
 def make_card(config: ConfigDict, class_names: tuple[str, ...]) -> dict:
-    """Returns what travels with the weights, as JSON."""
-    return {"format": "cnx2_jax 1", "class_names": list(class_names), "config": config.to_dict()}
+    """Returns the metadata of a run's weights, as JSON."""
+    return {"format": f"cnx2_jax {FORMAT}", "class_names": list(class_names), "config": config.to_dict()}
+
+
+def check_format(stated: object, path: Path) -> None:
+    """Raises UserError unless the metadata of checkpoint `path` states a format that this version reads."""
+    match = re.fullmatch(r"cnx2_jax (\d+)", stated) if isinstance(stated, str) else None
+    if match is None:
+        raise UserError(
+            f"checkpoint '{path}' states no format of cnx2_jax ({stated!r}); was it written by cnx2?"
+        )
+    if int(match[1]) > FORMAT:
+        raise UserError(
+            f"checkpoint '{path}' has metadata of format {match[1]}, and this cnx2_jax reads up to "
+            f"{FORMAT}; install the version that wrote it, or export the weights with that one"
+        )

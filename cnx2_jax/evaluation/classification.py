@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from cnx2_jax.evaluation.metrics import average
+from cnx2_jax.evaluation import metrics
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.types import Batch, Metrics
 
@@ -24,19 +24,21 @@ def evaluate(
       mean, std: that normalise the images.
       batches: as `data.pipeline.eval_batches` gives them.
     """
-    return average(_Score(tuple(mean), tuple(std)), model, batches)
+    return metrics.evaluate(_Scorer(tuple(mean), tuple(std)), model, batches)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Score:
-    """Each sample's scores; equal ones compile once."""
+class _Scorer:
+    """Scores each sample; equal ones compile once."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, model, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
-        del positions  # nothing is drawn
+    def score(self, model, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
         return class_scores(model(normalise(batch["image"], self.mean, self.std)), batch["label"])
+
+    def metrics(self) -> tuple[metrics.Metric, ...]:
+        return (metrics.Mean(),)
 
 
 def class_scores(logits: Float[Array, "b classes"], labels: Int[Array, " b"]) -> dict[str, jax.Array]:

@@ -1,52 +1,250 @@
-"""Means over padded batches."""
+"""Metrics over a pass of padded batches: empty -> update -> add -> merge -> result.
 
-from collections.abc import Callable, Iterable
+What a batch contributes is computed on the devices, over the global batch; contributions are added on the
+host, in 64 bits, so that counts stay exact however many there are.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
-from cnx2_jax.models.state import merge, split
+from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.types import Batch, Metrics
 
-Score = Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]
+Scores = Mapping[str, jax.Array]
 
 
-def average(score: Score, model: nnx.Module, batches: Iterable[Batch]) -> Metrics:
-    """Averages each sample's scores over all samples that are not padding.
+class Metric(Protocol):
+    """One or several numbers from the scores of all samples; hashable, and equal ones compile once."""
+
+    def empty(self) -> Any:
+        """Returns the total of no batch."""
+        ...
+
+    def update(self, scores: Scores, valid: jax.Array) -> Any:
+        """Returns what a global batch contributes. Traced; `valid`, bool `[B]`, is False on padding."""
+        ...
+
+    def add(self, total: Any, contribution: Any) -> Any:
+        """Returns the total with one more contribution, on the host."""
+        ...
+
+    def merge(self, total: Any) -> Any:
+        """Returns the total over all processes, each of which calls it."""
+        ...
+
+    def result(self, total: Any) -> Metrics:
+        """Returns the metrics by name."""
+        ...
+
+
+class Scorer(Protocol):
+    """What is evaluated: a task, or any hashable object with its two methods."""
+
+    def score(self, model: Any, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
+        """See `tasks.base.Task.score`."""
+        ...
+
+    def metrics(self) -> Sequence[Metric]:
+        """See `tasks.base.Task.metrics`."""
+        ...
+
+
+class Mean:
+    """The mean of every score `[B]` over all samples, by the score's name."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def empty(self) -> tuple[dict[str, float], int]:
+        return {}, 0
+
+    def update(self, scores: Scores, valid: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        sums = {name: jnp.where(valid, score, 0).sum() for name, score in scores.items() if score.ndim == 1}
+        return sums, valid.sum()
+
+    def add(self, total, contribution):
+        (sums, count), (more, valid) = total, contribution
+        return {name: sums.get(name, 0.0) + float(value) for name, value in more.items()}, count + int(valid)
+
+    def merge(self, total):
+        return total  # contributions are of global batches
+
+    def result(self, total) -> Metrics:
+        sums, count = total
+        return {name: value / count for name, value in sums.items()}
+
+
+class ConfusionMatrix:
+    """Shares of pixels, or of samples, by true and predicted class.
+
+    Scores: `target` and `predicted`, integers of one shape `[B, ...]`; what has a target outside of
+    `0 .. num_classes - 1`, such as an ignore index, does not count.
 
     Args:
-      score: (model, batch, positions `[B]` of the samples in the pass) -> arrays `[B]` by name.
-      model: the model to score.
-      batches: batches with a boolean `mask` `[B]`, False on padding.
+      num_classes: how many classes there are.
+    """
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConfusionMatrix) and other.num_classes == self.num_classes
+
+    def __hash__(self) -> int:
+        return hash((ConfusionMatrix, self.num_classes))
+
+    def empty(self) -> np.ndarray:
+        return np.zeros((self.num_classes, self.num_classes), np.int64)
+
+    def update(self, scores: Scores, valid: jax.Array) -> jax.Array:
+        """Returns counts, int32 `[true, predicted]`; a global batch has fewer than 2^31 pixels."""
+        target, predicted = scores["target"], scores["predicted"]
+        assert target.size < 2**31, target.shape
+        counted = (target >= 0) & (target < self.num_classes)
+        counted &= valid.reshape(-1, *[1] * (target.ndim - 1))
+        cell = jnp.where(counted, target * self.num_classes + predicted, self.num_classes**2)
+        counts = jnp.zeros(self.num_classes**2 + 1, jnp.int32).at[cell.ravel()].add(1)
+        return counts[:-1].reshape(self.num_classes, self.num_classes)
+
+    def add(self, total: np.ndarray, contribution: jax.Array) -> np.ndarray:
+        return total + np.asarray(contribution)
+
+    def merge(self, total: np.ndarray) -> np.ndarray:
+        return total  # contributions are of global batches
+
+    def result(self, total: np.ndarray) -> Metrics:
+        """Returns `miou` and `mean_accuracy` over the classes that occur, and `pixel_accuracy`.
+
+        The intersection over union is averaged over classes that are in the targets or the predictions, the
+        accuracy over those in the targets (mmsegmentation's `nan` rule). NaN where there are none.
+        """
+        right, true, predicted = np.diag(total), total.sum(axis=1), total.sum(axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            iou, accuracy = right / (true + predicted - right), right / true
+            overall = right.sum() / total.sum()
+        return {
+            "miou": _mean_of_numbers(iou),
+            "mean_accuracy": _mean_of_numbers(accuracy),
+            "pixel_accuracy": float(overall),
+        }
+
+
+def _mean_of_numbers(values: np.ndarray) -> float:
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else float("nan")
+
+
+class Records:
+    """Keeps scores of every sample, for metrics that need all of them at once; derive and give `result`.
+
+    Args:
+      names: of the scores to keep; in a batch each is an array `[B, ...]`, of the same shape in all batches.
+    """
+
+    def __init__(self, *names: str):
+        self.names = names
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.names == self.names
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.names))
+
+    def empty(self) -> list[dict[str, np.ndarray]]:
+        return []
+
+    def update(self, scores: Scores, valid: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        return {name: scores[name] for name in self.names}, valid
+
+    def add(self, total, contribution):
+        scores, valid = contribution
+        keep = _local_rows(valid)
+        return [*total, {name: _local_rows(score)[keep] for name, score in scores.items()}]
+
+    def merge(self, total) -> dict[str, np.ndarray]:
+        """Returns the rows of all processes, one after another, each sample once."""
+        joined = {name: np.concatenate([part[name] for part in total]) for name in self.names}
+        return {name: _over_processes(rows) for name, rows in joined.items()}
+
+    def result(self, total: dict[str, np.ndarray]) -> Metrics:
+        """Returns the metrics of the rows `[samples, ...]` by name."""
+        raise NotImplementedError
+
+
+def _local_rows(array: jax.Array) -> np.ndarray:
+    """Returns this process's rows of a global array that is sharded by rows or not at all."""
+    if array.is_fully_replicated and jax.process_count() > 1:
+        return np.split(np.asarray(array), jax.process_count())[jax.process_index()]
+    parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def _over_processes(rows: np.ndarray) -> np.ndarray:
+    """Returns the rows of all processes, which may have different numbers of them."""
+    if jax.process_count() == 1:
+        return rows
+    counts = multihost_utils.process_allgather(np.int32(len(rows)))
+    padded = np.zeros((counts.max(), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    every = multihost_utils.process_allgather(padded)
+    return np.concatenate([part[:count] for part, count in zip(every, counts, strict=True)])
+
+
+def evaluate(scorer: Scorer, model: nnx.Module, batches: Iterable[Batch]) -> Metrics:
+    """Returns the metrics of a model over one pass.
+
+    Args:
+      scorer: gives scores and metrics.
+      model: the model to evaluate.
+      batches: padded batches with a boolean `mask` `[B]`, False on padding.
 
     Returns:
-      Mean by name. Sums over batches are kept in Python floats, so counts such as accuracy's are exact.
-      Where batches say which images are `unreadable`, their share by that name: the means leave them out.
+      Metrics by name. Where batches mark images as `unreadable`, their share by that name: all others leave
+      them out.
     """
-    graph, params = split(model)
-    totals: dict[str, float] = {}
-    count = seen = 0
+    graph, arrays = split(model)
+    metrics = tuple(scorer.metrics())
+    totals = [metric.empty() for metric in metrics]
+    seen = count = 0
     unreadable: int | None = None
     for batch in batches:
-        sums, valid, skipped = _sums(score, graph, params, batch, seen)
+        contributions, valid, skipped = _contributions(scorer, metrics, graph, arrays, batch, seen)
         seen += batch["mask"].shape[0]
+        count += int(valid)
         if "unreadable" in batch:
             unreadable = (unreadable or 0) + int(skipped)
-        count += int(valid)
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    metrics = {name: total / count for name, total in totals.items()}
+        totals = [
+            metric.add(total, contribution)
+            for metric, total, contribution in zip(metrics, totals, contributions, strict=True)
+        ]
+    results: Metrics = {}
+    for metric, total in zip(metrics, totals, strict=True):
+        results |= metric.result(metric.merge(total))
     if unreadable is not None:
-        metrics["unreadable"] = unreadable / (count + unreadable)
-    return metrics
+        results["unreadable"] = unreadable / (count + unreadable)
+    return results
 
 
-@partial(jax.jit, static_argnames=("score", "graph"))
-def _sums(score: Score, graph: nnx.GraphDef, params, batch: Batch, seen: int):
-    mask = batch["mask"]
-    scores = score(merge(graph, params), batch, seen + jnp.arange(mask.shape[0]))
-    sums = {n: jnp.where(mask, value, 0).sum() for n, value in scores.items()}
-    return sums, mask.sum(), batch.get("unreadable", jnp.zeros(0)).sum()
+@partial(jax.jit, static_argnames=("scorer", "metrics", "graph"))
+def _contributions(
+    scorer: Scorer,
+    metrics: tuple[Metric, ...],
+    graph: nnx.GraphDef,
+    arrays: Params,
+    batch: Batch,
+    seen: int,
+):
+    valid = batch["mask"]
+    scores = scorer.score(merge(graph, arrays), batch, seen + jnp.arange(valid.shape[0]))
+    contributions = [metric.update(scores, valid) for metric in metrics]
+    return contributions, valid.sum(), batch.get("unreadable", jnp.zeros(0)).sum()

@@ -3,11 +3,13 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
-import numpy as np
 from tqdm import tqdm
 
 from cnx2_jax.cluster.processes import is_first
+
+AnyBatch = TypeVar("AnyBatch", bound=Mapping)
 
 LINE_SECONDS = 10.0  # between progress lines where standard error is no terminal
 
@@ -18,14 +20,24 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-def watched(
-    batches: Iterable[Mapping[str, np.ndarray]], num_images: int
-) -> Iterator[Mapping[str, np.ndarray]]:
-    """Passes one host's padded batches on, telling how many of `num_images` are done if that takes long."""
+def watched(batches: Iterable[AnyBatch], num_images: int, what: str = "") -> Iterator[AnyBatch]:
+    """Passes padded batches on, and reports how many of `num_images` are done if that takes long.
+
+    Args:
+      batches: of this process, or global ones; each has a `mask` `[B]`, False on padding.
+      num_images: how many images there are.
+      what: what is done with them, for the progress bar or line.
+    """
     done, said = 0, time.monotonic()
     terminal = sys.stderr.isatty()
     with tqdm(
-        total=num_images, unit="image", disable=not terminal, delay=1, leave=False, dynamic_ncols=True
+        desc=what or None,
+        total=num_images,
+        unit="image",
+        disable=not terminal,
+        delay=1,
+        leave=False,
+        dynamic_ncols=True,
     ) as bar:
         for batch in batches:
             yield batch
@@ -33,4 +45,8 @@ def watched(
             bar.update(done - bar.n)
             if not terminal and time.monotonic() - said > LINE_SECONDS:
                 said = time.monotonic()
-                say(f"{done:,} of {num_images:,} images")
+                say(
+                    f"{what}: {done:,} of {num_images:,} images"
+                    if what
+                    else f"{done:,} of {num_images:,} images"
+                )

@@ -15,44 +15,28 @@ from PIL import Image
 from tqdm import tqdm
 
 from cnx2_jax.errors import RunError
+from cnx2_jax.files import write_text
 from cnx2_jax.observe.progress import LINE_SECONDS, say
 from cnx2_jax.types import Metrics
 
 
-class Silence:
-    """What a process does that does not report: it knows which evaluations were done.
-
-    Args:
-      workdir: of the run.
-      start_step: the step that the run resumes from, 0 for a new one.
-    """
-
-    def __init__(self, workdir: Path, *, start_step: int):
-        rows = [row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] <= start_step]
-        self._rows = rows
-        self._evaluated = {row["step"]: row for row in rows if row["split"] == "val"}
-
-    def evaluation(self, step: int) -> Metrics | None:
-        """Returns the metrics of the evaluation at this step, if it was done."""
-        row = self._evaluated.get(step)
-        return {k: v for k, v in row.items() if k not in ("step", "split")} if row else None
+class NoReport:
+    """A report that does nothing, for processes other than the first."""
 
     def progress(self, step: int) -> None:
-        """Says that `step` updates are done."""
+        """Called when `step` updates are done."""
 
     def log(self, step: int, split: str, metrics: Metrics) -> None:
-        """Takes in one row."""
-        if split == "val":
-            self._evaluated[step] = {"step": step, "split": split, **metrics}
+        """Called with the metrics of a step."""
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Takes in a uint8 image `[H, W, 3]`."""
+        """Called with a uint8 picture `[H, W, 3]`."""
 
     def close(self) -> None:
-        """Ends the report."""
+        """Called once, at the end."""
 
 
-class Report(Silence):
+class Report(NoReport):
     """Reports one run; rows after the step that it resumes from are dropped, as they come again.
 
     `metrics.jsonl` holds one JSON object per logged step and split: `{"step": ..., "split": "train" or
@@ -69,12 +53,11 @@ class Report(Silence):
     """
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int, batch_size: int):
-        super().__init__(workdir, start_step=start_step)
         self._workdir = workdir
         self._batch_size = batch_size
         self._total = total_steps
         self._path = workdir / "metrics.jsonl"
-        self._rewrite(self._rows)
+        self._rewrite([row for row in read_metrics(self._path) if row["step"] <= start_step])
         self._file = self._path.open("a")
         self._board = tf.summary.create_file_writer(str(workdir / "tensorboard"))
         terminal = sys.stderr.isatty()
@@ -85,9 +68,7 @@ class Report(Silence):
         self._said = time.monotonic()
 
     def _rewrite(self, rows: list[dict]) -> None:
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(partial, self._path)
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def progress(self, step: int) -> None:
         """Moves the progress bar to `step` updates done."""
@@ -102,7 +83,6 @@ class Report(Silence):
             with self._board.as_default():
                 for name, value in metrics.items():
                     tf.summary.scalar(f"{split}/{name}", value, step=step)
-        super().log(step, split, metrics)
         if split == "val":
             say(f"step {step}: {', '.join(f'val {k} {v:.4g}' for k, v in metrics.items())}")
             return
@@ -153,3 +133,11 @@ def read_metrics(path: Path) -> list[dict]:
             except ValueError:
                 break
     return rows
+
+
+def read_evaluation(path: Path, step: int) -> Metrics | None:
+    """Returns the metrics of the evaluation at a step from a metrics.jsonl, None if it was not done."""
+    rows = [row for row in read_metrics(path) if row["split"] == "val" and row["step"] == step]
+    return (
+        {name: value for name, value in rows[-1].items() if name not in ("step", "split")} if rows else None
+    )

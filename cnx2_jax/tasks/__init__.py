@@ -2,30 +2,26 @@
 
 from ml_collections import ConfigDict
 
-from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.configuration import check_task, defaults
+from cnx2_jax.tasks.base import TASKS, Task
 from cnx2_jax.tasks.classify import Classify
 from cnx2_jax.tasks.pretrain import Pretrain
 from cnx2_jax.tasks.probe import Probe
+from cnx2_jax.train.task import Data
 
-TASKS: dict[str, type[Pretrain] | type[Classify]] = {
-    "pretrain": Pretrain,
-    "classify": Classify,
-    "probe": Probe,
-}
+__all__ = ["TASKS", "Classify", "Pretrain", "Probe", "Task", "defaults", "make_task"]
 
 
-def make_task(config: ConfigDict, platform: str | None = None) -> Pretrain | Classify:
-    """Returns the task that `config.task` names, with its data opened.
+def make_task(config: ConfigDict, platform: str | None = None, data: Data | None = None) -> Task:
+    """Returns the task that `config.task` names.
 
     Args:
       config: the run's.
-      platform: what the model is built for; see `models.build`.
+      platform: what the model is built for; see `Task`.
+      data: used instead of opening the config's data; see `Task`.
 
     Raises:
       UserError: there is no such task; see the tasks.
     """
-    if config.task not in TASKS:
-        raise UserError(
-            f"unknown task '{config.task}'{nearest(config.task, TASKS)} (known: {', '.join(TASKS)})"
-        )
-    return TASKS[config.task](config, platform)
+    check_task(config.task)
+    return TASKS[config.task](config, platform, data)

@@ -1,18 +1,209 @@
-"""What the tasks share: models from configs and cards, normalisation, starting weights."""
+"""What a task is: a model with its keys, data, loss, metrics and pictures. A task is one file.
 
+A new task derives from `Task`, gives itself a name, and overrides what the defaults here do not fit; the
+smallest one needs `init`, `loss` and `score`. No other file has to change (docs/contributing.md).
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from cnx2_jax.configuration import image_hw
-from cnx2_jax.data.pipeline import ImageData
+from cnx2_jax.checkpoints.metadata import make_card
+from cnx2_jax.configuration import image_hw, register_task
 from cnx2_jax.errors import UserError
+from cnx2_jax.evaluation.metrics import Mean, Metric, evaluate
+from cnx2_jax.models import pixels
 from cnx2_jax.models.convnextv2 import check_size
+from cnx2_jax.models.state import Params
+from cnx2_jax.train.task import Data
+from cnx2_jax.train.terms import Terms
+from cnx2_jax.types import Batch, Metrics
+
+TASKS: dict[str, type["Task"]] = {}
 
 
-def check(config: ConfigDict) -> None:
+class Described:
+    """Data of which only the counts are known: enough to build and compile a task, not to train it.
+
+    Args:
+      num_train, num_val: how many images there are.
+      class_names: the name of each class; empty where images have none.
+    """
+
+    def __init__(self, num_train: int = 1, num_val: int = 1, class_names: Sequence[str] = ()):
+        self.num_train, self.num_val = num_train, num_val
+        self.class_names = tuple(class_names)
+
+    def train_batches(self, start_step: int, *, process_index: int = 0, process_count: int = 1):
+        raise AssertionError("there are no images, only their description")
+
+    def eval_batches(self, *, process_index: int = 0, process_count: int = 1):
+        raise AssertionError("there are no images, only their description")
+
+
+class Task:
+    """A model on the data of a config; the base class, whose defaults suit images with one label each.
+
+    Args:
+      config: the run's.
+      platform: what the model is built for: `cpu`, `tpu` or `gpu`; JAX's default backend by default.
+      data: used instead of opening the config's data, such as `Described`.
+
+    Raises:
+      UserError: keys that do not fit each other; see `check`.
+    """
+
+    name: ClassVar[str] = ""
+    # The metric of `evaluate` by which checkpoints are ranked, and which end of it is good.
+    best: ClassVar[tuple[str, Literal["max", "min"]]] = ("loss", "min")
+    # Least and greatest value of the task's own keys.
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
+
+    def __init_subclass__(cls, *, name: str, **options):
+        super().__init_subclass__(**options)
+        cls.name = name
+        TASKS[name] = cls
+        register_task(name, cls.add_keys, cls.ranges)
+
+    @classmethod
+    def add_keys(cls, config: ConfigDict) -> None:
+        """Adds the task's own keys with their defaults."""
+
+    def __init__(self, config: ConfigDict, platform: str | None = None, data: Data | None = None):
+        self.config = config
+        self.platform = platform or jax.default_backend()
+        self.check()
+        if data is not None:
+            self.data = data
+        self.check_data()
+
+    def check(self) -> None:
+        """Checks keys against each other, before anything is opened.
+
+        Raises:
+          UserError: the image size is not a multiple of the stride, or a tuple of per-channel or range values
+            has the wrong length or order.
+        """
+        check_keys(self.config)
+
+    def check_data(self) -> None:
+        """Raises UserError if the data does not fit the task."""
+
+    @functools.cached_property
+    def data(self) -> Any:
+        """The batches, opened at first use: `ImageData` of the config, or what `__init__` was given."""
+        return self.open_data()
+
+    def open_data(self) -> Any:
+        """Opens the config's data.
+
+        Raises:
+          UserError: it cannot be opened, or there is nothing to evaluate on.
+        """
+        # TensorFlow is needed for reading images alone.
+        from cnx2_jax.data.pipeline import ImageData
+
+        data = ImageData(self.config)
+        if not data.num_val:
+            raise UserError(
+                f"no validation images with data.val_fraction {self.config.data.val_fraction}; raise it, or "
+                "put some into a folder val/ beside train/"
+            )
+        return data
+
+    @property
+    def images(self) -> Any:
+        """The images: the data itself, unless the task trains on what is computed from them."""
+        return self.data
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class; empty where there are none."""
+        return self.data.class_names
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of a global batch, without reading one."""
+        count = self.config.batch_size
+        return {
+            "image": jax.ShapeDtypeStruct(
+                (count, *image_hw(self.config), self.config.model.in_chans), jnp.uint8
+            ),
+            "label": jax.ShapeDtypeStruct((count,), jnp.int32),
+        }
+
+    def init(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Returns the model with fresh weights; traced, so that each device makes only its share."""
+        raise NotImplementedError
+
+    def start(self, arrays: Params) -> Params:
+        """Returns the arrays that step 0 begins with, given fresh ones by name."""
+        return arrays
+
+    def begin(self, arrays: Params) -> None:
+        """Called once with the initial or restored arrays, before any batch is asked for."""
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+        """Returns a global batch as `loss` takes it; what samples do to each other, such as mixup, goes here.
+
+        `key` is a function of the seed and the step. Traced, not differentiated.
+        """
+        return batch
+
+    def loss(self, model: Any, batch: Batch, keys: jax.Array) -> tuple[Terms, Terms]:
+        """Returns the terms of the loss, which are added, and metrics to log, both over this part of a batch.
+
+        `keys` holds one random key per sample, a function of the seed, the step and the sample's position
+        in the global batch: draw from nothing else.
+        """
+        raise NotImplementedError
+
+    def score(self, model: Any, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
+        """Returns what the metrics are computed from: arrays with the sample as first axis, by name.
+
+        Args:
+          model: in evaluation mode.
+          batch: of the evaluation.
+          positions: int32 `[B]`, each sample's place in the pass, to draw from.
+        """
+        raise NotImplementedError
+
+    def metrics(self) -> Sequence[Metric]:
+        """Returns the metrics of an evaluation; by default the mean of each score."""
+        return (Mean(),)
+
+    def evaluate(self, model: Any, batches: Iterable[Batch]) -> Metrics:
+        """Returns the metrics over one pass of padded batches."""
+        return evaluate(self, model, batches)
+
+    def pictures(self, model: Any) -> dict[str, np.ndarray]:
+        """Returns named uint8 pictures `[H, W, 3]` that show how the model does; often none."""
+        return {}
+
+    def metadata(self) -> dict:
+        """Returns what a user of the weights must know, as JSON: it travels in every checkpoint."""
+        return make_card(self.config, self.class_names)
+
+    def normalise(self, images: UInt8[Array, "b height width c"]) -> Float[Array, "b height width c"]:
+        """Maps uint8 images to float32, by `data.mean` and `data.std`."""
+        return pixels.normalise(images, self.config.data.mean, self.config.data.std)
+
+    def denormalise(self, images: Float[Array, "b height width c"]) -> UInt8[Array, "b height width c"]:
+        """Inverse of `normalise`."""
+        return pixels.denormalise(images, self.config.data.mean, self.config.data.std)
+
+
+def check_keys(config: ConfigDict) -> None:
     """Checks what a model can only refuse late: size, channels and normalisation against each other.
 
     Raises:
-      UserError: the image size is no multiple of the stride, or a tuple has not one value per channel.
+      UserError: the image size is not a multiple of the stride, or a tuple has not one value per channel.
     """
     model, data = config.model, config.data
     check_size(*image_hw(config), 8 * model.patch_size)
@@ -29,18 +220,3 @@ def check(config: ConfigDict) -> None:
     for name in ("crop_scale", "crop_ratio"):
         if len(data[name]) != 2 or not 0 < data[name][0] <= data[name][1]:
             raise UserError(f"data.{name} {tuple(data[name])} must be two numbers above 0, the smaller first")
-
-
-def open_images(config: ConfigDict) -> ImageData:
-    """Opens the images of a config.
-
-    Raises:
-      UserError: they cannot be opened (see ImageData), or there are none to evaluate on.
-    """
-    images = ImageData(config)
-    if not images.num_val:
-        raise UserError(
-            f"no validation images with data.val_fraction {config.data.val_fraction}; raise it, or put some "
-            "into a folder val/ beside train/"
-        )
-    return images

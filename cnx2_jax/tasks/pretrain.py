@@ -1,8 +1,7 @@
 """FCMAE pretraining: reconstruct the masked patches."""
 
-from collections.abc import Iterable
 from functools import partial
-from typing import Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,72 +11,67 @@ from ml_collections import ConfigDict
 
 from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.configuration import image_hw
-from cnx2_jax.evaluation.metrics import average
 from cnx2_jax.models.fcmae import FCMAE, Output, paste
 from cnx2_jax.models.pixels import denormalise, normalise
 from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.observe.grid import draw_grid
-from cnx2_jax.tasks import base, models
+from cnx2_jax.tasks import models
+from cnx2_jax.tasks.base import Task
 from cnx2_jax.train.step import sample_keys
 from cnx2_jax.train.task import Data
-from cnx2_jax.types import Batch, Metrics
+from cnx2_jax.train.terms import Terms, mean_of
+from cnx2_jax.types import Batch
 
 EVAL_STEP = 2**31 - 1  # masks of evaluation are drawn as at a step that no run reaches
 PICTURES = 8  # rows of the grid that an evaluation writes
 HIDDEN_GREY = 128
 
 
-class Pretrain:
+class Pretrain(Task, name="pretrain"):
     """FCMAE on the images of a config; labels are not used.
 
     Evaluation gives `loss`, on masks that are a function of the seed and the image's place alone.
-    `platform` is what the model is built for; see `models.build`.
     """
 
-    best: tuple[str, Literal["max", "min"]] = ("loss", "min")
+    ranges: ClassVar = {
+        "model.mask_patch": (0, float("inf")),
+        "model.decoder_dim": (1, float("inf")),
+        "model.decoder_depth": (1, float("inf")),
+    }
 
-    def __init__(self, config: ConfigDict, platform: str | None = None):
-        base.check(config)
-        self.config = config
-        self._platform = platform
-        # What only masking can refuse, refused before anything is made.
-        height, width = image_hw(config)
+    @classmethod
+    def add_keys(cls, config: ConfigDict) -> None:
+        # How the masked map is held: masked, gathered, or whichever is faster on the platform.
+        config.model.layout = "auto"
+        config.model.mask_ratio = 0.6
+        config.model.mask_patch = 0  # side of the hidden squares in pixels; 0: the total stride
+        config.model.decoder_dim = 512
+        config.model.decoder_depth = 1
+
+    def check(self) -> None:
+        super().check()
+        # Errors that masking alone can raise, before anything is made.
+        height, width = image_hw(self.config)
         jax.eval_shape(lambda key: self.init(nnx.Rngs(key)).mask(key[None], height, width), jax.random.key(0))
-        self.images = base.open_images(config)
-        self.data: Data = self.images
 
     def init(self, rngs: nnx.Rngs) -> FCMAE:
-        model = models.build(self.config, 0, rngs, self._platform)
+        model = models.build(self.config, 0, rngs, self.platform)
         assert isinstance(model, FCMAE)
         return model
 
-    def start(self, params: Params) -> Params:
-        return params
+    def loss(self, model: FCMAE, batch: Batch, keys: jax.Array) -> tuple[Terms, Terms]:
+        return {"loss": mean_of(model(self.normalise(batch["image"]), keys).loss)}, {}
 
-    def begin(self, params: Params) -> None:
-        pass  # no batch depends on them
-
-    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        return batch  # every image is for itself
-
-    def loss(self, model: FCMAE, batch: Batch, keys: jax.Array):
-        images = normalise(batch["image"], self.config.data.mean, self.config.data.std)
-        return model(images, keys).loss.mean(), {}
-
-    def evaluate(self, model: FCMAE, batches: Iterable[Batch]) -> Metrics:
-        return average(self._score, model, batches)
-
-    def _score(self, model: FCMAE, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
+    def score(self, model: FCMAE, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
         key = jax.random.fold_in(jax.random.key(self.config.seed), EVAL_STEP)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
-        images = normalise(batch["image"], self.config.data.mean, self.config.data.std)
-        return {"loss": model(images, keys, train=False).loss}
+        return {"loss": model(self.normalise(batch["image"]), keys, train=False).loss}
 
     def pictures(self, model: FCMAE) -> dict[str, np.ndarray]:
-        return {"reconstructions": reconstruct(model, self.config, some_images(self.images))}
+        return {"reconstructions": reconstruct(model, self.config, some_images(self.data))}
 
-    def card(self) -> dict:
-        return make_card(self.config, ())
+    def metadata(self) -> dict:
+        return make_card(self.config, ())  # the weights have no classes, whatever the images have
 
 
 def some_images(data: Data) -> np.ndarray:

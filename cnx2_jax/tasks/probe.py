@@ -8,91 +8,34 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import numpy as np
 import optax
-import tensorflow as tf
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict
 
-from cnx2_jax.data.pipeline import ImageData, epoch_order
-from cnx2_jax.data.sources import Source
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.classification import class_scores
 from cnx2_jax.evaluation.features import all_features
-from cnx2_jax.evaluation.metrics import average
+from cnx2_jax.evaluation.metrics import evaluate
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.tasks.classify import Classify
 from cnx2_jax.train.optimizer import trainable
 from cnx2_jax.train.sharding import AXES, put_params
-from cnx2_jax.train.task import Data
+
+if TYPE_CHECKING:
+    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.sources import Source
+from cnx2_jax.train.terms import Terms, mean_of
 from cnx2_jax.types import Batch, Metrics
 
 AT_ONCE = 64  # images per device whose features are computed at a time
 Features = tuple[Float32[np.ndarray, "n dim"], Int32[np.ndarray, " n"]]
-
-
-class Probe(Classify):
-    """Trains the head alone, on images prepared as for evaluation, of an encoder from `config.init_from`.
-
-    The features are standardised over the training images, as by a batch normalisation without parameters
-    (MAE, arXiv 2111.06377, appendix A.1). Mean and deviation become the final norm's bias and scale, so a
-    checkpoint is an ordinary classifier. Without `init_from` the encoder is random, which is what others
-    compare with.
-
-    Raises:
-      UserError: `optimizer.trainable` is not the head; see `Classify`.
-    """
-
-    def __init__(self, config: ConfigDict, platform: str | None = None):
-        super().__init__(config, platform)
-        _, shapes = split(nnx.eval_shape(lambda: self.init(nnx.Rngs(0))))
-        others = [name for name in trainable(shapes, config.optimizer.trainable) if not _in_head(name)]
-        if others:
-            raise UserError(
-                f"optimizer.trainable '{config.optimizer.trainable}' has '{others[0]}' trained, but a linear "
-                "probe trains the head alone, on features that it keeps; use '^head'"
-            )
-        self._features = FeatureData(self.images, config)
-        self.data: Data = self._features
-
-    def start(self, params: Params) -> Params:
-        """Returns the encoder's parameters, and a final norm whose output is standardised."""
-        params = super().start(params)
-        self.begin(params)
-        mean, deviation = self._features.statistics
-        return {**params, "norm.scale": 1 / deviation, "norm.bias": -mean / deviation}
-
-    def begin(self, params: Params) -> None:
-        self._features.encode(self.init, params)
-
-    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        return batch  # nothing is mixed
-
-    def loss(self, model: ConvNeXtV2, batch: Batch, keys: jax.Array):
-        logits = model.head(batch["features"])
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-        return loss, {"accuracy": (logits.argmax(axis=-1) == batch["label"]).mean()}
-
-    def evaluate(self, model: ConvNeXtV2, batches: Iterable[Batch]) -> Metrics:
-        """Returns metrics over one pass of features, or of images, which a checkpoint is judged by."""
-        rest = iter(batches)
-        first = next(rest)
-        batches = itertools.chain([first], rest)
-        return super().evaluate(model, batches) if "image" in first else average(_score, model, batches)
-
-
-def _in_head(name: str) -> bool:
-    return name.startswith("head.")
-
-
-def _score(model: ConvNeXtV2, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
-    del positions  # nothing is drawn
-    return class_scores(model.head(batch["features"]), batch["label"])
 
 
 class FeatureData:
@@ -109,7 +52,7 @@ class FeatureData:
       statistics: mean and deviation `[dim]` of the training images' features before they are standardised.
     """
 
-    def __init__(self, images: ImageData, config: ConfigDict):
+    def __init__(self, images: "ImageData", config: ConfigDict):
         self.images = images
         self._config = config
         self._encoder = ""
@@ -117,6 +60,14 @@ class FeatureData:
     @property
     def num_train(self) -> int:
         return self.images.num_train
+
+    @property
+    def num_val(self) -> int:
+        return self.images.num_val
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.images.class_names
 
     def encode(self, init: Callable[[nnx.Rngs], nnx.Module], params: Params) -> None:
         """Computes the features by a classifier's encoder, unless that is done already.
@@ -145,7 +96,7 @@ class FeatureData:
         config.unlock()
         config.batch_size = AT_ONCE * devices.size
 
-        def features(source: Source) -> Features:
+        def features(source: "Source") -> Features:
             if not self._config.data.feature_cache:
                 return all_features(model, config, source, mesh)
             path = Path(self._config.data.feature_cache) / f"{_name(encoder, source, config)}.npz"
@@ -169,6 +120,8 @@ class FeatureData:
         self, start_step: int, *, process_index: int = 0, process_count: int = 1
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields this host's share of the batches from `start_step` on, in the order that images have."""
+        from cnx2_jax.data.pipeline import epoch_order
+
         vectors, labels = self._train
         order = functools.lru_cache(2)(lambda epoch: epoch_order(epoch, len(labels), self._config.seed))
         for step in itertools.count(start_step):
@@ -201,7 +154,7 @@ def _digest(params: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _name(encoder: str, source: Source, config: ConfigDict) -> str:
+def _name(encoder: str, source: "Source", config: ConfigDict) -> str:
     """Names the features of these images by this encoder, by all that they depend on.
 
     Of the images by a hundred of them, spread over all, and by all labels that can be seen without reading.
@@ -218,7 +171,7 @@ def _name(encoder: str, source: Source, config: ConfigDict) -> str:
     if source.labels is not None:
         digest.update(np.asarray(source.labels).tobytes())
     for index in np.unique(np.linspace(0, source.num_records - 1, 100).astype(int)):
-        record = source.read(tf.constant(int(index), tf.int64))
+        record = source.read(np.int64(index))
         digest.update(record["bytes"].numpy() + str(int(record["label"])).encode())
     return digest.hexdigest()[:32]
 
@@ -249,3 +202,80 @@ def _kept(path: Path, compute: Callable[[], Features]) -> Features:
     finally:
         partial.unlink(missing_ok=True)
     return features
+
+
+class Probe(Classify, name="probe"):
+    """Trains the head alone, on images prepared as for evaluation, of an encoder from `config.init_from`.
+
+    The features are standardised over the training images, as by a batch normalisation without parameters
+    (MAE, arXiv 2111.06377, appendix A.1). Mean and deviation become the final norm's bias and scale, so a
+    checkpoint is an ordinary classifier. Without `init_from` the encoder is random, as a baseline.
+
+    Raises:
+      UserError: `optimizer.trainable` is not the head; see `Classify`.
+    """
+
+    ranges: ClassVar = {"model.head_init_scale": Classify.ranges["model.head_init_scale"]}
+
+    @classmethod
+    def add_keys(cls, config: ConfigDict) -> None:
+        config.init_from = ""  # a checkpoint whose encoder is frozen; empty: a random one
+        config.model.head_init_scale = 1.0
+        config.data.feature_cache = ""  # a folder where runs keep the features for each other
+        config.optimizer.trainable = "^head\\."
+
+    def check_data(self) -> None:
+        super().check_data()
+        _, shapes = split(nnx.eval_shape(lambda: self.init(nnx.Rngs(0))))
+        others = [name for name in trainable(shapes, self.config.optimizer.trainable) if not _in_head(name)]
+        if others:
+            raise UserError(
+                f"optimizer.trainable '{self.config.optimizer.trainable}' has '{others[0]}' trained, but a "
+                "linear probe trains the head alone, on features that it keeps; use '^head'"
+            )
+
+    def open_data(self) -> FeatureData:
+        return FeatureData(super().open_data(), self.config)
+
+    @property
+    def images(self) -> "ImageData":
+        return self.data.images
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        _, shapes = split(nnx.eval_shape(lambda: self.init(nnx.Rngs(0))))
+        dim, count = shapes["head.kernel"].shape[0], self.config.batch_size
+        return {
+            "features": jax.ShapeDtypeStruct((count, dim), np.float32),
+            "label": jax.ShapeDtypeStruct((count,), np.int32),
+        }
+
+    def start(self, arrays: Params) -> Params:
+        """Returns the encoder's parameters, and a final norm whose output is standardised."""
+        arrays = super().start(arrays)
+        self.begin(arrays)
+        mean, deviation = self.data.statistics
+        return {**arrays, "norm.scale": 1 / deviation, "norm.bias": -mean / deviation}
+
+    def begin(self, arrays: Params) -> None:
+        self.data.encode(self.init, arrays)
+
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+        return batch  # nothing is mixed
+
+    def loss(self, model: ConvNeXtV2, batch: Batch, keys: jax.Array) -> tuple[Terms, Terms]:
+        logits = model.head(batch["features"])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return {"loss": mean_of(loss)}, {"accuracy": mean_of(logits.argmax(axis=-1) == batch["label"])}
+
+    def score(self, model: ConvNeXtV2, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
+        """Scores features in training; a checkpoint is evaluated on images."""
+        if "image" in batch:
+            return super().score(model, batch, positions)
+        return class_scores(model.head(batch["features"]), batch["label"])
+
+    def evaluate(self, model: ConvNeXtV2, batches: Iterable[Batch]) -> Metrics:
+        return evaluate(self, model, batches)
+
+
+def _in_head(name: str) -> bool:
+    return name.startswith("head.")

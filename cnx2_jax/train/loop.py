@@ -11,22 +11,23 @@ import jax
 from jax.sharding import Mesh
 
 from cnx2_jax import configuration
-from cnx2_jax.checkpoints.checkpoint import Checkpoints
+from cnx2_jax.checkpoints.manager import Checkpoints
 from cnx2_jax.cluster import processes
+from cnx2_jax.cluster.agree import from_first
 from cnx2_jax.cluster.hang import HangWatch
 from cnx2_jax.cluster.stopping import StopAskedError, StopRequest
 from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.models.state import Params, merge
 from cnx2_jax.observe import flops
 from cnx2_jax.observe.profile import Profile
-from cnx2_jax.observe.progress import say
-from cnx2_jax.observe.report import Report, Silence
+from cnx2_jax.observe.progress import say, watched
+from cnx2_jax.observe.report import NoReport, Report, read_evaluation
 from cnx2_jax.observe.timing import Observer
 from cnx2_jax.train import sharding, starting
 from cnx2_jax.train.flight import Flight
 from cnx2_jax.train.optimizer import updates_made
 from cnx2_jax.train.program import make_program
-from cnx2_jax.train.state import TrainState
+from cnx2_jax.train.state import TrainState, saved_items
 from cnx2_jax.train.task import Task
 from cnx2_jax.types import Metrics
 
@@ -66,20 +67,16 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=(metric, end))
         state = starting.first_state(task, program.transform, checkpoints, like, mesh)
         with hang.aside():
-            task.begin(state.params)
+            task.begin(state.arrays)
         step = saved = begun = int(state.step)
-        report = Silence(workdir, start_step=step)
+        # The metrics of the evaluation at `step`, None while it was not done. Process 0 reads for all.
+        evaluated = from_first(read_evaluation(workdir / "metrics.jsonl", step))
+        report = NoReport()
         if processes.is_first():
             # Not before: a run that could not start, for a wrong init_from, leaves the workdir to the next.
             configuration.record_config(config, workdir)
             report = Report(workdir, start_step=step, total_steps=total, batch_size=config.batch_size)
-        count = sum(math.prod(leaf.shape) for leaf in like.params.values())
-        several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        say(
-            f"{config.task} {config.model.variant}, {count:,} parameters, on {mesh.size} "
-            f"{jax.devices()[0].platform} device(s){several}: {data.num_train:,} images, {total:,} steps of "
-            f"{config.batch_size}" + (f", resuming after step {step:,}" if step else "")
-        )
+        say(_headline(task, mesh, total, step, like))
 
         batches = sharding.put_batches(data.train_batches(step, **processes.share()), mesh)
         flight = Flight(config.max_nonfinite, observer.landed)
@@ -88,19 +85,21 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                 asked = stop.reached()
                 last = step == total
                 due = last or configuration.passes(config.eval_epochs, step, config, data.num_train)
-                if due and report.evaluation(step) is None and not asked:
+                if due and evaluated is None and not asked:
                     flight.land()
                     with observer.paused(), contextlib.suppress(StopAskedError):
-                        # Where it is interrupted, it is done when the run goes on, before its next update.
-                        _evaluate(task, program.graph, state, mesh, stop, report, step)
-                        saved = -1  # what a signal saved without its evaluation is saved again, with it
+                        # If it is interrupted, it is done when the run resumes, before the next update.
+                        evaluated = _evaluate(task, program.graph, state, mesh, stop, report, step)
+                        saved = (
+                            -1
+                        )  # a checkpoint that was saved without its evaluation is saved again, with it
                     asked = stop.reached()
                 due = last or due or asked
                 if step > max(saved, 0) and (due or step % config.checkpoint_steps == 0):
                     # Nothing is saved before every update in it is known to be finite.
                     flight.land()
                     with observer.paused():
-                        checkpoints.save(step, state, task.card(), report.evaluation(step))
+                        checkpoints.save(step, saved_items(state), task.metadata(), evaluated)
                     saved = step
                 if last or asked:
                     best = checkpoints.best()
@@ -112,7 +111,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                 if step == begun and (peak := flops.peak(mesh)):
                     observer.expect(flops.matrix_flops(program.step.trace(state, batch).jaxpr) / peak)
                 state, metrics = program.step(state, batch)
-                step += 1
+                step, evaluated = step + 1, None
                 flight.start(step, metrics)
                 if profile.after(step):
                     flight.land()
@@ -121,20 +120,31 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                 if step % config.log_steps == 0 or step == total:
                     flight.land()
                     values = {name: float(value) for name, value in metrics.items()}
-                    # A skipped update has metrics that are no numbers, and JSON has none such.
+                    # JSON has no NaN, so the metrics of a skipped update are left out.
                     values = {name: value for name, value in values.items() if math.isfinite(value)}
                     # Of the last update that was made: the schedule does not follow those that were skipped.
                     made = updates_made(state.opt_state)
                     values["learning_rate"] = float(program.schedule(max(made - 1, 0)))
                     values |= observer.values()
                     report.log(step, "train", values)
-    evaluated = report.evaluation(step)
     if evaluated is None:
-        say(f"stopped after step {step:,} of {total:,}; the same command goes on from there")
+        say(f"stopped after step {step:,} of {total:,}; the same command resumes there")
         return None
     say(observer.summary())
     say(f"done after step {total:,}; the best checkpoint by {metric} is {best}")
     return {"step": step, **evaluated}
+
+
+def _headline(task: Task, mesh: Mesh, total: int, step: int, like: TrainState) -> str:
+    config = task.config
+    count = sum(math.prod(leaf.shape) for leaf in like.params.values())
+    several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    begin = f"resuming after step {step:,}" if step else "compiling the first"
+    return (
+        f"{config.task} {config.model.variant}, {count:,} parameters, on {mesh.size} "
+        f"{mesh.devices.flat[0].platform} device(s){several}: {task.data.num_train:,} images, "
+        f"{total:,} steps of {config.batch_size}, {begin}"
+    )
 
 
 @contextlib.contextmanager
@@ -158,7 +168,7 @@ def only_run_in(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _closing(report: Silence, checkpoints: Checkpoints, profile: Profile) -> Iterator[None]:
+def _closing(report: NoReport, checkpoints: Checkpoints, profile: Profile) -> Iterator[None]:
     """Closes all three, and so finishes what is being saved.
 
     But not where the computation fails on several processes: one of them may be gone, and saving would wait
@@ -178,26 +188,29 @@ def _closing(report: Silence, checkpoints: Checkpoints, profile: Profile) -> Ite
 
 
 def _evaluate(
-    task: Task, graph, state: TrainState, mesh: Mesh, stop: StopRequest, report: Silence, step: int
-) -> None:
-    """Evaluates and reports.
+    task: Task, graph, state: TrainState, mesh: Mesh, stop: StopRequest, report: NoReport, step: int
+) -> Metrics:
+    """Evaluates, reports, and returns the metrics.
 
     Raises:
       StopAskedError: the run is to stop; nothing is reported.
     """
+    count = task.data.num_val
 
-    def pass_with(params: Params) -> Metrics:
+    def pass_with(arrays: Params, averaged: str = "") -> Metrics:
+        what = f"evaluating {averaged}at step {step:,}"
         batches = sharding.put_batches(task.data.eval_batches(**processes.share()), mesh)
-        return task.evaluate(merge(graph, params), stop.check(batches))
+        return task.evaluate(merge(graph, arrays), stop.check(watched(batches, count, what)))
 
-    # Whole: XLA would otherwise gather activations of every layer and batch, as it splits them like kernels.
-    whole = sharding.everywhere(state.params, mesh)
-    metrics = pass_with(whole)
-    pictures = task.pictures(merge(graph, whole)) if processes.is_first() else {}
-    del whole
+    # XLA would otherwise gather activations of every layer and batch, as it shards them like kernels.
+    replicated = sharding.everywhere(state.arrays, mesh)
+    metrics = pass_with(replicated)
+    pictures = task.pictures(merge(graph, replicated)) if processes.is_first() else {}
+    del replicated
     if state.ema is not None:
-        averaged = pass_with(sharding.everywhere(state.ema, mesh))
+        averaged = pass_with(sharding.everywhere(state.ema, mesh), "the averaged weights ")
         metrics |= {AVERAGED + name: value for name, value in averaged.items()}
     report.log(step, "val", metrics)
     for name, picture in pictures.items():
         report.picture(step, name, picture)
+    return metrics

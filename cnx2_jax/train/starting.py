@@ -10,33 +10,36 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cnx2_jax.checkpoints import damage
-from cnx2_jax.checkpoints.checkpoint import Checkpoints, saved_items
+from cnx2_jax.checkpoints.manager import Checkpoints
 from cnx2_jax.cluster import processes
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.models.state import Params, split
+from cnx2_jax.models.state import Params, parameters, split, variables
 from cnx2_jax.train import optimizer, sharding
-from cnx2_jax.train.state import TrainState
+from cnx2_jax.train.state import TrainState, saved_items
 from cnx2_jax.train.task import Task
 
 ON_NONFINITE = ("stop", "skip")
 
 
-def describe(task: Task) -> tuple[nnx.GraphDef, Params]:
-    """Returns the model's structure and its parameters' shapes, without making an array."""
+def describe(task: Task) -> tuple[nnx.GraphDef, Params, Params]:
+    """Returns the model's structure and the shapes of its parameters and variables; no array is made."""
     graph = None
 
     def build(key):
         nonlocal graph
-        graph, params = split(task.init(nnx.Rngs(key)))
-        return params
+        model = task.init(nnx.Rngs(key))
+        graph, _ = split(model)
+        return parameters(model), variables(model)
 
-    params = jax.eval_shape(build, jax.random.key(0))
+    params, others = jax.eval_shape(build, jax.random.key(0))
     assert graph is not None
-    return graph, params
+    return graph, params, others
 
 
-def begin(config: ConfigDict, transform: optax.GradientTransformation, params: Params) -> TrainState:
-    """Returns the state of step 0; the average begins at the parameters, as copies of them.
+def begin(
+    config: ConfigDict, transform: optax.GradientTransformation, params: Params, others: Params
+) -> TrainState:
+    """Returns the state of step 0 with these parameters and variables; the average begins at copies of them.
 
     Raises:
       UserError: an unknown `on_nonfinite`; see `optimizer.trainable`.
@@ -46,11 +49,11 @@ def begin(config: ConfigDict, transform: optax.GradientTransformation, params: P
         raise UserError(
             f"unknown on_nonfinite '{config.on_nonfinite}'{hint} (known: {', '.join(ON_NONFINITE)})"
         )
-    moving = optimizer.trainable(params, config.optimizer.trainable)
-    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+    trained = optimizer.trainable(params, config.optimizer.trainable)
+    ema = jax.tree.map(jnp.copy, {**params, **others}) if config.ema_decay else None
     counts = {"total": jnp.int32(0), "in_a_row": jnp.int32(0)}
     skipped = counts if config.on_nonfinite == "skip" else None
-    return TrainState(jnp.int32(0), params, transform.init(moving), ema, skipped)
+    return TrainState(jnp.int32(0), params, transform.init(trained), ema, skipped, others)
 
 
 def latest_step(checkpoints: Checkpoints, like: TrainState) -> int | None:
@@ -88,7 +91,7 @@ def first_state(
         shapes = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, places
         )
-        return checkpoints.restore(latest, shapes)
+        return _restored(checkpoints, latest, shapes)
 
     def fresh(key) -> Params:
         return split(task.init(nnx.Rngs(key)))[1]
@@ -96,7 +99,31 @@ def first_state(
     # On a CPU, to make fast code of what runs once takes several times as long as to make and run slow code.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    create = jax.jit(fresh, out_shardings=places.params, compiler_options=options)
-    params = create(jax.random.key(task.config.seed))
-    params = jax.device_put(task.start(params), places.params)
-    return jax.jit(lambda params: begin(task.config, transform, params), out_shardings=places)(params)
+    whole = {**places.params, **places.variables}
+    create = jax.jit(fresh, out_shardings=whole, compiler_options=options)
+    arrays = task.start(create(jax.random.key(task.config.seed)))
+    params = jax.device_put({name: arrays[name] for name in like.params}, places.params)
+    others = jax.device_put({name: arrays[name] for name in like.variables}, places.variables)
+    create_state = jax.jit(
+        lambda params, others: begin(task.config, transform, params, others), out_shardings=places
+    )
+    return create_state(params, others)
+
+
+def _restored(checkpoints: Checkpoints, step: int, like: TrainState) -> TrainState:
+    """Restores a step onto the shapes, dtypes and shardings of `like`."""
+    wanted = saved_items(like)
+    # A run that began to skip updates after this checkpoint has skipped none until then.
+    absent = {"skipped"} & wanted.keys() - checkpoints.items(step)
+    items = checkpoints.restore(step, {name: item for name, item in wanted.items() if name not in absent})
+    skipped = items.get("skipped")
+    if like.skipped is not None and skipped is None:
+        skipped = {name: jax.device_put(np.int32(0), leaf.sharding) for name, leaf in like.skipped.items()}
+    return TrainState(
+        jax.device_put(np.int32(step), like.step.sharding),
+        items["params"],
+        items["opt_state"],
+        items.get("ema"),
+        skipped,
+        items.get("variables", {}),
+    )

@@ -1,4 +1,4 @@
-"""What the loop asks of a task. A new task is one new file that provides this."""
+"""What the loop asks of a task; `tasks.base.Task` implements it."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Protocol
@@ -8,83 +8,59 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cnx2_jax.types import Batch, Metrics
+from cnx2_jax.models.state import Params
+from cnx2_jax.train.terms import Terms
+from cnx2_jax.types import Batch, HostBatch, Metrics
 
 
 class Data(Protocol):
-    """Where a task's batches come from. A batch is a dict of arrays with the batch as first axis."""
+    """Where a task's batches come from. A batch is a dict of arrays with the sample as first axis."""
 
     @property
     def num_train(self) -> int:
         """How many images an epoch has."""
         ...
 
+    @property
+    def num_val(self) -> int:
+        """How many images an evaluation has."""
+        ...
+
     def train_batches(
         self, start_step: int, *, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[HostBatch]:
         """Yields this host's share of the global batches of steps `start_step`, `start_step + 1`, ..."""
         ...
 
-    def eval_batches(
-        self, *, process_index: int = 0, process_count: int = 1
-    ) -> Iterable[dict[str, np.ndarray]]:
+    def eval_batches(self, *, process_index: int = 0, process_count: int = 1) -> Iterable[HostBatch]:
         """Yields this host's share of one pass; `mask` is False on padding."""
         ...
 
 
 class Task(Protocol):
-    """A model, its loss and its evaluation."""
+    """A model, its loss and its evaluation; see `tasks.base.Task` for what each part is."""
 
     @property
-    def config(self) -> ConfigDict:
-        """The run's."""
-        ...
+    def config(self) -> ConfigDict: ...
 
     @property
-    def data(self) -> Data:
-        """Its batches."""
-        ...
+    def data(self) -> Data: ...
 
     @property
-    def best(self) -> tuple[str, Literal["max", "min"]]:
-        """The evaluation metric by which checkpoints are ranked, and which end of it is good."""
-        ...
+    def best(self) -> tuple[str, Literal["max", "min"]]: ...
 
-    def init(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Returns the model with fresh weights; traced, so that each device makes only its share."""
-        ...
+    def init(self, rngs: nnx.Rngs) -> nnx.Module: ...
 
-    def start(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Returns the parameters that step 0 begins with, given the fresh ones."""
-        ...
+    def start(self, arrays: Params) -> Params: ...
 
-    def begin(self, params: dict[str, jax.Array]) -> None:
-        """Is told what the run goes on with, fresh or restored, before any batch is asked for."""
-        ...
+    def begin(self, arrays: Params) -> None: ...
 
-    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
-        """Returns a global batch as `loss` wants it: here is what happens between its samples.
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch: ...
 
-        `key` is a function of the seed and the step. Traced, and not differentiated.
-        """
-        ...
+    def loss(self, model: Any, batch: Batch, keys: jax.Array) -> tuple[Terms, Terms]: ...
 
-    def loss(self, model: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the mean loss of a batch, and metrics that are means over the batch too.
+    def evaluate(self, model: Any, batches: Iterable[Batch]) -> Metrics: ...
 
-        `keys` holds one random key per sample, a function of the seed, the step and the sample's position
-        in the global batch: draw from nothing else.
-        """
-        ...
+    def pictures(self, model: Any) -> dict[str, np.ndarray]: ...
 
-    def evaluate(self, model: Any, batches: Iterable[Batch]) -> Metrics:
-        """Returns metrics over one pass of padded batches."""
-        ...
-
-    def pictures(self, model: Any) -> dict[str, np.ndarray]:
-        """Returns named uint8 images `[H, W, 3]` that show how the model does; often none."""
-        ...
-
-    def card(self) -> dict:
-        """Returns what a user of the weights must know, as JSON: it travels in every checkpoint."""
-        ...
+    def metadata(self) -> dict: ...

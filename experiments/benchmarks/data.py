@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from cnx2_jax.commandline import Parser, count, run
-from cnx2_jax.configuration import defaults
 from cnx2_jax.errors import RunError, UserError, nearest
+from cnx2_jax.tasks import defaults
 
 HEIGHT, WIDTH = 375, 500
 PHOTOGRAPHS = 64

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cnx2_jax.checkpoints.checkpoint import Checkpoints, saved_items
+from cnx2_jax.checkpoints.checkpoint import saved_items
 from cnx2_jax.commandline import Parser, count, run
 from cnx2_jax.configuration import load_config
 from cnx2_jax.tasks import make_task

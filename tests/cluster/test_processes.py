@@ -38,7 +38,8 @@ HELPER = """
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from cnx2_jax.configuration import defaults, override
+from cnx2_jax.configuration import override
+from cnx2_jax.tasks import defaults
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train.state import merge, split

@@ -9,12 +9,12 @@ import safetensors.numpy
 from PIL import Image
 
 from cnx2_jax.cli import main
-from cnx2_jax.configuration import defaults, image_hw
+from cnx2_jax.configuration import image_hw
 from cnx2_jax.data.imagenet import CLASS_IDS, describe
 from cnx2_jax.interop.names import to_torch
 from cnx2_jax.models import FCMAE, ConvNeXtV2
 from cnx2_jax.models.state import split
-from cnx2_jax.tasks import weights
+from cnx2_jax.tasks import defaults, weights
 
 SMALL = ((1, 2, 1, 1), (8, 16, 24, 40))
 

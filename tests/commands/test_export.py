@@ -15,9 +15,8 @@ from PIL import Image
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.cli import main
-from cnx2_jax.configuration import defaults
 from cnx2_jax.models.state import split
-from cnx2_jax.tasks import models, weights
+from cnx2_jax.tasks import defaults, models, weights
 
 NAMES = ("cat", "dog", "owl")
 

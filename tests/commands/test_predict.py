@@ -16,12 +16,11 @@ from PIL import Image
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.cli import main
-from cnx2_jax.configuration import defaults
 from cnx2_jax.data.pipeline import preprocess_files
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import models, weights
+from cnx2_jax.tasks import defaults, models, weights
 
 NAMES = ("n02012849", "n02123045", "zebra crossing")
 SHOWN = {"n02012849": "crane (bird)", "n02123045": "tabby", "zebra crossing": "zebra crossing"}

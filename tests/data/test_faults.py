@@ -8,9 +8,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.data.pipeline import ImageData, shuffled_record
 from cnx2_jax.errors import UserError
+from cnx2_jax.tasks import defaults
 
 COUNT = 20
 

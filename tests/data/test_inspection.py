@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.data import inspection
 from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.data.sources.folder import open_whole_folder
+from cnx2_jax.tasks import defaults
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.data import pipeline
 from cnx2_jax.data.pipeline import ImageData, epoch_order, preprocess_files, shuffled_record
 from cnx2_jax.errors import UserError
+from cnx2_jax.tasks import defaults
 
 
 def config(root="", source="folder", **changes):

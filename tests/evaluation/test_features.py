@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.data.pipeline import ImageData, eval_batches
 from cnx2_jax.evaluation import features
 from cnx2_jax.models import FCMAE, ConvNeXtV2
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base, models
+from cnx2_jax.tasks import base, defaults, models
 from cnx2_jax.train import sharding
 
 DEPTHS, DIMS = (1, 1, 1, 1), (4, 4, 8, 12)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import neighbours
 from cnx2_jax.recipes import use_digits
+from cnx2_jax.tasks import defaults
 
 CLASSES = 12
 

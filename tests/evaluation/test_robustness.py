@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import robustness
 from cnx2_jax.evaluation.robustness import ALEXNET_ERRORS, corruption_errors, evaluate_set
+from cnx2_jax.tasks import defaults
 from cnx2_jax.train import sharding
 
 CLASSES = ("n00", "n01", "n02", "n03", "n04")

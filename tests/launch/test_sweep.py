@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 CONFIG = """
-from cnx2_jax.configuration import defaults
+from cnx2_jax.tasks import defaults
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.sweeps import choice, product, random
 

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import merge, split
+from cnx2_jax.tasks import defaults
 from cnx2_jax.train.optimizer import learning_rate_schedule, make_optimizer
 
 torch = pytest.importorskip("torch")

@@ -8,12 +8,12 @@ from flax import nnx
 
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.checkpoints.metadata import make_card
-from cnx2_jax.configuration import defaults, override
+from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE, ConvNeXtV2
 from cnx2_jax.models.state import split
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base, make_task, models, weights
+from cnx2_jax.tasks import base, defaults, make_task, models, weights
 
 
 def small(task, *arguments):

@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from cnx2_jax.configuration import defaults, override
+from cnx2_jax.configuration import override
 from cnx2_jax.data.mixing import draw_mix, mix_targets
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import make_task
+from cnx2_jax.tasks import defaults, make_task
 
 
 class Given(nnx.Module):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cnx2_jax.configuration import defaults, override
+from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.observe.grid import GAP, HEADER
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import make_task
+from cnx2_jax.tasks import defaults, make_task
 from cnx2_jax.tasks.pretrain import HIDDEN_GREY, reconstruct
 
 HEIGHT, WIDTH, STRIDE = 32, 16, 8

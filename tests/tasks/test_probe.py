@@ -12,12 +12,12 @@ from sklearn.linear_model import LogisticRegression
 
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.checkpoints.metadata import make_card
-from cnx2_jax.configuration import defaults, override
+from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base, classify, make_task, models, probe, weights
+from cnx2_jax.tasks import base, classify, defaults, make_task, models, probe, weights
 from cnx2_jax.tasks.probe import Probe
 from cnx2_jax.train.loop import fit
 

@@ -9,10 +9,10 @@ import optax
 import pytest
 from flax import nnx
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import create_model
 from cnx2_jax.models.state import split
+from cnx2_jax.tasks import defaults
 from cnx2_jax.train.optimizer import (
     decay_mask,
     layers,

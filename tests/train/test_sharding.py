@@ -12,10 +12,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from cnx2_jax.configuration import defaults
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import create_model
 from cnx2_jax.models.state import split
+from cnx2_jax.tasks import defaults
 from cnx2_jax.train import optimizer, sharding
 from cnx2_jax.train.state import TrainState
 

@@ -11,10 +11,10 @@ import optax
 import pytest
 from flax import nnx
 
-from cnx2_jax.configuration import defaults, override
+from cnx2_jax.configuration import override
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import make_task
+from cnx2_jax.tasks import defaults, make_task
 from cnx2_jax.train import sharding
 from cnx2_jax.train.optimizer import trainable
 from cnx2_jax.train.state import TrainState
