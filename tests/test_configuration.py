@@ -18,6 +18,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import split
 from cnx2_jax.tasks import defaults, make_task
 from cnx2_jax.train.loop import fit
+from cnx2_jax.train.terms import mean_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge")
@@ -514,17 +515,17 @@ class CheapTask:
     def init(self, rngs):
         return Counter()
 
-    def start(self, params):
-        return params
+    def start(self, arrays):
+        return arrays
 
-    def begin(self, params):
+    def begin(self, arrays):
         pass
 
     def prepare(self, batch, key):
         return batch
 
     def loss(self, model, batch, keys):
-        return (model.head.kernel[...].sum() - 1) ** 2, {}
+        return {"loss": mean_of((model.head.kernel[...].sum() - 1) ** 2)}, {}
 
     def evaluate(self, model, batches):
         return {"loss": float(sum(batch["mask"].sum() for batch in batches))}
@@ -532,7 +533,7 @@ class CheapTask:
     def pictures(self, model):
         return {}
 
-    def card(self):
+    def metadata(self):
         return {}
 
 

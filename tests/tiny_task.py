@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.configuration import override
 from cnx2_jax.tasks import defaults
+from cnx2_jax.train.terms import mean_of
 
 SETTINGS = [
     "batch_size=8",
@@ -34,6 +36,7 @@ class Points:
     """Points that are a function of their position; at the steps in `poisoned` they are no numbers."""
 
     num_train = 96
+    num_val = 8
 
     def __init__(self, poisoned=()):
         self.poisoned = poisoned
@@ -68,10 +71,10 @@ class TinyTask:
     def init(self, rngs):
         return Line(rngs, self.ballast)
 
-    def start(self, params):
-        return params
+    def start(self, arrays):
+        return arrays
 
-    def begin(self, params):
+    def begin(self, arrays):
         pass
 
     def prepare(self, batch, key):
@@ -79,7 +82,7 @@ class TinyTask:
 
     def loss(self, model, batch, keys):
         target = jnp.concatenate([2 * batch["x"] + 1, -batch["x"]], axis=1)
-        return ((model(batch["x"]) - target) ** 2).mean(), {}
+        return {"loss": mean_of((model(batch["x"]) - target) ** 2)}, {}
 
     def evaluate(self, model, batches):
         return {"loss": float(np.mean([float((model(batch["x"]) ** 2).mean()) for batch in batches]))}
@@ -87,5 +90,5 @@ class TinyTask:
     def pictures(self, model):
         return {}
 
-    def card(self):
-        return {"config": self.config.to_dict(), "class_names": []}
+    def metadata(self):
+        return make_card(self.config, ())

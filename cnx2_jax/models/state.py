@@ -36,5 +36,5 @@ def variables(model: nnx.Module) -> Params:
     return _flat(nnx.state(model, nnx.Not(nnx.Param)))
 
 
-def _flat(state: nnx.State) -> Params:
+def _flat(state: Any) -> Params:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}

@@ -24,12 +24,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cnx2_jax.checkpoints.checkpoint import saved_items
+from cnx2_jax.checkpoints.manager import Checkpoints
 from cnx2_jax.commandline import Parser, count, run
 from cnx2_jax.configuration import load_config
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train import sharding, starting
 from cnx2_jax.train.program import make_program
+from cnx2_jax.train.state import saved_items
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -113,7 +114,7 @@ def _prepare(args: argparse.Namespace, folder: Path) -> tuple[Callable[[bool], f
         checkpoints = manager(str(turns)) if saves else None
         begin = time.monotonic()
         if checkpoints:
-            checkpoints.save(int(state.step), state, task.card(), None)
+            checkpoints.save(int(state.step), saved_items(state), task.metadata(), None)
         for _ in range(args.steps):
             state, metrics = program.step(state, batch)
             # As the loop, which looks at each update before it goes far ahead of it.

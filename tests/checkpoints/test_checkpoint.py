@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cnx2_jax.checkpoints import checkpoint, damage
-from cnx2_jax.checkpoints.checkpoint import Checkpoints
+from cnx2_jax.checkpoints.manager import Checkpoints
 from cnx2_jax.errors import UserError
-from cnx2_jax.train.state import TrainState
+from cnx2_jax.train.state import TrainState, saved_items
 
 CARD = {"format": "cnx2_jax 1", "class_names": ["a", "b"], "config": {"task": "classify"}}
 MAX, MIN = ("accuracy", "max"), ("loss", "min")
@@ -39,7 +39,7 @@ def save(directory, steps, *, keep=2, best=MAX):
     """Saves steps, given as {step: metrics}."""
     ours = Checkpoints(directory, keep=keep, best=best)
     for step, metrics in steps.items():
-        ours.save(step, make_state(step, step), CARD, metrics)
+        ours.save(step, saved_items(make_state(step, step)), CARD, metrics)
     ours.close()
 
 
@@ -108,8 +108,8 @@ def test_restored_is_what_was_saved_bit_for_bit(tmp_path):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), make_state()
     )
     for step in (3, 7):
-        state = ours.restore(step, like)
-        expected = make_state(step, step)
+        state = ours.restore(step, saved_items(like))
+        expected = saved_items(make_state(step, step))
         assert jax.tree.structure(state) == jax.tree.structure(expected)
         assert bits(state) == bits(expected)
     ours.close()
@@ -120,7 +120,7 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
     ours = Checkpoints(tmp_path / "c", keep=2, best=MAX)
     state = make_state(1)
     expected = np.array(state.params["stages.0.0.pwconv1.kernel"])
-    ours.save(1, state, CARD, None)
+    ours.save(1, saved_items(state), CARD, None)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
     overwrite(state.params)
     ours.close()
@@ -145,7 +145,7 @@ def test_unfinished_checkpoints_are_ignored_and_removed(run, tmp_path):
     assert checkpoint.find(tmp_path / "run") == checkpoints / "12"
     ours = Checkpoints(checkpoints, keep=2, best=MAX)
     assert damage.latest_whole(ours.directory, ("params",)) == 12
-    ours.save(20, make_state(20, 20), CARD, None)
+    ours.save(20, saved_items(make_state(20, 20)), CARD, None)
     ours.close()
     assert not any(folder.exists() for folder in unfinished)
     assert steps_in(checkpoints) == [12, 20]
@@ -300,12 +300,12 @@ def test_write_where_nothing_can_be_written(tmp_path):
 def test_averaged_parameters_come_back_and_are_what_a_user_reads(tmp_path):
     state = averaged(make_state(1, 5))
     ours = Checkpoints(tmp_path / "c", keep=1, best=MAX)
-    ours.save(5, state, CARD, None)
+    ours.save(5, saved_items(state), CARD, None)
     ours.close()
     folder = tmp_path / "c" / "5"
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     again = Checkpoints(tmp_path / "c", keep=1, best=MAX)
-    assert bits(again.restore(5, like)) == bits(state)
+    assert bits(again.restore(5, saved_items(like))) == bits(saved_items(state))
     again.close()
     assert checkpoint.has_average(folder)
     assert bits(checkpoint.read_params(folder)) == bits(state.ema)

@@ -8,9 +8,9 @@ import tensorflow as tf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cnx2_jax.observe import report as reporting
+from cnx2_jax.observe import progress
 from cnx2_jax.observe.progress import watched
-from cnx2_jax.observe.report import Report, read_metrics
+from cnx2_jax.observe.report import Report, read_evaluation, read_metrics
 
 
 @pytest.fixture
@@ -46,15 +46,16 @@ def test_values_keep_every_digit(report, tmp_path):
     assert rows(tmp_path)[0]["loss"] == value
 
 
-def test_evaluations_are_remembered(report):
-    ours = report()
-    assert ours.evaluation(2) is None
+def test_evaluations_are_read_by_step(report, tmp_path):
+    ours, path = report(), tmp_path / "metrics.jsonl"
+    assert read_evaluation(path, 2) is None
     ours.log(2, "train", {"loss": 1.0})
-    assert ours.evaluation(2) is None
+    assert read_evaluation(path, 2) is None
     ours.log(2, "val", {"loss": 0.5, "accuracy": 0.25})
-    assert ours.evaluation(2) == {"loss": 0.5, "accuracy": 0.25}
-    assert report(start_step=2).evaluation(2) == {"loss": 0.5, "accuracy": 0.25}
-    assert report(start_step=1).evaluation(2) is None
+    assert read_evaluation(path, 2) == {"loss": 0.5, "accuracy": 0.25}
+    assert read_evaluation(path, 1) is None
+    report(start_step=1)  # which drops the later rows
+    assert read_evaluation(path, 2) is None
 
 
 def test_rows_after_the_step_to_go_on_from_are_dropped(report, tmp_path):
@@ -138,7 +139,7 @@ def test_watched_batches_pass_and_are_told_of_only_if_they_take_long(monkeypatch
     batches = [{"mask": np.ones(4, bool)} for _ in range(3)]
     assert all(a is b for a, b in zip(watched(batches, 10), batches, strict=True))
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(reporting, "LINE_SECONDS", -1)
+    monkeypatch.setattr(progress, "LINE_SECONDS", -1)
     assert len(list(watched(batches, 10))) == 3
     lines = ["4 of 10 images", "8 of 10 images", "10 of 10 images"]  # padding is no image
     assert capsys.readouterr() == ("", "".join(f"{line}\n" for line in lines))

@@ -13,7 +13,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE, ConvNeXtV2
 from cnx2_jax.models.state import split
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base, defaults, make_task, models, weights
+from cnx2_jax.tasks import defaults, make_task, models, weights
 
 
 def small(task, *arguments):
@@ -163,30 +163,6 @@ def test_load_of_parameters_that_are_not_the_cards(tmp_path):
     checkpoint.write(tmp_path / "c", random_params(small("classify"), 3), card)
     with pytest.raises(UserError, match=r"'head.bias' is \(3,\) there and \(2,\) here"):
         weights.load(tmp_path / "c")
-
-
-# Pixels.
-
-
-@pytest.mark.parametrize(
-    ("mean", "std"), [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.3,), (0.35,)), ((0.0,), (1.0,))]
-)
-def test_normalise_and_back(mean, std):
-    config = small("classify", f"data.mean={mean}", f"data.std={std}").data
-    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(len(mean), axis=3)
-    normal = base.normalise(images, config)
-    assert normal.dtype == np.float32
-    expected = (images / 255 - np.array(mean)) / np.array(std)
-    np.testing.assert_allclose(normal, expected, rtol=0, atol=2e-6)
-    back = base.denormalise(normal, config)
-    assert back.dtype == np.uint8
-    np.testing.assert_array_equal(back, images)
-
-
-def test_denormalise_clips_and_rounds():
-    config = small("classify", "data.mean=(0,)", "data.std=(1,)").data
-    values = np.float32([-9, -0.001, 0.0019, 0.0021, 1.001, 9]).reshape(1, 1, 6, 1)
-    assert base.denormalise(values, config).ravel().tolist() == [0, 0, 0, 1, 255, 255]
 
 
 # Checks.

@@ -13,6 +13,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import defaults, make_task
+from cnx2_jax.train.terms import value
 
 
 class Given(nnx.Module):
@@ -53,8 +54,8 @@ def test_loss_is_smoothed_cross_entropy(smoothing):
     task = classify(f"label_smoothing={smoothing}")
     batch = task.prepare(batch_of(labels), jax.random.key(0))
     loss, metrics = task.loss(Given(logits), batch, jax.random.split(jax.random.key(0), 6))
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert float(metrics["accuracy"]) == pytest.approx((logits.argmax(axis=1) == labels).mean())
+    assert float(value(loss["loss"])) == pytest.approx(expected, rel=1e-5)
+    assert float(value(metrics["accuracy"])) == pytest.approx((logits.argmax(axis=1) == labels).mean())
 
 
 def test_evaluation_is_without_smoothing_and_without_padding():
@@ -96,7 +97,7 @@ def test_a_logit_that_is_no_number_is_no_answer():
 
 def test_card_carries_what_prediction_needs():
     task = classify("image_size=16")
-    card = task.card()
+    card = task.metadata()
     assert card["class_names"] == [str(digit) for digit in range(10)]
     assert card["config"]["model"]["dims"] == task.config.model.dims
     assert card["config"]["image_size"] == (16,)

@@ -14,10 +14,11 @@ from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
+from cnx2_jax.evaluation import classification
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base, classify, defaults, make_task, models, probe, weights
+from cnx2_jax.tasks import defaults, make_task, models, probe, weights
 from cnx2_jax.tasks.probe import Probe
 from cnx2_jax.train.loop import fit
 
@@ -83,7 +84,7 @@ def test_its_checkpoint_is_a_classifier_of_images(run):
     task, workdir, metrics = run
     model, config, names = weights.load(workdir)
     assert names == task.class_names
-    found = classify.evaluate(model, config, task.images.eval_batches())
+    found = classification.evaluate(model, config.data.mean, config.data.std, task.images.eval_batches())
     assert found["accuracy"] == pytest.approx(metrics["accuracy"], abs=1 / 359 + 1e-9)
     assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
 
@@ -112,7 +113,7 @@ def test_a_classifier_can_be_probed_too(run):
     task = make_task(small(f"init_from={workdir}"))
     graph, fresh = split(task.init(nnx.Rngs(0)))
     params = task.start(fresh)
-    images = base.normalise(next(iter(task.images.eval_batches()))["image"], task.config.data)
+    images = task.normalise(next(iter(task.images.eval_batches()))["image"])
     vectors = merge(graph, jax.tree.map(jnp.asarray, params)).pooled(images)
     expected = next(iter(task.data.eval_batches()))["features"]
     np.testing.assert_allclose(vectors, expected, atol=1e-3)

@@ -18,7 +18,7 @@ from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.models.state import split
 from cnx2_jax.observe import flops
 from cnx2_jax.observe.report import read_metrics
-from cnx2_jax.tasks import make_task
+from cnx2_jax.tasks import make_task, weights
 from cnx2_jax.train.loop import fit
 
 SMALL = [
@@ -125,7 +125,6 @@ HOLD = """
 import sys
 from pathlib import Path
 from cnx2_jax.train.loop import only_run_in
-from cnx2_jax.tasks import weights
 with only_run_in(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -15,7 +15,7 @@ from cnx2_jax.configuration import override
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import defaults, make_task
-from cnx2_jax.train import sharding
+from cnx2_jax.train import sharding, terms
 from cnx2_jax.train.optimizer import trainable
 from cnx2_jax.train.state import TrainState
 from cnx2_jax.train.step import batch_key, make_train_step, sample_keys
@@ -118,7 +118,8 @@ def test_loss_is_the_mean_over_samples_each_with_its_own_key():
 
     @jax.jit
     def one(params, image, key):
-        return task.loss(merge(graph, params), {"image": image[None]}, key[None])[0]
+        loss, _ = task.loss(merge(graph, params), {"image": image[None]}, key[None])
+        return terms.value(loss["loss"])
 
     losses = [float(one(first_params(), batch["image"][i], keys[i])) for i in range(BATCH)]
     assert np.std(losses) > 0.01
