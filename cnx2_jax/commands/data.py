@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         required=True,
-        metavar="FILE:RECIPE",
-        help="as for train; change it with --config.KEY=VALUE",
+        metavar="NAME:RECIPE",
+        help="a recipe such as pretrain:tiny, or FILE.py:RECIPE, as for train; change it with --config.KEY=VALUE",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="SHEET.png", help="the sheet of training images to write"

@@ -146,9 +146,7 @@ class _Restricted(nnx.Module):
         return self.model(images)[:, jnp.array(self.classes)]
 
 
-def _evaluate(
-    model, config: ConfigDict, source: "Source", of_present_classes: bool, mesh: Mesh
-) -> Metrics:
+def _evaluate(model, config: ConfigDict, source: "Source", of_present_classes: bool, mesh: Mesh) -> Metrics:
     from cnx2_jax.data.pipeline import eval_batches
 
     if of_present_classes:

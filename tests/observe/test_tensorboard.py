@@ -13,7 +13,12 @@ from cnx2_jax.errors import RunError
 from cnx2_jax.observe.report import Report
 from cnx2_jax.observe.tensorboard import EventWriter
 
-SCALARS = [("train/loss", 1, 0.1), ("train/loss", 2, 1e-30), ("val/accuracy", 2, 1.0), ("val/loss", 7, np.inf)]
+SCALARS = [
+    ("train/loss", 1, 0.1),
+    ("train/loss", 2, 1e-30),
+    ("val/accuracy", 2, 1.0),
+    ("val/loss", 7, np.inf),
+]
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
 
 
