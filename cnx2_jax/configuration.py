@@ -1,21 +1,26 @@
-"""Configs: every key with its default, overrides, and the record in a workdir."""
+"""Configs: every key with its default and range, loading, overrides, and the record in a workdir."""
 
 import contextlib
 import importlib
 import importlib.util
 import io
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.files import write_text
 
-# A run may go on with other values of these: they change where, how and how often, not what is computed.
+# The recipes that come with the package. In a checkout, this is a link to the folder at the top.
+RECIPES = Path(__file__).parent / "configs"
+
+# A run may resume with other values of these keys: they change where, how and how often, not what is computed.
 FREE_KEYS = (
     "mesh.",
     "model.layout",
@@ -32,7 +37,7 @@ FREE_KEYS = (
     "data.feature_cache",
 )
 
-# Least and greatest value of what is not checked by name elsewhere.
+# Least and greatest values of the numbers that no other module checks.
 INFINITY = float("inf")
 RANGES = {
     "seed": (-(2**31), 2**31 - 1),
@@ -93,60 +98,60 @@ def defaults(task: str) -> ConfigDict:
     config.accumulation_steps = 1
     config.image_size = (224, 224)  # height, width; one number makes a square
     config.total_epochs = 100.0
-    config.total_steps = 0  # if not 0, instead of total_epochs
+    config.total_steps = 0  # replaces total_epochs unless 0
     config.log_steps = 50
-    config.profile_steps = ""  # FIRST:LAST: writes a trace of these updates into the workdir's profile/
+    config.profile_steps = ""  # FIRST:LAST writes a trace of these updates to the workdir's profile/
     config.eval_epochs = 10.0
     config.checkpoint_steps = 1000
-    config.keep_checkpoints = 2  # the latest ones; the best is kept besides
-    config.on_nonfinite = "stop"  # or skip: leave out an update that is not finite, counted in the metrics
-    config.max_nonfinite = 10  # skipped updates in a row at which the run stops
-    config.hang_seconds = 1800.0  # without a step after which the run shows its stacks and ends; 0: never
-    config.ema_decay = 0.0  # of the exponential moving average of the parameters; 0: none is kept
+    config.keep_checkpoints = 2  # the latest ones; the best one is kept as well
+    config.on_nonfinite = "stop"  # or skip: leave out non-finite updates and count them in the metrics
+    config.max_nonfinite = 10  # the run stops after this many skipped updates in a row
+    config.hang_seconds = 1800.0  # without a step: then the run prints its stacks and exits; 0: never
+    config.ema_decay = 0.0  # of the exponential moving average of the parameters; 0: no average
 
     model = config.model = ConfigDict()
     model.variant = "tiny"  # or "custom", with depths and dims
     model.depths = ()
     model.dims = ()
     model.in_chans = 3
-    model.patch_size = 4  # of the stem; the total stride is 8 times this
+    model.patch_size = 4  # of the stem; the total stride is 8 times as large
     model.drop_path = 0.0
     model.dtype = "float32"  # of the computation; parameters are always float32
-    model.remat = "none"  # what the backward pass computes anew to save memory: none, dots or block
-    model.scan = "auto"  # compile each stage's block once and loop over its parameters: on, off or auto
+    model.remat = "none"  # what the backward pass recomputes to save memory: none, dots or block
+    model.scan = "auto"  # compile one block per stage and loop over the parameters: on, off or auto
 
     data = config.data = ConfigDict()
     data.source = "folder"  # or tfds:NAME[/CONFIG]:SPLIT, synthetic[:RECORDS[:CLASSES]], digits
-    data.root = ""  # of a folder's images, or of TFDS's data sets if not the usual place
-    data.val_source = ""  # where validation images come from, if from elsewhere
+    data.root = ""  # the folder of images, or TFDS's data_dir if it is not the default one
+    data.val_source = ""  # another source for the validation images
     data.val_root = ""
-    data.val_fraction = 0.1  # where the source has no validation images of its own
-    data.train_per_class = 0  # if not 0, train on this many images of each class only
-    data.crop_scale = (0.08, 1.0)  # share of the area that a random crop covers
+    data.val_fraction = 0.1  # held out if the source has no validation images
+    data.train_per_class = 0  # train on only this many images of each class; 0: on all
+    data.crop_scale = (0.08, 1.0)  # the share of the image's area that a random crop covers
     data.crop_ratio = (3 / 4, 4 / 3)
     data.flip = True
     data.augment = ""  # rand-m9-mstd0.5-inc1: RandAugment; jitter-0.4: colour jitter
-    data.random_erasing = 0.0  # share of the images in which a box becomes noise
-    data.unreadable = "error"  # or skip: another image stands in, counted in the metrics
-    data.max_unreadable = 0.01  # share of all images at which skipping gives up
+    data.random_erasing = 0.0  # the probability that a box of the image becomes noise
+    data.unreadable = "error"  # or skip: use another image instead and count it in the metrics
+    data.max_unreadable = 0.01  # the run stops if a larger share of all images is skipped
     data.eval_crop = 0.875
-    data.mean = (0.485, 0.456, 0.406)  # of ImageNet, as shares of the full range
+    data.mean = (0.485, 0.456, 0.406)  # of ImageNet, for pixels from 0 to 1
     data.std = (0.229, 0.224, 0.225)
 
     optimizer = config.optimizer = ConfigDict()
-    optimizer.base_learning_rate = 1.5e-4  # for 256 images; scales with batch_size
+    optimizer.base_learning_rate = 1.5e-4  # for a batch of 256; scales with batch_size
     optimizer.min_learning_rate = 0.0
     optimizer.warmup_epochs = 0.0
     optimizer.weight_decay = 0.05
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.clip_norm = 0.0  # 0: no clipping
-    optimizer.layer_decay = 1.0  # factor on the learning rate from each layer to the one before it
-    optimizer.layer_decay_type = "single"  # what counts as a layer: single blocks, or a group of them
-    optimizer.trainable = ""  # a regular expression: train only parameters in whose names it is found
+    optimizer.layer_decay = 1.0  # multiplies the learning rate once per layer below the head
+    optimizer.layer_decay_type = "single"  # a layer is a single block, or a group of them
+    optimizer.trainable = ""  # a regular expression: train only parameters whose names contain a match
 
     mesh = config.mesh = ConfigDict()
-    mesh.data = -1  # -1: all devices that are left
+    mesh.data = -1  # -1: all devices that fsdp leaves
     mesh.fsdp = 1
 
     TASK_KEYS[task](config)
@@ -172,14 +177,35 @@ def check_task(task: str) -> None:
 
 
 def load_config(location: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Loads `FILE.py[:ARGUMENT]`, applies `--config.KEY=VALUE` overrides and locks the result.
+    """Loads a config, applies `--config.KEY=VALUE` overrides and locks the result.
+
+    Args:
+      location: see `load_module`; the argument after the colon is the recipe's name and options.
+      overrides: see `override`.
 
     Raises:
-      UserError: no such file, no `get_config` in it, an argument it does not know, or a bad override.
+      UserError: see `load_module` and `override`, or the module rejects the argument.
     """
-    path, _, argument = location.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"config file '{path}' does not exist; give FILE.py:NAME, see configs/")
+    module, argument = load_module(location)
+    config = module.get_config(argument) if argument else module.get_config()
+    return override(config, overrides)
+
+
+def load_module(location: str) -> tuple[ModuleType, str]:
+    """Loads the module of a config.
+
+    Args:
+      location: `NAME[:ARGUMENT]` for a config that comes with the package, such as `pretrain:tiny`, or
+        `FILE.py[:ARGUMENT]` for any other.
+
+    Returns:
+      The module and the argument, which is empty if there is none.
+
+    Raises:
+      UserError: there is no such config, it is not valid Python, or it has no `get_config`.
+    """
+    name, _, argument = location.partition(":")
+    path = _config_file(name)
     spec = importlib.util.spec_from_file_location("cnx2_config", path)
     if spec is None or spec.loader is None:
         raise UserError(f"config file '{path}' is not a Python file")
@@ -190,8 +216,21 @@ def load_config(location: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"config file '{path}' is not valid Python: {error}") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"config file '{path}' has no function get_config")
-    config = module.get_config(argument) if argument else module.get_config()
-    return override(config, overrides)
+    return module, argument
+
+
+def _config_file(name: str) -> Path:
+    if {".", "/"} & set(name):
+        if not Path(name).is_file():
+            raise UserError(
+                f"config file '{name}' does not exist; give a FILE.py, or a NAME such as pretrain"
+            )
+        return Path(name)
+    known = {path.stem: path for path in sorted(RECIPES.glob("*.py"))}
+    if name not in known:
+        names = ", ".join(known)
+        raise UserError(f"unknown config '{name}'{nearest(name, known)} (known: {names}; or give a FILE.py)")
+    return known[name]
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -200,8 +239,8 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     Raises:
       UserError: an unknown key, with the nearest known one, or a value of another type.
     """
-    known = _flatten(config.to_dict())
-    # absl would append the values of a tuple that is given twice; here the last one counts.
+    known = flatten(config)
+    # absl would append the values of a tuple that is given twice; here the last one wins.
     last = {argument.partition("=")[0]: argument for argument in overrides}
     overrides = list(last.values())
     for argument in overrides:
@@ -212,7 +251,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             raise UserError(f"unknown config key '{key}'{nearest(key, known)}")
         if not equals:
             raise UserError(f"config key '{key}' needs a value: --config.{key}=VALUE")
-    # absl keeps flags in a registry; a private one, so that commands can run one after another.
+    # absl keeps flags in a global registry; a private one lets a process run several commands.
     values = flags.FlagValues()
     argv = ["cnx2", *overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -222,9 +261,9 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     except flags.Error as error:
         text = str(error).replace("flag --config.", "config key ").splitlines()[0]
         raise UserError(text) from None
-    for key, value in _flatten(config.to_dict()).items():
-        if isinstance(value, tuple):  # which absl fills with anything
-            # Tuples that are empty by default, such as dims, are of whole numbers.
+    for key, value in flatten(config).items():
+        if isinstance(value, tuple):  # absl accepts any items in it
+            # Tuples that are empty by default, such as dims, hold whole numbers.
             kinds = (int,) if all(isinstance(item, int) for item in known[key]) else (int, float)
             if not all(type(item) in kinds for item in value):
                 kind = "whole numbers" if kinds == (int,) else "numbers"
@@ -235,14 +274,14 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 
 def check_ranges(config: ConfigDict) -> None:
-    """Raises UserError if a number is out of its range, or no number at all (NaN)."""
-    flat = _flatten(config.to_dict())
+    """Raises UserError if a number is out of its range or NaN."""
+    flat = flatten(config)
     for key, (least, greatest) in RANGES.items():
         if key in flat and not least <= flat[key] <= greatest:
             most = "" if greatest == INFINITY else f" and at most {greatest}"
             raise UserError(f"{key} {flat[key]} must be at least {least}{most}")
     if not config.total_steps and not config.total_epochs:
-        raise UserError("total_steps and total_epochs are both 0: there is nothing to do; set one of them")
+        raise UserError("total_steps and total_epochs are both 0, so there is nothing to do; set one of them")
 
 
 def image_hw(config: ConfigDict) -> tuple[int, int]:
@@ -263,27 +302,27 @@ def total_steps(config: ConfigDict, num_train: int) -> int:
 
 
 def in_steps(epochs: float, config: ConfigDict, num_train: int) -> int:
-    """Converts epochs over `num_train` images to updates; 0 stays 0, and anything more is at least 1."""
+    """Converts epochs over `num_train` images to updates: 0 for 0 epochs, otherwise at least 1."""
     return max(1, round(epochs * num_train / config.batch_size)) if epochs else 0
 
 
 def passes(epochs: float, step: int, config: ConfigDict, num_train: int) -> bool:
-    """Says whether update number `step` completes another `epochs` epochs; never, if that is 0."""
+    """Returns whether update number `step` completes another `epochs` epochs; False if that is 0."""
     if not epochs or not step:
         return False
-    # Divided last: 49 * (1 / 49) is less than 1.
+    # One division, of whole products: 49 * (1 / 49) is less than 1 in floating point.
     done, before = ((n * config.batch_size) // (epochs * num_train) for n in (step, step - 1))
     return done > before
 
 
 def make_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Makes the workdir, or checks that the `config.json` of the one there is of the same run.
+    """Makes the workdir; if it exists, checks that its `config.json` belongs to the same run.
 
     Raises:
       UserError: the workdir cannot be made, or belongs to a run with another config.
     """
     if (workdir / "config.json").exists():
-        old, new = _flatten(read_config(workdir).to_dict()), _flatten(config.to_dict())
+        old, new = flatten(read_config(workdir)), flatten(config)
         changed = [
             f"{key} = {_shown(old, key)} there, {_shown(new, key)} here"
             for key in sorted(old.keys() | new.keys())
@@ -293,7 +332,7 @@ def make_workdir(config: ConfigDict, workdir: Path) -> None:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError(
                 f"workdir '{workdir}' holds another run ({'; '.join(changed[:3])}{more}); "
-                "use another workdir, or the same config to go on"
+                "choose another --workdir, or give the same config to resume"
             )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -310,11 +349,8 @@ def record_config(config: ConfigDict, workdir: Path) -> None:
       UserError: see `make_workdir`.
     """
     make_workdir(config, workdir)
-    path = workdir / "config.json"
     try:
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        os.replace(partial, path)  # whole or not at all, whenever the process dies
+        write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
     except OSError as error:
         raise _cannot_write(workdir, error) from None
 
@@ -327,13 +363,13 @@ def read_config(workdir: Path) -> ConfigDict:
     """Reads the config of the run in a workdir.
 
     Raises:
-      UserError: there is none, or it is not readable as one.
+      UserError: there is no `config.json`, or it is damaged.
     """
     path = workdir / "config.json"
     try:
         values = json.loads(path.read_text())
         if not isinstance(values, dict) or "task" not in values:
-            raise ValueError("it is no config of a run")
+            raise ValueError("it is not the config of a run")
         return from_json(values)
     except OSError:
         raise UserError(f"'{workdir}' is not a workdir: it has no config.json") from None
@@ -342,12 +378,12 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def from_json(values: Mapping) -> ConfigDict:
-    """Returns the config whose JSON this is; lists become tuples again.
+    """Returns the config that was written as this JSON; lists become tuples again.
 
-    Keys that it lacks, being older than they are, get their defaults.
+    Keys that are newer than the JSON get their defaults.
 
     Raises:
-      ValueError, TypeError, KeyError: it is no config of a run.
+      ValueError, TypeError, KeyError: it is not the config of a run.
     """
 
     def tuples(value):
@@ -367,11 +403,14 @@ def _shown(values: Mapping, key: str) -> str:
     return str(values.get(key, "unset")) or "''"
 
 
-def _flatten(values: Mapping, prefix: str = "") -> dict:
-    flat = {}
+def flatten(values: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of a config or nested dict by dotted path, such as `model.depths`."""
+    if isinstance(values, ConfigDict):
+        values = values.to_dict()
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat

@@ -1,8 +1,8 @@
 """ImageNet-1K fine-tuning of an FCMAE encoder (paper, tables 9 to 11; official TRAINING.md).
 
-  cnx2 train --config configs/finetune.py:tiny --config.data.root=IMAGES \\
+  cnx2 train --config finetune:tiny --config.data.root=IMAGES \\
       --config.init_from=runs/pretrain --workdir runs/finetune
-  cnx2 train --config configs/finetune.py:smoke --workdir runs/smoke      # a minute on a CPU
+  cnx2 train --config finetune:smoke --workdir runs/smoke      # a minute on a CPU
 
 IMAGES holds a folder per class, under `train/` and `val/` or split here. `--config.init_from` is a
 pretraining run or what `cnx2 convert` made of the authors' weights; empty, training starts from scratch.
@@ -17,7 +17,7 @@ Uncertain, and what is taken: the paper prints a learning rate of 6.25e-3 for ba
 6.25e-4 for base, and mmpretrain's absolute 2.5e-3 at batch 1024 agrees with the latter: 6.25e-4. Huge's
 1.25e-3 and its layers by group, and all of femto, pico, nano and large, rest on the paper alone.
 
-  cnx2 train --config configs/finetune.py:digits --config.init_from=runs/digits --workdir runs/finetuned
+  cnx2 train --config finetune:digits --config.init_from=runs/digits --workdir runs/finetuned
 
 fine-tunes the digits network in about a minute on a CPU; `digits,labels=10` on ten labels per class.
 """

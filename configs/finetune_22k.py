@@ -1,11 +1,11 @@
 """Intermediate fine-tuning of an FCMAE encoder on ImageNet-22K (paper, table 12).
 
-  cnx2 train --config configs/finetune_22k.py:base --config.data.root=IMAGES_22K \\
+  cnx2 train --config finetune_22k:base --config.data.root=IMAGES_22K \\
       --config.init_from=runs/pretrain --workdir runs/22k
-  cnx2 train --config configs/finetune_22k.py:smoke --workdir runs/smoke      # a minute on a CPU
+  cnx2 train --config finetune_22k:smoke --workdir runs/smoke      # a minute on a CPU
 
 IMAGES_22K holds a folder for each of the 21,841 classes (14.2 million images); 1% of them is kept for
-validation, as there is no such set. Continue with `configs/finetune_22k_1k.py`. Recipes: the five
+validation, as there is no such set. Continue with `finetune_22k_1k`. Recipes: the five
 variants for which the paper has one. Batch 4096, 90 epochs; no average of the weights is kept. No
 accuracy is published for this stage.
 

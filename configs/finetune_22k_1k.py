@@ -1,10 +1,10 @@
 """ImageNet-1K fine-tuning after ImageNet-22K, at 224, 384 or 512 pixels (paper, table 13).
 
-  cnx2 train --config configs/finetune_22k_1k.py:base,image_size=384 --config.data.root=IMAGES \\
+  cnx2 train --config finetune_22k_1k:base,image_size=384 --config.data.root=IMAGES \\
       --config.init_from=runs/22k --workdir runs/384
-  cnx2 train --config configs/finetune_22k_1k.py:smoke --workdir runs/smoke      # a minute on a CPU
+  cnx2 train --config finetune_22k_1k:smoke --workdir runs/smoke      # a minute on a CPU
 
-`--config.init_from` is a run of `configs/finetune_22k.py`: all of it is taken but the head, which begins at
+`--config.init_from` is a run of `finetune_22k`: all of it is taken but the head, which begins at
 0.001 times its usual size. Recipes: the five variants for which the paper has one. Batch 512.
 
 Expected, in percent, at 224 / 384: nano 82.1 / 83.4, tiny 83.9 / 85.1, base 86.8 / 87.7, large 87.3 /

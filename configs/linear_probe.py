@@ -1,9 +1,9 @@
 """Linear probe: how well a linear classifier does on the features of a frozen, pretrained encoder.
 
-  cnx2 train --config configs/linear_probe.py:tiny --config.data.root=IMAGES \\
+  cnx2 train --config linear_probe:tiny --config.data.root=IMAGES \\
       --config.init_from=runs/pretrain --workdir runs/probe
-  cnx2 train --config configs/linear_probe.py:smoke --workdir runs/smoke      # a minute on a CPU
-  cnx2 train --config configs/linear_probe.py:digits --config.init_from=runs/digits --workdir runs/probe
+  cnx2 train --config linear_probe:smoke --workdir runs/smoke      # a minute on a CPU
+  cnx2 train --config linear_probe:digits --config.init_from=runs/digits --workdir runs/probe
 
 IMAGES holds a folder per class. Features are computed once, of images prepared as for evaluation, and
 standardised; then the head alone is trained, which takes minutes. `--config.data.feature_cache=FOLDER`

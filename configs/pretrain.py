@@ -1,19 +1,19 @@
 """FCMAE pretraining (paper, section 3 and table 8; official TRAINING.md).
 
-  cnx2 train --config configs/pretrain.py:tiny --config.data.root=IMAGES --workdir runs/pretrain
+  cnx2 train --config pretrain:tiny --config.data.root=IMAGES --workdir runs/pretrain
 
 IMAGES is any folder of images, ImageNet's `train/` in the paper. Recipes: the eight variants of the paper and
 timm's small, with `epochs=` (800 in the paper's tables, 1600 for its final models), such as
-`configs/pretrain.py:base,epochs=1600`. Batch 4096, peak learning rate 1.5e-4 x 4096 / 256 = 2.4e-3.
+`pretrain:base,epochs=1600`. Batch 4096, peak learning rate 1.5e-4 x 4096 / 256 = 2.4e-3.
 The paper: 256 TPU v3 cores, ConvNeXt-B, 800 epochs in 7.7 hours.
 
 Weight initialisation: normal 0.02 cut at +-2; the official code re-initialises with deviation 1.0 by
 accident (its issue 64), which is not followed.
 
-  cnx2 train --config configs/pretrain.py:digits --workdir runs/digits
+  cnx2 train --config pretrain:digits --workdir runs/digits
 
 pretrains a small network on scikit-learn's 1,797 embedded digits in about a minute on a CPU;
-`configs/pretrain.py:smoke` runs a few steps of the recipe above on made-up images.
+`pretrain:smoke` runs a few steps of the recipe above on made-up images.
 """
 
 from cnx2_jax.models import VARIANTS

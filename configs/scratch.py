@@ -1,7 +1,7 @@
 """Supervised training from scratch: what pretraining is compared with (ConvNeXt's recipe).
 
-  cnx2 train --config configs/scratch.py:base --config.data.root=IMAGES --workdir runs/scratch
-  cnx2 train --config configs/scratch.py:smoke --workdir runs/smoke      # a minute on a CPU
+  cnx2 train --config scratch:base --config.data.root=IMAGES --workdir runs/scratch
+  cnx2 train --config scratch:smoke --workdir runs/smoke      # a minute on a CPU
 
 IMAGES holds a folder per class, under `train/` and `val/` or split here. The paper trains its supervised
 models as ConvNeXt's were (its TRAINING.md): 300 epochs, batch 4096, AdamW at 4e-3, 20 epochs of warmup.

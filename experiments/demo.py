@@ -22,7 +22,6 @@ from cnx2_jax import cli
 from cnx2_jax.configuration import load_config
 from cnx2_jax.data.pipeline import ImageData
 
-ROOT = Path(__file__).resolve().parent.parent
 PREDICTED = 3  # images
 
 
@@ -38,8 +37,7 @@ def main() -> None:
     # Fine-tuning and training from scratch are one program; what one compiled, the other need not.
     jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
 
-    pretrain = f"{ROOT}/configs/pretrain.py:digits"
-    finetune = f"{ROOT}/configs/finetune.py:digits"
+    pretrain, finetune = "pretrain:digits", "finetune:digits"
     cnx2("train", "--config", pretrain, "--workdir", out / "pretrained")
     runs = {
         "accuracy": ("finetuned", finetune, True),

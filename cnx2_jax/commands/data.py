@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import load_config
-from cnx2_jax.data import inspection
-from cnx2_jax.data.pipeline import ImageData
-from cnx2_jax.data.sources import Source
 from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.models.pixels import denormalise
 from cnx2_jax.observe.grid import draw_sheet
@@ -21,6 +19,10 @@ from cnx2_jax.observe.progress import say
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train.step import batch_key
 from cnx2_jax.train.task import Task
+
+if TYPE_CHECKING:  # data needs TensorFlow, which --help should not wait for
+    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.sources import Source
 
 TAKES_OVERRIDES = True
 
@@ -34,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         required=True,
-        metavar="FILE:RECIPE",
-        help="as for train; change it with --config.KEY=VALUE",
+        metavar="NAME:RECIPE",
+        help="a recipe such as pretrain:tiny, or FILE.py:RECIPE, as for train; change it with --config.KEY=VALUE",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="SHEET.png", help="the sheet of training images to write"
@@ -50,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    from cnx2_jax.data import inspection
+    from cnx2_jax.data.pipeline import ImageData
+
     check_picture(args.out)
     if not (1 <= args.rows <= 100 and 0 <= args.step < 2**31 and 0 <= args.seconds <= 3600):
         raise UserError("--rows must be 1 to 100, --step at least 0, --seconds 0 to 3600")
@@ -83,7 +88,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise RunError("the order of the data is not what it must be; please report this")
 
 
-def _describe(split: str, source: Source) -> None:
+def _describe(split: str, source: "Source") -> None:
+    from cnx2_jax.data import inspection
+
     counts = inspection.class_counts(source)
     line = f"{split}: {source.num_records:,} images, {len(source.class_names):,} classes"
     if not source.num_records:
@@ -104,7 +111,7 @@ def _describe(split: str, source: Source) -> None:
         )
 
 
-def _sheet(task: Task, config: ConfigDict, images: ImageData, step: int, rows: int) -> np.ndarray:
+def _sheet(task: Task, config: ConfigDict, images: "ImageData", step: int, rows: int) -> np.ndarray:
     """Draws training images as the model gets them, each row mixed as a batch of its own."""
     pictures, captions = [], []
     stream = images.train_batches(step)

@@ -11,8 +11,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cnx2_jax.data.imagenet import describe
-from cnx2_jax.data.pipeline import eval_batches
-from cnx2_jax.data.sources.folder import open_files
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import feature_file
 from cnx2_jax.evaluation.features import predictions
@@ -52,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    # TensorFlow, which data needs, takes seconds to import; --help should not wait for it.
+    from cnx2_jax.data.pipeline import eval_batches
+    from cnx2_jax.data.sources.folder import open_files
+
     for name, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value < 1:
             raise UserError(f"{name} {value} must be at least 1")

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from cnx2_jax.configuration import image_hw
-from cnx2_jax.data.pipeline import preprocess_files
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE
 from cnx2_jax.observe.pictures import check_picture, write_picture
@@ -35,6 +34,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if not isinstance(model, FCMAE):
         raise UserError(f"'{args.workdir}' is no pretraining run but '{config.task}': it has no decoder")
     if args.images:
+        from cnx2_jax.data.pipeline import preprocess_files  # loads TensorFlow, so not before it is needed
+
         images = preprocess_files(
             args.images,
             size=image_hw(config),

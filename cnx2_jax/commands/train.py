@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         required=True,
-        metavar="FILE:RECIPE",
-        help="a file of configs/ and a recipe in it, such as configs/pretrain.py:digits; change any key "
-        "of it with --config.KEY=VALUE",
+        metavar="NAME:RECIPE",
+        help="a recipe of this package, such as pretrain:tiny, or of a file of your own, FILE.py:RECIPE; change "
+        "any of its keys with --config.KEY=VALUE",
     )
     parser.add_argument(
         "--workdir",

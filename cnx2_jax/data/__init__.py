@@ -1,6 +1,5 @@
-"""Images in, batches of NumPy arrays out; all of it in TensorFlow, on the host."""
+"""Images in, batches of NumPy arrays out.
 
-import tensorflow as tf
-
-# The accelerator's memory belongs to JAX.
-tf.config.set_visible_devices([], "GPU")
+This is the one room that needs TensorFlow (and `interop/savedmodel.py`, to write its format). Importing the
+package itself, or `data.imagenet`, does not load TensorFlow.
+"""

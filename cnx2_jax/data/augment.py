@@ -4,9 +4,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-import tensorflow as tf
-
 from cnx2_jax.data import operations as ops
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError, nearest
 
 Fill = Sequence[int]

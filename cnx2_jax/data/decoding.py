@@ -1,8 +1,7 @@
 """Bytes to pixels: what counts as a readable image, and which way up it is."""
 
-import tensorflow as tf
-
 from cnx2_jax.data.operations import to_gray
+from cnx2_jax.data.tensorflow import tf
 
 # EXIF's place is at the start of a file, after JFIF's few bytes at most, and its orientation's in its first
 # directory.

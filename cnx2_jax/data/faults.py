@@ -3,9 +3,8 @@
 import zlib
 from collections.abc import Callable
 
-import tensorflow as tf
-
 from cnx2_jax.cluster.store import shared_store
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError, nearest
 
 POLICIES = ("error", "skip")

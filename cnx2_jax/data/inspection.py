@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import tensorflow as tf
 
 from cnx2_jax.data.decoding import decode
 from cnx2_jax.data.pipeline import PREFETCHED_BATCHES, Batch, epoch_order
 from cnx2_jax.data.sources import Source
+from cnx2_jax.data.tensorflow import tf
 
 # Opens the training stream of a small batch: (first step, host, number of hosts) -> batches.
 Stream = Callable[[int, int, int], Iterator[Batch]]

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
-import tensorflow as tf
+
+from cnx2_jax.data.tensorflow import tf
 
 Scalar: TypeAlias = tf.Tensor | float
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from jaxtyping import UInt8
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from cnx2_jax.configuration import image_hw
 from cnx2_jax.data import faults, transforms
 from cnx2_jax.data.augment import make_augmentation
 from cnx2_jax.data.sources import Source, open_set, open_source
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import TrainTransform
 from cnx2_jax.errors import UserError
 

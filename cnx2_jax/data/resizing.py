@@ -1,6 +1,6 @@
 """Bicubic, antialiased resizing that equals Pillow's, as two small matrix products."""
 
-import tensorflow as tf
+from cnx2_jax.data.tensorflow import tf
 
 # Outputs that share one dense block of weights: larger blocks multiply more zeros, smaller ones make
 # more and slower products.

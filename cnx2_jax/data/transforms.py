@@ -8,11 +8,10 @@ the accelerator, so that hosts ship a quarter of the bytes.
 import dataclasses
 import math
 
-import tensorflow as tf
-
 from cnx2_jax.data.augment import Augmentation
 from cnx2_jax.data.decoding import decode, decode_crop
 from cnx2_jax.data.resizing import resize
+from cnx2_jax.data.tensorflow import tf
 
 # From this size up an evaluation image is warped to the target instead of cropped (recipes of the
 # ConvNeXt papers at 384 px and above).

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from cnx2_jax.data.pipeline import eval_batches
-from cnx2_jax.data.sources import Source
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.observe.progress import watched
 from cnx2_jax.train import sharding
+
+if TYPE_CHECKING:  # data needs TensorFlow, so it is imported only when images are read
+    from cnx2_jax.data.sources import Source
 
 Batches = Iterable[Mapping[str, jax.Array | np.ndarray]]
 Vectors = Float32[np.ndarray, "n dim"]
@@ -46,7 +48,7 @@ def predictions(
 
 
 def all_features(
-    model: ConvNeXtV2, config: ConfigDict, source: Source, mesh: Mesh
+    model: ConvNeXtV2, config: ConfigDict, source: "Source", mesh: Mesh
 ) -> tuple[Vectors, Int32[np.ndarray, " n"]]:
     """Returns the vectors and labels of all images of a source that can be read, in its order.
 
@@ -54,6 +56,8 @@ def all_features(
       model, config: see `features`; the model lives on `mesh`.
       source: its images are prepared as for evaluation, `config.batch_size` at a time.
     """
+    from cnx2_jax.data.pipeline import eval_batches
+
     # Filled in place: vectors of a million images should not be there twice.
     vectors = np.empty((source.num_records, model.dims[-1]), np.float32)
     labels = np.empty(source.num_records, np.int32)

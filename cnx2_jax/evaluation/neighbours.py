@@ -1,6 +1,7 @@
 """How well the nearest training images tell the class of an image: k-NN, which needs no training."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict
 
-from cnx2_jax.data.pipeline import ImageData
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.features import all_features
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.types import Metrics
+
+if TYPE_CHECKING:  # data needs TensorFlow
+    from cnx2_jax.data.pipeline import ImageData
 
 TEMPERATURE = 0.07  # of the votes (Wu et al. 2018, section 3.4; DINO, facebookresearch/dino eval_knn.py)
 
@@ -24,7 +27,7 @@ _QUERIES = 512
 _BANK = 65_536
 
 
-def evaluate(model: ConvNeXtV2, config: ConfigDict, data: ImageData, k: int, mesh: Mesh) -> Metrics:
+def evaluate(model: ConvNeXtV2, config: ConfigDict, data: "ImageData", k: int, mesh: Mesh) -> Metrics:
     """Classifies a run's validation images by its training images, all of them prepared as for evaluation.
 
     Args:

@@ -3,22 +3,23 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
-import tensorflow as tf
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cnx2_jax.cluster import processes
-from cnx2_jax.data.pipeline import eval_batches
-from cnx2_jax.data.sources import Source, open_set
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.evaluation.classification import evaluate
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.train import sharding
 from cnx2_jax.types import Metrics
+
+if TYPE_CHECKING:  # data needs TensorFlow, so it is imported only when a set is opened
+    from cnx2_jax.data.sources import Source
 
 # Top-1 errors of AlexNet, means over the five severities, which ImageNet-C's errors are divided by
 # (Hendrycks & Dietterich 2019; the authors' repository hendrycks/robustness).
@@ -79,6 +80,8 @@ def evaluate_set(
     Raises:
       UserError: an unknown set; images that are missing, or of classes that the model does not know.
     """
+    from cnx2_jax.data.sources import open_set
+
     check(name)
     config = config.copy_and_resolve_references()
     config.unlock()
@@ -143,19 +146,14 @@ class _Restricted(nnx.Module):
         return self.model(images)[:, jnp.array(self.classes)]
 
 
-def _evaluate(model, config: ConfigDict, source: Source, of_present_classes: bool, mesh: Mesh) -> Metrics:
+def _evaluate(model, config: ConfigDict, source: "Source", of_present_classes: bool, mesh: Mesh) -> Metrics:
+    from cnx2_jax.data.pipeline import eval_batches
+
     if of_present_classes:
-        classes = np.unique(_labels(source))
+        classes = np.unique(source.all_labels())
         model = _Restricted(model, tuple(classes.tolist()))
         table = np.zeros(len(source.class_names), np.int32)
         table[classes] = np.arange(len(classes))
         source = source.relabelled(table)
     batches = sharding.put_batches(eval_batches(source, config, **processes.share()), mesh)
     return evaluate(model, config.data.mean, config.data.std, batches)
-
-
-def _labels(source: Source) -> np.ndarray:
-    if source.labels is not None:
-        return source.labels
-    labels = tf.data.Dataset.range(source.num_records).map(lambda index: source.read(index)["label"])
-    return np.fromiter(labels.as_numpy_iterator(), np.int32)

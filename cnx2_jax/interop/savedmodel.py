@@ -7,9 +7,9 @@ version (TensorFlow 2.21 does not read what JAX 0.10 writes), and TensorFlow Lit
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 from jaxtyping import Float, Shaped
 
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.interop.inference import InferenceModel
 from cnx2_jax.interop.layers import compose
 from cnx2_jax.kernels.pointwise import EPSILON

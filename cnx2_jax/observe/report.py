@@ -1,4 +1,4 @@
-"""What a run tells: progress on standard error, metrics.jsonl, TensorBoard."""
+"""Reports a run: progress on standard error, metrics.jsonl, pictures and TensorBoard."""
 
 import contextlib
 import json
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
 from cnx2_jax.errors import RunError
 from cnx2_jax.files import write_text
 from cnx2_jax.observe.progress import LINE_SECONDS, say
+from cnx2_jax.observe.tensorboard import EventWriter
 from cnx2_jax.types import Metrics
 
 
@@ -37,19 +37,20 @@ class NoReport:
 
 
 class Report(NoReport):
-    """Reports one run; rows after the step that it resumes from are dropped, as they come again.
+    """Reports one run into its workdir.
 
     `metrics.jsonl` holds one JSON object per logged step and split: `{"step": ..., "split": "train" or
-    "val", ...}`. Every metric but those of `observe.TIMED` is a function of the config and the step.
+    "val", ...}`. Every metric except those in `observe.timing.TIMED` depends only on the config and the step.
+    Rows after the step that the run resumes from are dropped, because the run writes them again.
 
     Args:
-      workdir: where `metrics.jsonl`, `tensorboard/` and `reconstructions/` go.
+      workdir: the folder for `metrics.jsonl`, `tensorboard/` and pictures.
       start_step: the step that the run resumes from, 0 for a new one.
-      total_steps: the step that it ends with.
-      batch_size: images per step, for the time that is left.
+      total_steps: the step that the run ends with.
+      batch_size: images per step, to estimate the time left.
 
     Raises:
-      RunError: what it writes cannot be written.
+      RunError: from this and every method, if a file cannot be written.
     """
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int, batch_size: int):
@@ -57,9 +58,11 @@ class Report(NoReport):
         self._batch_size = batch_size
         self._total = total_steps
         self._path = workdir / "metrics.jsonl"
-        self._rewrite([row for row in read_metrics(self._path) if row["step"] <= start_step])
-        self._file = self._path.open("a")
-        self._board = tf.summary.create_file_writer(str(workdir / "tensorboard"))
+        kept = [row for row in read_metrics(self._path) if row["step"] <= start_step]
+        with self._writing():
+            write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = self._path.open("a")
+            self._board = EventWriter(workdir / "tensorboard")
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps, initial=start_step, unit="step", disable=not terminal, dynamic_ncols=True
@@ -67,26 +70,23 @@ class Report(NoReport):
         self._lines = not terminal
         self._said = time.monotonic()
 
-    def _rewrite(self, rows: list[dict]) -> None:
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
-
     def progress(self, step: int) -> None:
         """Moves the progress bar to `step` updates done."""
         self._bar.update(step - self._bar.n)
 
     def log(self, step: int, split: str, metrics: Metrics) -> None:
-        """Writes one row; it is on disk when this returns, so a checkpoint never runs ahead of its rows."""
+        """Writes one row. It is on disk when this returns, so no checkpoint is newer than its rows."""
         with self._writing():
             self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
-            with self._board.as_default():
-                for name, value in metrics.items():
-                    tf.summary.scalar(f"{split}/{name}", value, step=step)
+            for name, value in metrics.items():
+                self._board.scalar(f"{split}/{name}", value, step)
+            self._board.flush()
         if split == "val":
             say(f"step {step}: {', '.join(f'val {k} {v:.4g}' for k, v in metrics.items())}")
             return
-        loss = metrics.get("loss", math.nan)  # not there after an update that was skipped
+        loss = metrics.get("loss", math.nan)  # a skipped update has no loss
         rate = metrics.get("images_per_sec", 0.0)
         self._bar.set_postfix_str(f"loss {loss:.4g}, {rate:.0f} images/s")
         if self._lines and (step == self._total or time.monotonic() - self._said > LINE_SECONDS):
@@ -99,32 +99,33 @@ class Report(NoReport):
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a uint8 image `[H, W, 3]` to `NAME/STEP.png` and to TensorBoard."""
-        with self._writing(), self._board.as_default():
+        with self._writing():
             path = self._workdir / name / f"{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path)
-            tf.summary.image(name, image[None], step=step)
+            height, width, _ = image.shape
+            self._board.image(name, path.read_bytes(), width, height, step)
+            self._board.flush()
 
     def close(self) -> None:
         self._bar.close()
-        with self._writing():
+        with self._writing(), contextlib.closing(self._file):  # even if the next line fails
             self._board.close()
-            self._file.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, tf.errors.OpError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except OSError as error:
+            reason = error.strerror or error
             raise RunError(
-                f"cannot write to workdir '{self._workdir}': {reason}; checkpoints saved before are whole, "
-                "make room and give the same command"
+                f"cannot write to workdir '{self._workdir}': {reason}; checkpoints saved before are "
+                "complete: free some space and give the same command again"
             ) from error
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Returns the rows of a metrics.jsonl; a last line that a killed process left unfinished is dropped."""
+    """Returns the rows of a metrics.jsonl, without a last line that a killed process left incomplete."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():

@@ -32,8 +32,6 @@ from cnx2_jax.train import sharding, starting
 from cnx2_jax.train.program import make_program
 from cnx2_jax.train.state import saved_items
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def main(argv: list[str] | None = None) -> int:
     return run(lambda: _main(argv), "benchmark_saving")
@@ -88,7 +86,7 @@ def _prepare(args: argparse.Namespace, folder: Path) -> tuple[Callable[[bool], f
         "image_size": args.image_size,
     }
     config = load_config(
-        f"{ROOT}/configs/pretrain.py:{args.variant}",
+        f"pretrain:{args.variant}",
         [f"--config.{key}={value}" for key, value in overrides.items()],
     )
     task = make_task(config)

@@ -5,7 +5,8 @@ import hashlib
 from collections.abc import Callable, Iterable
 
 import numpy as np
-import tensorflow as tf
+
+from cnx2_jax.data.tensorflow import tf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,13 @@ class Source:
             read=lambda index: self.read(there[index]),
             describe=lambda index: self.describe(int(indices[index])),
         )
+
+    def all_labels(self) -> np.ndarray:
+        """Returns the label of every record, int32 [num_records]; reads the records if it has to."""
+        if self.labels is not None:
+            return self.labels
+        labels = tf.data.Dataset.range(self.num_records).map(lambda index: self.read(index)["label"])
+        return np.fromiter(labels.as_numpy_iterator(), np.int32)
 
     def relabelled(self, table: np.ndarray) -> "Source":
         """The same records with label `table[label]`, table being int32."""

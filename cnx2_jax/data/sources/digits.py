@@ -3,11 +3,11 @@
 import io
 
 import numpy as np
-import tensorflow as tf
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from cnx2_jax.data.sources.base import Source, held_out
+from cnx2_jax.data.tensorflow import tf
 
 # The split is part of what "digits" means: results compare between configs.
 _VAL_FRACTION = 0.2

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import tensorflow as tf
 
 from cnx2_jax.data.sources.base import Source, held_out
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
 _ENDINGS = (".jpeg", ".jpg", ".png", ".webp")

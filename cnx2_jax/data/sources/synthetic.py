@@ -5,10 +5,10 @@ import math
 import re
 
 import numpy as np
-import tensorflow as tf
 from PIL import Image
 
 from cnx2_jax.data.sources.base import Source
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
 # As ImageNet-1K: its number of records and classes, and the size that its photographs have on average.

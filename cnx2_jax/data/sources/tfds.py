@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from cnx2_jax.data.sources.base import Source
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError, nearest
 
 # tensorflow_datasets and array_record are imported where they are used: they take half a second.
