@@ -291,7 +291,7 @@ def test_a_hang_shows_where_it_is_and_ends(tmp_path):
         [sys.executable, "-c", HANG, tmp_path], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 1
-    assert re.search(r"cnx2: stopped: nothing moved for \d+ s \(hang_seconds 3\)", done.stderr)
+    assert re.search(r"cnx2: stopped: no progress for \d+ s \(hang_seconds 3\)", done.stderr)
     for text in (done.stderr, (tmp_path / "stacks-0.txt").read_text()):
         assert "sleeps_for_ever" in text and "in fit" in text
     assert fit(TinyTask(), tmp_path)["step"] == 12
