@@ -15,9 +15,10 @@ from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.checkpoints.metadata import make_card
 from cnx2_jax.cli import main
 from cnx2_jax.data.pipeline import ImageData, eval_batches
+from cnx2_jax.models.pixels import normalise
 from cnx2_jax.models.state import split
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base, defaults, models, weights
+from cnx2_jax.tasks import defaults, models, weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ("n01", "n02", "n03")
@@ -174,7 +175,7 @@ def test_neighbours_of_validation_images_are_training_images(runs, kind, capfd):
     data, encoder, sets = ImageData(values), models.without_decoder(model), []
     for source in (data.train, data.val):
         batches = [b["image"][b["mask"]] for b in eval_batches(source, values)]
-        images = base.normalise(jnp.asarray(np.concatenate(batches)), values.data)
+        images = normalise(jnp.asarray(np.concatenate(batches)), values.data.mean, values.data.std)
         sets.append((np.asarray(pooled(encoder, images)), source.labels))
     assert [len(labels) for _, labels in sets] == [1438, 359]
     model = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))

@@ -11,7 +11,7 @@ from cnx2_jax.evaluation import features
 from cnx2_jax.models import FCMAE, ConvNeXtV2
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.recipes import use_digits
-from cnx2_jax.tasks import base, defaults, models
+from cnx2_jax.tasks import defaults, models
 from cnx2_jax.train import sharding
 
 DEPTHS, DIMS = (1, 1, 1, 1), (4, 4, 8, 12)
@@ -114,7 +114,7 @@ def test_all_features_leave_out_what_cannot_be_read(classifier, config, tmp_path
     vectors, labels = features.all_features(classifier, config, source, mesh)
     assert labels.tolist() == [0] * 5 + [1] * 5
     rows = [b["image"][b["mask"]] for b in eval_batches(source, config)]
-    images = base.normalise(jnp.asarray(np.concatenate(rows)), config.data)
+    images = normalise(jnp.asarray(np.concatenate(rows)), config.data.mean, config.data.std)
     np.testing.assert_allclose(
         vectors, jax.jit(lambda model, x: model.pooled(x))(classifier, images), atol=2e-5
     )
