@@ -532,7 +532,7 @@ class CheapTask:
     def pictures(self, model):
         return {}
 
-    def card(self):
+    def metadata(self):
         return {}
 
 

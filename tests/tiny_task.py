@@ -87,5 +87,5 @@ class TinyTask:
     def pictures(self, model):
         return {}
 
-    def card(self):
+    def metadata(self):
         return {"config": self.config.to_dict(), "class_names": []}

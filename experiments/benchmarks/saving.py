@@ -113,7 +113,7 @@ def _prepare(args: argparse.Namespace, folder: Path) -> tuple[Callable[[bool], f
         checkpoints = manager(str(turns)) if saves else None
         begin = time.monotonic()
         if checkpoints:
-            checkpoints.save(int(state.step), state, task.card(), None)
+            checkpoints.save(int(state.step), state, task.metadata(), None)
         for _ in range(args.steps):
             state, metrics = program.step(state, batch)
             # As the loop, which looks at each update before it goes far ahead of it.

@@ -203,7 +203,7 @@ def test_a_run_never_begins_anew_because_all_is_damaged(run):
     for step in ("8", "10", "12"):
         cut_short(run / "checkpoints" / step)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no checkpoint in .* is whole, only damaged-10, damaged-12"):
+        with pytest.raises(UserError, match=r"all checkpoints in .* are damaged: damaged-10, damaged-12"):
             fit(TinyTask(), run)
     assert steps(run) == ["damaged-10", "damaged-12", "damaged-8"]
 

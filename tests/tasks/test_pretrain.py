@@ -135,4 +135,4 @@ def test_pretraining_starts_fresh_and_names_no_classes():
     task = pretrain()
     params = {"a": np.zeros(1)}
     assert task.start(params) is params
-    assert task.card()["class_names"] == []
+    assert task.metadata()["class_names"] == []
