@@ -1,8 +1,9 @@
 """Finds, reads and writes checkpoint folders.
 
 A run's checkpoint is a folder `checkpoints/STEP` with `params` (arrays by dotted name), `card` (their
-metadata, as JSON), `opt_state` and, if the run has them, `variables`, `ema` (averaged parameters) and `skipped`
-(the number of skipped updates). An exported checkpoint has `params` and `card` only; one reader serves both.
+metadata, as JSON), `opt_state` and, if the run has them, `variables`, `ema` (averaged parameters) and
+`skipped` (the number of skipped updates). An exported checkpoint has `params` and `card` only;
+one reader serves both.
 """
 
 import json
