@@ -1,4 +1,4 @@
-"""What config files are written with: arguments after the colon, and values that several recipes share."""
+"""Helpers for config files: the arguments after the colon, and values that several recipes share."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from cnx2_jax.errors import UserError, nearest
 
 
 def use_digits(config: ConfigDict) -> None:
-    """Sets scikit-learn's embedded digits and a network small enough for a CPU, in place."""
+    """Sets scikit-learn's digits and a network small enough for a CPU, in place."""
     config.image_size = (24, 24)
     config.log_steps = 20
     config.model.variant = "custom"
@@ -18,27 +18,27 @@ def use_digits(config: ConfigDict) -> None:
     config.model.patch_size = 1
     config.data.source = "digits"
     config.data.crop_ratio = (0.9, 1.1)
-    config.data.flip = False  # a mirrored 2 is no 2
+    config.data.flip = False  # a mirrored 2 is not a 2
     config.data.eval_crop = 1.0
     config.data.mean = (0.3,)
     config.data.std = (0.35,)
 
 
 def use_smoke(config: ConfigDict) -> None:
-    """Shrinks a recipe to less than a minute on a CPU, in place: made-up images, a few steps of atto.
+    """Shrinks a recipe to less than a minute on a CPU, in place: synthetic images, a few steps of atto.
 
-    All else stays as it is, so every part of the recipe runs.
+    Everything else stays, so every part of the recipe runs.
     """
     config.image_size = (64, 64)
     config.batch_size = 16
     config.total_steps = 6
     config.log_steps = 1
     config.model.variant = "atto"
-    config.data.source = "synthetic:400:8"  # and 16 to evaluate on
+    config.data.source = "synthetic:400:8"  # 400 training images, and 16 for validation
 
 
 def use_imagenet_recipe(config: ConfigDict) -> None:
-    """Sets what all the authors' classification recipes have in common, in place (tables 9 to 13)."""
+    """Sets the values that all of the authors' classification recipes share, in place (tables 9 to 13)."""
     config.label_smoothing = 0.1
     config.data.augment = "rand-m9-mstd0.5-inc1"
     config.data.random_erasing = 0.25
@@ -46,15 +46,18 @@ def use_imagenet_recipe(config: ConfigDict) -> None:
 
 
 def parse_argument(argument: str, names: Iterable[str], **options: float) -> tuple[str, dict]:
-    """Reads what follows the colon of `--config FILE:NAME,KEY=VALUE,...`.
+    """Parses the part of `--config FILE:NAME,KEY=VALUE,...` after the colon.
 
     Args:
       argument: `NAME` or `NAME,KEY=VALUE,...`.
-      names: the recipes that the file knows.
-      **options: the keys it knows, with their defaults; values are read as the default's type.
+      names: the file's recipes.
+      **options: the file's keys with their defaults; a value is read as the type of the default.
+
+    Returns:
+      The name, and all options with their values.
 
     Raises:
-      UserError: an unknown name or key, or a value of another type.
+      UserError: a name or key is unknown, or a value has the wrong type.
     """
     name, *pairs = argument.split(",")
     names = list(names)

@@ -1,7 +1,7 @@
-"""Sweeps: which overrides of a config to try. A config's `sweep_NAME()` returns a list of them.
+"""Building blocks for sweeps. A config's function `sweep_NAME()` returns a list of overrides.
 
-An override is a dict of config keys and values, such as `{"optimizer.layer_decay": 0.8}`;
-experiments/sweep.py makes a run of each.
+An override is a dict of config keys and values, such as `{"optimizer.layer_decay": 0.8}`; `cnx2 sweep` makes
+one run of each.
 """
 
 import itertools
@@ -17,29 +17,30 @@ Draw = Callable[[python_random.Random], Any]
 
 
 def product(**axes: Iterable) -> list[Overrides]:
-    """Returns every combination of the keys' values, the last key's changing fastest.
+    """Returns every combination of the values; the last key varies fastest.
 
-    Keys have dots: `product(**{"optimizer.layer_decay": (0.7, 0.8), "batch_size": (512, 1024)})`.
+    Keys contain dots, so unpack a dict:
+    `product(**{"optimizer.layer_decay": (0.7, 0.8), "batch_size": (512, 1024)})`.
     """
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def random(count: int, seed: int, **distributions: Draw) -> list[Overrides]:
-    """Returns `count` draws of all keys.
+    """Returns `count` random draws of all keys.
 
-    Each value is a function of the seed, its place and its key alone: a longer sweep begins with a shorter
-    one, and another key leaves the values of the others as they are.
+    Each value is a function of the seed, its position and its key alone. So a longer sweep starts with the
+    values of a shorter one, and a new key does not change the values of the others.
 
     Args:
-      count: how many.
+      count: number of draws.
       seed: of the draws.
-      **distributions: by key, such as `log_uniform(1e-4, 1e-2)`.
+      **distributions: one per key, such as `log_uniform(1e-4, 1e-2)`.
 
     Raises:
       UserError: count is less than 1.
     """
     if count < 1:
-        raise UserError(f"a random sweep of {count} runs has none; give at least 1")
+        raise UserError(f"a random sweep of {count} runs is empty; count must be at least 1")
     return [
         {key: draw(python_random.Random(f"{seed} {place} {key}")) for key, draw in distributions.items()}
         for place in range(count)
@@ -47,30 +48,30 @@ def random(count: int, seed: int, **distributions: Draw) -> list[Overrides]:
 
 
 def uniform(low: float, high: float) -> Draw:
-    """Draws between two numbers."""
+    """Draws uniformly between two numbers."""
     return lambda generator: _rounded(generator.uniform(low, high))
 
 
 def log_uniform(low: float, high: float) -> Draw:
-    """Draws between two positive numbers, each factor as likely as another.
+    """Draws between two positive numbers, uniformly in their logarithm.
 
     Raises:
-      UserError: they are not positive.
+      UserError: a number is not positive, or `low` is larger than `high`.
     """
     if not 0 < low <= high:
-        raise UserError(f"log_uniform({low}, {high}) must be of positive numbers, the lower one first")
+        raise UserError(f"log_uniform({low}, {high}) takes two positive numbers, the lower one first")
     return lambda generator: _rounded(math.exp(generator.uniform(math.log(low), math.log(high))))
 
 
 def choice(*values: Any) -> Draw:
-    """Draws one of some values."""
+    """Draws one of the values."""
     return lambda generator: generator.choice(values)
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")  # a name that can be read, and written on a command line
+    return float(f"{value:.3g}")  # short enough for a folder name and a command line
 
 
 def arguments(overrides: Overrides) -> list[str]:
-    """Returns overrides as `cnx2 train` takes them: `--config.KEY=VALUE`."""
+    """Returns the overrides as arguments of `cnx2 train`: `--config.KEY=VALUE`."""
     return [f"--config.{key}={value}" for key, value in overrides.items()]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cnx2_jax.checkpoints.metadata import make_card
+from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import override
 from cnx2_jax.tasks import defaults
 from cnx2_jax.train.terms import mean_of
@@ -91,4 +91,4 @@ class TinyTask:
         return {}
 
     def metadata(self):
-        return make_card(self.config, ())
+        return make_metadata(self.config, ())

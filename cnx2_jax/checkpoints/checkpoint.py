@@ -1,9 +1,9 @@
-"""Orbax checkpoints: save, restore, and find the parameters in what a user points at.
+"""Finds, reads and writes checkpoint folders.
 
-A run's checkpoint is a folder `checkpoints/STEP` with `params` (arrays by dotted name), `card` (JSON: what
-a user of the parameters must know), `opt_state` and, where the run keeps them, `ema`, the average of its
-parameters, and `skipped`, how many updates it left out.
-An exported checkpoint has `params` and `card` alone, so one reader serves both.
+A run's checkpoint is a folder `checkpoints/STEP` with `params` (arrays by dotted name), `card` (their
+metadata, as JSON), `opt_state` and, if the run has them, `variables`, `ema` (averaged parameters) and
+`skipped` (the number of skipped updates). An exported checkpoint has `params` and `card` only;
+one reader serves both.
 """
 
 import json
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cnx2_jax.checkpoints import metadata
+from cnx2_jax.checkpoints.metadata import METADATA_ITEM, check_format
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import Params
 
@@ -23,10 +23,10 @@ FOREIGN = (".pt", ".pth", ".bin", ".safetensors")  # files that `cnx2 convert` r
 
 
 def find(path: Path) -> Path:
-    """Returns the folder with `params` and `card` that `path` means.
+    """Returns the checkpoint folder, with `params` and `card`, that `path` refers to.
 
     Args:
-      path: `checkpoints/STEP` of a run, a workdir (its latest), or an exported checkpoint.
+      path: `checkpoints/STEP` of a run, a workdir (for its latest checkpoint), or an exported checkpoint.
 
     Raises:
       UserError: there is no checkpoint.
@@ -34,7 +34,7 @@ def find(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"checkpoint '{path}' does not exist")
     if path.suffix in FOREIGN or (path / "model.safetensors").exists():
-        raise UserError(f"'{path}' holds another library's weights; `cnx2 convert` makes them a checkpoint")
+        raise UserError(f"'{path}' holds another library's weights; run `cnx2 convert` to make a checkpoint")
     if (path / "params").is_dir():
         return path
     folder = path if path.name == "checkpoints" else path / "checkpoints"
@@ -47,33 +47,33 @@ def find(path: Path) -> Path:
     return folder / str(max(steps))
 
 
-def read_card(path: Path) -> dict:
+def read_metadata(path: Path) -> dict:
     """Returns the metadata of the checkpoint folder `path` (see `find`).
 
     Raises:
-      UserError: there is none, or it is of a format that this version does not read.
+      UserError: there is none, or this version does not read its format.
     """
     try:
-        values = json.loads((path / metadata.ITEM / "metadata").read_text())
+        values = json.loads((path / METADATA_ITEM / "metadata").read_text())
         if not {"config", "class_names"} <= values.keys():
             raise ValueError("metadata of another program")
     except (OSError, ValueError, AttributeError):
         raise UserError(f"checkpoint '{path}' has no readable metadata; was it written by cnx2?") from None
-    metadata.check_format(values.get("format"), path)
+    check_format(values.get("format"), path)
     return values
 
 
 def read_params(path: Path, *, averaged: bool = True) -> Params:
     """Reads all arrays of a model from the checkpoint folder `path` (see `find`): parameters and variables.
 
-    They are on this process's first device, floating-point ones in float32, whatever they were exported in.
+    They are on this process's first device; floating-point arrays are converted to float32.
 
     Args:
       path: the folder.
-      averaged: whether to read the averages, where the run keeps them; a recipe's accuracy is theirs.
+      averaged: read the averaged parameters if the checkpoint has them; recipes report their accuracy.
 
     Raises:
-      UserError: they cannot be read.
+      UserError: the arrays cannot be read.
     """
     if averaged and has_average(path):
         return _read_arrays(path, "ema")
@@ -99,29 +99,29 @@ def _read_arrays(path: Path, item: str) -> Params:
 
 
 def _others(path: Path) -> str:
-    """Says which other steps of the run there are, if `path` is one of a run's."""
+    """Returns a hint to another step of the same run, or the empty string."""
     steps = sorted(int(p.name) for p in path.parent.glob("*") if p.name.isdigit() and p.name != path.name)
     return f"; give another one, {path.parent / str(steps[-1])}" if path.name.isdigit() and steps else ""
 
 
 def has_average(path: Path) -> bool:
-    """Whether the checkpoint folder `path` holds averaged parameters too."""
+    """Whether the checkpoint folder `path` also holds averaged parameters."""
     return (path / "ema").is_dir()
 
 
-def write(path: Path, params: Params, card: dict) -> None:
-    """Writes parameters and card as a new checkpoint folder, whole or not at all.
+def write(path: Path, params: Params, metadata: dict) -> None:
+    """Writes parameters and metadata as a new checkpoint folder; after an error there is no folder.
 
     Raises:
-      UserError: something is there already, or it cannot be written.
+      UserError: `path` exists already or cannot be written.
     """
     if path.exists():
         raise UserError(f"'{path}' exists already; nothing was overwritten, choose another --out")
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        (partial / metadata.ITEM).mkdir(parents=True)
-        (partial / metadata.ITEM / "metadata").write_text(json.dumps(card))
+        (partial / METADATA_ITEM).mkdir(parents=True)
+        (partial / METADATA_ITEM / "metadata").write_text(json.dumps(metadata))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((partial / "params").absolute(), params)
         os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""Checkpoints that are not whole: found before a run goes on, and set aside."""
+"""Finds damaged checkpoints before a run resumes, and moves them aside."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tensorstore as ts
 
+from cnx2_jax.checkpoints.metadata import METADATA_ITEM
 from cnx2_jax.errors import UserError
 from cnx2_jax.observe.progress import say
 
@@ -14,19 +15,19 @@ ASIDE = "damaged-"
 
 
 def latest_whole(directory: Path, items: Iterable[str]) -> int | None:
-    """Returns the latest step whose checkpoint is whole; later ones become `damaged-STEP`.
+    """Returns the latest step whose checkpoint is complete, and renames later ones to `damaged-STEP`.
 
-    One process does this for all. Every array is read once, which is what finds a file that was cut off.
+    Only one process may call this. It reads every array once, which finds truncated files.
 
     Args:
-      directory: `workdir/checkpoints`; it need not be there.
-      items: what a checkpoint must hold, such as `params`.
+      directory: `workdir/checkpoints`; it may be missing.
+      items: the items that a checkpoint must hold, such as `params`.
 
     Returns:
-      The step, or None where there never was a checkpoint.
+      The step, or None if there never was a checkpoint.
 
     Raises:
-      UserError: there were some, and none is whole: a run does not begin anew without being told to.
+      UserError: there were checkpoints, but all are damaged: a run must not silently start from step 0.
     """
     steps = sorted((int(path.name) for path in directory.glob("*") if path.name.isdigit()), reverse=True)
     for step in steps:
@@ -35,35 +36,35 @@ def latest_whole(directory: Path, items: Iterable[str]) -> int | None:
             return step
         aside = _free_name(directory, step)
         os.rename(directory / str(step), aside)
-        say(f"warning: checkpoint {step} is damaged ({reason}); moved to '{aside}', using the one before")
+        say(f"warning: checkpoint {step} is damaged ({reason}); moved to '{aside}', using the one before it")
     damaged = sorted(path.name for path in directory.glob(f"{ASIDE}*"))
     if damaged:
         raise UserError(
-            f"no checkpoint in '{directory}' is whole, only {', '.join(damaged)} are there: repair one and "
-            "rename it to its step, or begin anew in another workdir"
+            f"all checkpoints in '{directory}' are damaged: {', '.join(damaged)}; repair one and "
+            "rename it to its step, or start again in another workdir"
         )
     return None
 
 
 def flaw(checkpoint: Path, items: Iterable[str]) -> str | None:
-    """Returns what is wrong with a checkpoint folder, None if it is whole."""
+    """Returns the reason why a checkpoint folder is damaged, or None if it is complete."""
     try:
         json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())
-        json.loads((checkpoint / "card" / "metadata").read_text())
+        json.loads((checkpoint / METADATA_ITEM / "metadata").read_text())
         for item in items:
             _read(checkpoint / item)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        return reason.partition(" [")[0]  # without all that TensorStore knows of the place
+        return reason.partition(" [")[0]  # without TensorStore's details in brackets
     return None
 
 
 def _read(item: Path) -> None:
-    """Reads every array of an Orbax item, one after another, and drops it."""
+    """Reads every array of an Orbax item, one at a time."""
     tree = json.loads((item / "_METADATA").read_text())["tree_metadata"]
     for leaf in tree.values():
         if leaf["value_metadata"]["skip_deserialize"]:
-            continue  # the place of an array that an optimizer does not keep
+            continue  # the optimizer keeps no array here
         name = ".".join(key["key"] for key in leaf["key_metadata"])
         spec = {
             "driver": "zarr",

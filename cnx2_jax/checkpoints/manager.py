@@ -1,4 +1,4 @@
-"""The checkpoints of one run: saved, restored and kept, by Orbax."""
+"""Saves, restores and keeps the checkpoints of one run, with Orbax."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -8,24 +8,25 @@ from typing import Any, Literal
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from cnx2_jax.checkpoints.metadata import METADATA_ITEM
 from cnx2_jax.errors import RunError
 
 ITEMS = ("params", "opt_state", "ema", "skipped", "variables")
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saving is asynchronous, and a folder appears only when it is whole.
+    """The checkpoints of one run. Saving is asynchronous, and a folder appears only when it is complete.
 
-    Every process of a run makes one and calls it at the same steps; all see the same folder.
+    Every process of a run creates one and calls it at the same steps; all see the same folder.
 
     Args:
-      directory: `workdir/checkpoints`, created if need be.
-      keep: how many of the latest to keep; the best by `best` is kept besides.
-      best: evaluation metric and the end of it that is good.
+      directory: `workdir/checkpoints`; it is created if it does not exist.
+      keep: number of latest checkpoints to keep, in addition to the best one.
+      best: the evaluation metric that ranks checkpoints, and whether its maximum or minimum is best.
 
     Raises:
-      RunError: the folder cannot be made. So does each method where what it does fails on the disk; what
-        fails after `save` has returned is raised by the next `save` or by `close`.
+      RunError: the folder cannot be created. Every method raises it on a disk error; an error after `save`
+        has returned is raised by the next `save` or by `close`.
     """
 
     def __init__(self, directory: Path, *, keep: int, best: tuple[str, Literal["max", "min"]]):
@@ -48,7 +49,7 @@ class Checkpoints:
         self.directory = directory
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
-            best_fn=value,  # unused beside the policy, but without it metrics are not written
+            best_fn=value,  # the policy replaces it, but Orbax writes no metrics without it
             best_mode=end,
             cleanup_tmp_directories=True,
             step_prefix=None,
@@ -58,11 +59,11 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 directory.absolute(),
                 options=options,
-                item_handlers={**arrays, "card": ocp.JsonCheckpointHandler()},
+                item_handlers={**arrays, METADATA_ITEM: ocp.JsonCheckpointHandler()},
             )
 
     def reload(self) -> None:
-        """Looks again at which checkpoints there are."""
+        """Reads again which checkpoints exist."""
         self._manager.reload()
 
     def save(
@@ -78,14 +79,13 @@ class Checkpoints:
           metadata: JSON that travels with the weights; see `metadata.make_metadata`.
           metrics: rank the best checkpoint.
         """
-        arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        arguments: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        arguments[METADATA_ITEM] = ocp.args.JsonSave(metadata)
         with self._failures():
             if step in self._manager.all_steps():
                 self._manager.wait_until_finished()
                 self._manager.delete(step)
-            self._manager.save(
-                step, args=ocp.args.Composite(card=ocp.args.JsonSave(metadata), **arguments), metrics=metrics
-            )
+            self._manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics)
 
     def items(self, step: int) -> set[str]:
         """Returns the names of the items that a step's checkpoint holds."""
@@ -98,22 +98,22 @@ class Checkpoints:
         return {name: restored[name] for name in like}
 
     def best(self) -> Path:
-        """Returns the folder of the best checkpoint; the latest where none was evaluated."""
+        """Returns the folder of the best checkpoint, or of the latest if none was evaluated."""
         return self.directory / str(self._manager.best_step())
 
     def close(self) -> None:
-        """Waits for what is being saved; an error in saving is raised here at the latest."""
+        """Waits until everything is saved; raises the errors of saving that were not raised before."""
         with self._failures():
             self._manager.close()
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
-        """Makes one line of what goes wrong on the disk, and of what TensorStore calls it."""
+        """Turns the errors of the disk and of TensorStore into a RunError with one line."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0].partition(" [")[0]
             raise RunError(
-                f"cannot save to '{self.directory}': {reason}; checkpoints saved before are whole, make room "
-                "and give the same command"
+                f"cannot save to '{self.directory}': {reason}; checkpoints saved before are complete; free "
+                "space and give the same command to resume"
             ) from error

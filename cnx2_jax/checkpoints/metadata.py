@@ -7,11 +7,11 @@ from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError
 
-ITEM = "card"  # the folder that holds it in a checkpoint; it was called so from the first version on
+METADATA_ITEM = "card"  # the folder of the metadata inside a checkpoint, as format 1 names it
 FORMAT = 1  # raised when an older cnx2_jax would misread what a newer one writes
 
 
-def make_card(config: ConfigDict, class_names: tuple[str, ...]) -> dict:
+def make_metadata(config: ConfigDict, class_names: tuple[str, ...]) -> dict:
     """Returns the metadata of a run's weights, as JSON."""
     return {"format": f"cnx2_jax {FORMAT}", "class_names": list(class_names), "config": config.to_dict()}
 

@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and shows where it does."""
+"""Ends a run that makes no progress, and prints where it hangs."""
 
 import contextlib
 import faulthandler
@@ -9,28 +9,28 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-STDERR = 2  # the file itself, whatever Python's stands for
-GRACE_SECONDS = 60  # that Python has to show and end it itself
+STDERR = 2  # the file descriptor: sys.stderr may have been replaced
+GRACE_SECONDS = 60  # time for Python to print the stacks before the hard timer kills the process
 
 
 class HangWatch:
-    """Ends the process when nothing has moved for long, with the stacks of all its threads.
+    """Ends the process after a time without progress, and prints the stacks of all its threads.
 
-    They go to standard error and to `stacks-PROCESS.txt` in the workdir; the exit status is 1, so that
-    whoever started the process does it again.
+    The stacks go to standard error and to `stacks-PROCESS.txt` in the workdir. The exit status is 1, so
+    launchers start the process again.
 
     Args:
-      seconds: how long nothing may move, compilation included; 0: for ever.
-      workdir: of the run.
-      process_index: of this process.
+      seconds: longest time without progress, compilation included; 0 turns the watch off.
+      workdir: the run's folder.
+      process_index: index of this process.
     """
 
     def __init__(self, seconds: float, workdir: Path, process_index: int):
         self._seconds = seconds
         self._path = workdir / f"stacks-{process_index}.txt"
-        self._moved_at = time.monotonic()
-        self._aside = False
-        self._over = threading.Event()
+        self._progressed_at = time.monotonic()
+        self._suspended = False
+        self._closed = threading.Event()
 
     def __enter__(self):
         if self._seconds:
@@ -38,34 +38,34 @@ class HangWatch:
         return self
 
     def __exit__(self, *_):
-        self._over.set()
+        self._closed.set()
         faulthandler.cancel_dump_traceback_later()
 
-    def moved(self) -> None:
-        """Says that the run is alive."""
-        self._moved_at = time.monotonic()
+    def progressed(self) -> None:
+        """Restarts the time without progress."""
+        self._progressed_at = time.monotonic()
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Lets what is inside take as long as it likes."""
-        self._aside = True
+    def suspended(self) -> Iterator[None]:
+        """Lets the block take any time."""
+        self._suspended = True
         yield
-        self.moved()
-        self._aside = False
+        self.progressed()
+        self._suspended = False
 
     def _watch(self) -> None:
         pause = self._seconds / 10
         while True:
-            # Should something hold the interpreter, so that not even this loop goes round.
+            # A thread that holds the interpreter lock stops this loop too. This timer runs without the lock.
             faulthandler.dump_traceback_later(self._seconds + pause + GRACE_SECONDS, exit=True, file=STDERR)
-            if self._over.wait(pause):
+            if self._closed.wait(pause):
                 return
-            still = time.monotonic() - self._moved_at
-            if still > self._seconds and not self._aside:
-                self._end(still)
+            idle = time.monotonic() - self._progressed_at
+            if idle > self._seconds and not self._suspended:
+                self._end(idle)
 
-    def _end(self, still: float) -> None:
-        line = f"cnx2: stopped: nothing moved for {still:.0f} s (hang_seconds {self._seconds:g})"
+    def _end(self, idle: float) -> None:
+        line = f"cnx2: stopped: no progress for {idle:.0f} s (hang_seconds {self._seconds:g})"
         try:
             with self._path.open("w") as file:
                 print(line, file=file, flush=True)

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, before anything touches a device."""
+"""Connects the processes of a run, before anything touches a device."""
 
 import argparse
 import contextlib
@@ -13,42 +13,42 @@ from collections.abc import Iterator
 
 import jax
 
-from cnx2_jax.cluster.peers import Watch
+from cnx2_jax.cluster.peers import PeerWatch
 from cnx2_jax.errors import RunError, UserError, report
 
-MEETING_SECONDS = 300  # in which all processes of a run must have started
-JAX_LATER_SECONDS = 15  # that JAX waits for a sign longer than we do
-LEAVING_SECONDS = 60  # that a process that is done waits for the others
+CONNECT_SECONDS = 300  # all processes of a run must start within this time
+JAX_EXTRA_SECONDS = 15  # JAX waits this much longer for a heartbeat than we do
+SHUTDOWN_SECONDS = 60  # a finished process waits this long for the others
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options by which a process is told its place among others."""
+    """Adds the options that give the number of processes and the index of this one."""
     group = parser.add_argument_group(
         "several processes",
-        "On a TPU pod, under Slurm or Open MPI, and in an indexed Kubernetes job processes find each other; "
-        "elsewhere give the first three of these.",
+        "On a TPU pod, under Slurm or Open MPI, and in an indexed Kubernetes job, processes find each other; "
+        "elsewhere give the first three options.",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens for the others")
-    group.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0 on")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="the address at which process 0 listens")
+    group.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
     group.add_argument(
         "--heartbeat-seconds",
         type=int,
         default=60,
         metavar="N",
-        help="how long a process may give no sign before the others end; 60 by default",
+        help="time without a heartbeat after which the other processes end; 60 by default",
     )
 
 
 @contextlib.contextmanager
 def joined(args: argparse.Namespace) -> Iterator[None]:
-    """Runs what is inside as one process of several, if the options or the environment say so.
+    """Runs the block as one process of several, if the options or the environment say so.
 
-    When one of them fails or is gone, all end: with its exit status, or 1, and a line that names it. A
-    process alone is not touched.
+    When one process fails or disappears, all end: with its exit status, or 1, and a line that names it. With
+    one process this does nothing.
 
     Raises:
-      UserError: some of the three options without the others, or values that make no sense.
+      UserError: some of the three options are missing, or a value is out of range.
     """
     if not _start(args):
         yield
@@ -65,18 +65,18 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def _watch(args: argparse.Namespace) -> Watch | None:
+def _watch(args: argparse.Namespace) -> PeerWatch | None:
     index, count = jax.process_index(), jax.process_count()
-    return Watch(index, count, args.heartbeat_seconds) if count > 1 else None
+    return PeerWatch(index, count, args.heartbeat_seconds) if count > 1 else None
 
 
 def is_first() -> bool:
-    """Whether this process is the one that tells and writes what is one for all."""
+    """Whether this is process 0, which prints and writes for all."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def share() -> dict[str, int]:
-    """Returns which share of every batch is this process's, as the readers of batches take it."""
+    """Returns this process's share of every batch, as keyword arguments for the data readers."""
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
@@ -90,10 +90,10 @@ def _start(args: argparse.Namespace) -> bool:
     if not args.heartbeat_seconds >= 2:
         raise UserError(f"--heartbeat-seconds {args.heartbeat_seconds} must be at least 2")
     if len(missing) == len(options):
-        place = _environment()
-        if place is None:
+        starter = _environment()
+        if starter is None:
             return False
-        with _meeting(f"the processes that {place} started"):
+        with _time_limit(f"the processes that {starter} started"):
             _initialize(args)
         return True
     if missing:
@@ -104,11 +104,11 @@ def _start(args: argparse.Namespace) -> bool:
         raise UserError(f"--coordinator '{args.coordinator}' must be HOST:PORT, such as 10.0.0.1:8476")
     if count < 1 or not 0 <= index < count:
         raise UserError(
-            f"--process-id {index} with --num-processes {count}: ids are from 0 to one less than the number"
+            f"--process-id {index} with --num-processes {count}: the ids of N processes are 0 to N - 1"
         )
     if index == 0:
         _check_free(int(port))
-    with _meeting(f"all {count} processes at {args.coordinator}"):
+    with _time_limit(f"all {count} processes at {args.coordinator}"):
         _initialize(
             args,
             coordinator_address=args.coordinator,
@@ -119,34 +119,33 @@ def _start(args: argparse.Namespace) -> bool:
     return True
 
 
-def _initialize(args: argparse.Namespace, **place) -> None:
-    # The loop agrees on where to stop by itself (peers.Agreement): JAX's service takes SIGTERM from every
-    # command, and Orbax asks it about steps that are long past, which breaks its count of steps.
+def _initialize(args: argparse.Namespace, **options) -> None:
+    # peers.Agreement decides where to stop. JAX's preemption service would take SIGTERM away from every
+    # command, and Orbax queries it about past steps, which breaks its count of steps.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        **place,
-        # Longer than ours, as JAX would abort with a stack of C++ functions.
-        initialization_timeout=MEETING_SECONDS + 60,
-        # What JAX says when it misses a sign is another such stack: we look for signs ourselves, and before.
-        heartbeat_timeout_seconds=args.heartbeat_seconds + JAX_LATER_SECONDS + args.heartbeat_seconds // 4,
-        shutdown_timeout_seconds=LEAVING_SECONDS,
+        **options,
+        # Both limits are longer than ours: at its own limits JAX aborts with a C++ stack trace.
+        initialization_timeout=CONNECT_SECONDS + 60,
+        heartbeat_timeout_seconds=args.heartbeat_seconds + JAX_EXTRA_SECONDS + args.heartbeat_seconds // 4,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
 
 
 @contextlib.contextmanager
-def _meeting(whom: str) -> Iterator[None]:
-    """Ends the process with one line if what is inside, which cannot be interrupted, takes too long."""
+def _time_limit(whom: str) -> Iterator[None]:
+    """Ends the process with one line if the block, which cannot be interrupted, takes too long."""
 
     def give_up() -> None:
         error = RunError(
-            f"{whom} did not come together within {MEETING_SECONDS} s; check that all were started, with the "
-            "same --coordinator and --num-processes, and reach that port"
+            f"{whom} did not connect within {CONNECT_SECONDS} s; check that all were started with the "
+            "same --coordinator and --num-processes, and that they can reach that port"
         )
         status = report(error)
         sys.stderr.flush()
         os._exit(status)
 
-    timer = threading.Timer(MEETING_SECONDS, give_up)
+    timer = threading.Timer(CONNECT_SECONDS, give_up)
     timer.daemon = True
     timer.start()
     try:
@@ -163,14 +162,14 @@ def _check_free(port: int) -> None:
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 raise UserError(
-                    f"port {port} of --coordinator cannot be opened: {error.strerror}; choose another one"
+                    f"port {port} of --coordinator cannot be opened: {error.strerror}; choose another port"
                 ) from None
 
 
 def _environment() -> str | None:
-    """Names what started this process as one of several, if anything did.
+    """Returns the name of the scheduler that started this process as one of several, or None.
 
-    JAX reads the details; it is asked only where there are some, for it would look for them over the network.
+    JAX reads the details. We call it only if there are some: otherwise it searches the network for them.
     """
     environment = os.environ
     if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:

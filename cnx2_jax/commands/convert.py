@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cnx2_jax.checkpoints import checkpoint
-from cnx2_jax.checkpoints.metadata import make_card
+from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import check_ranges, defaults, image_hw
 from cnx2_jax.data.imagenet import CLASS_IDS, describe
 from cnx2_jax.errors import UserError
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         told["image_size"] = (args.image_size,)
     config = _config(imported, told, args.source)
     names = _class_names(imported.num_classes, args.class_names, told.get("class_names", ()), args.source)
-    checkpoint.write(args.to, jax.tree.map(jnp.asarray, imported.params), make_card(config, names))
+    checkpoint.write(args.to, jax.tree.map(jnp.asarray, imported.params), make_metadata(config, names))
     result = {
         "out": str(args.to),
         "variant": imported.variant,

@@ -92,7 +92,7 @@ def _run_of(args: argparse.Namespace, overrides: list[str], *, averaged: bool = 
     folder = checkpoint.find(args.checkpoint or args.workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)
-    weights.check_class_names(checkpoint.read_card(folder), task.metadata(), str(folder))
+    weights.check_class_names(checkpoint.read_metadata(folder), task.metadata(), str(folder))
     graph, like = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
     params = checkpoint.read_params(folder, averaged=averaged)
     weights.check_params(params, like, str(folder))

@@ -25,7 +25,7 @@ TAKES_OVERRIDES = False
 def _write_orbax(path: Path, job: Job) -> None:
     stored = checkpoint.read_params(job.checkpoint)  # of pretraining with the decoder
     params = {name: leaf.astype(job.dtype) for name, leaf in stored.items()}
-    checkpoint.write(path, params, checkpoint.read_card(job.checkpoint))
+    checkpoint.write(path, params, checkpoint.read_metadata(job.checkpoint))
 
 
 def _run_orbax(path: Path, images: np.ndarray) -> np.ndarray:
@@ -41,15 +41,15 @@ def _program(path: Path, *, uint8: bool) -> InferenceModel:
 
 
 def _facts(folder: Path, program: InferenceModel) -> Facts:
-    card = checkpoint.read_card(folder)
+    metadata = checkpoint.read_metadata(folder)
     size = program.shape[0], program.shape[1]
-    names = tuple(map(describe, card["class_names"])) if program.output == "logits" else ()
-    return Facts(names, size, card["config"]["data"]["eval_crop"], program.mean, program.std)
+    names = tuple(map(describe, metadata["class_names"])) if program.output == "logits" else ()
+    return Facts(names, size, metadata["config"]["data"]["eval_crop"], program.mean, program.std)
 
 
 FORMATS = {
     "orbax": Format(
-        "a folder of parameters and card, for `cnx2` and whatever reads Orbax",
+        "a folder of parameters and metadata, for `cnx2` and whatever reads Orbax",
         _write_orbax,
         _run_orbax,
         writer="orbax",

@@ -1,4 +1,4 @@
-"""Feature vectors in a file: NumPy's format, with the names of the rows beside it."""
+"""Writes feature vectors to a `.npy` file, with the names of the rows in a `.json` file beside it."""
 
 import contextlib
 import json
@@ -16,32 +16,33 @@ Write = Callable[[Float32[np.ndarray, "n dim"]], None]
 
 
 def check(path: Path) -> None:
-    """Raises UserError if no feature file can be made there, before the work of which it is to tell.
+    """Checks a path before the expensive work starts.
 
-    It does not end in `.npy`, or see `base.check_new`, for the list of names too.
+    Raises:
+      UserError: it does not end in `.npy`, or it or its list of names exists already or cannot be written.
     """
     if path.suffix != ".npy":
         raise UserError(f"--features '{path}' must end in .npy")
-    for one in (path, names_path(path)):
-        check_new(one, "--features")
+    for file in (path, names_path(path)):
+        check_new(file, "--features")
 
 
 def names_path(path: Path) -> Path:
-    """Returns where the names of the rows go: `out.json` beside `out.npy`."""
+    """Returns the path of the list of names: `out.json` beside `out.npy`."""
     return path.with_suffix(".json")
 
 
 @contextlib.contextmanager
 def writer(path: Path, names: Sequence[str], dim: int) -> Iterator[Write]:
-    """Opens a feature file: a context that gives a function to write the next rows with.
+    """Opens a feature file: a context manager that gives a function to write the next rows.
 
-    Vectors are not kept in memory. Both files are there once the context is left, whole; leaving it by an
-    error leaves neither.
+    Vectors are not kept in memory. Both files appear, complete, at the end of the block; after an error there
+    is neither.
 
     Args:
-      path: of the vectors, float32 `[rows, dim]`; see `check`.
-      names: of all rows that will be written; they become a JSON list.
-      dim: of a vector.
+      path: the file of the vectors, float32 `[rows, dim]`; see `check`.
+      names: the names of all rows that will be written, for the JSON list.
+      dim: the length of a vector.
 
     Raises:
       UserError: a file cannot be written.
@@ -49,32 +50,32 @@ def writer(path: Path, names: Sequence[str], dim: int) -> Iterator[Write]:
     partials = {
         whole: whole.with_name(f"{whole.name}.partial-{os.getpid()}") for whole in (names_path(path), path)
     }
-    with _said(path):
+    with _user_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         for partial in partials.values():
             stack.callback(partial.unlink, missing_ok=True)
-        with _said(path):
+        with _user_errors(path):
             partials[names_path(path)].write_text(json.dumps(list(names)))
-            # Unbuffered, so that nothing is left to fail when the file is closed.
+            # Unbuffered: closing the file cannot fail then.
             file = stack.enter_context(partials[path].open("wb", buffering=0))
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(names), dim)}
             np.lib.format.write_array_header_1_0(file, header)
 
         def write(vectors: Float32[np.ndarray, "n dim"]) -> None:
             rest = memoryview(vectors.astype("<f4").tobytes())
-            with _said(path):
+            with _user_errors(path):
                 while rest:
                     rest = rest[file.write(rest) :]
 
         yield write
-        with _said(path):
+        with _user_errors(path):
             for whole, partial in partials.items():
                 os.replace(partial, whole)
 
 
 @contextlib.contextmanager
-def _said(path: Path) -> Iterator[None]:
+def _user_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

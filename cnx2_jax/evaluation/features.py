@@ -1,4 +1,4 @@
-"""What a network makes of images, batch by batch: feature vectors and class probabilities."""
+"""Computes feature vectors and class probabilities of images, batch by batch."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -28,12 +28,12 @@ Vectors = Float32[np.ndarray, "n dim"]
 def features(
     model: ConvNeXtV2, config: ConfigDict, batches: Batches
 ) -> Iterator[tuple[Vectors, Int32[np.ndarray, " n"]]]:
-    """Yields the vectors that the head would see (`ConvNeXtV2.pooled`), and the labels, of each batch.
+    """Yields the feature vectors (`ConvNeXtV2.pooled`, the head's input) and the labels of each batch.
 
     Args:
       model: a classifier, or a pretrained encoder (see `models.without_decoder`).
-      config: of its run, for the normalisation.
-      batches: as `data.pipeline.eval_batches` gives them; padding is left out.
+      config: the config of its run, for the normalisation.
+      batches: batches of `data.pipeline.eval_batches`; padding is left out.
     """
     for batch, mask, vectors, _ in _outputs(model, config, batches):
         yield vectors[mask], np.asarray(batch["label"])[mask]
@@ -42,30 +42,31 @@ def features(
 def predictions(
     model: ConvNeXtV2, config: ConfigDict, batches: Batches
 ) -> Iterator[tuple[Vectors, Float32[np.ndarray, "n classes"]]]:
-    """Yields the vectors of `features`, and class probabilities; without a head there are none, `[n, 0]`."""
-    for _, mask, vectors, shares in _outputs(model, config, batches):
-        yield vectors[mask], shares[mask]
+    """Yields feature vectors and class probabilities of each batch; without a head these are `[n, 0]`."""
+    for _, mask, vectors, probabilities in _outputs(model, config, batches):
+        yield vectors[mask], probabilities[mask]
 
 
 def all_features(
     model: ConvNeXtV2, config: ConfigDict, source: "Source", mesh: Mesh
 ) -> tuple[Vectors, Int32[np.ndarray, " n"]]:
-    """Returns the vectors and labels of all images of a source that can be read, in its order.
+    """Returns the feature vectors and labels of all readable images of a source, in its order.
 
     Args:
       model, config: see `features`; the model lives on `mesh`.
-      source: its images are prepared as for evaluation, `config.batch_size` at a time.
+      source: the images; they are prepared as for evaluation, `config.batch_size` at a time.
+      mesh: the devices.
     """
     from cnx2_jax.data.pipeline import eval_batches
 
-    # Filled in place: vectors of a million images should not be there twice.
+    # Filled in place: a list of batches would hold the vectors of a million images twice.
     vectors = np.empty((source.num_records, model.dims[-1]), np.float32)
     labels = np.empty(source.num_records, np.int32)
     count = 0
     batches = sharding.put_batches(watched(eval_batches(source, config), source.num_records), mesh)
-    for some, of_them in features(model, config, batches):
-        there = slice(count, count := count + len(some))
-        vectors[there], labels[there] = some, of_them
+    for batch_vectors, batch_labels in features(model, config, batches):
+        rows = slice(count, count := count + len(batch_vectors))
+        vectors[rows], labels[rows] = batch_vectors, batch_labels
     return vectors[:count], labels[:count]
 
 
@@ -73,8 +74,8 @@ def _outputs(model: ConvNeXtV2, config: ConfigDict, batches: Batches):
     graph, params = split(model)
     data = FrozenConfigDict({"mean": config.data.mean, "std": config.data.std})
     for batch in batches:
-        vectors, shares = _forward(graph, params, batch["image"], data)
-        yield batch, np.asarray(batch["mask"]), np.asarray(vectors), np.asarray(shares)
+        vectors, probabilities = _forward(graph, params, batch["image"], data)
+        yield batch, np.asarray(batch["mask"]), np.asarray(vectors), np.asarray(probabilities)
 
 
 @partial(jax.jit, static_argnames=("graph", "data"))

@@ -1,4 +1,4 @@
-"""How well the nearest training images tell the class of an image: k-NN, which needs no training."""
+"""k-NN evaluation: classifies each image by its nearest training images, without any training."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,33 +19,33 @@ if TYPE_CHECKING:  # data needs TensorFlow
     from cnx2_jax.data.pipeline import ImageData
 
 TEMPERATURE = 0.07  # of the votes (Wu et al. 2018, section 3.4; DINO, facebookresearch/dino eval_knn.py)
+MOST = 1000  # neighbours; every query keeps all of its k in memory
 
-MOST = 1000  # neighbours: all of them are kept for every query
-
-# Similarities are held for this many images of both sides at a time: 128 MiB.
+# Similarities are computed for this many queries and training images at a time: 128 MiB.
 _QUERIES = 512
 _BANK = 65_536
 
 
 def evaluate(model: ConvNeXtV2, config: ConfigDict, data: "ImageData", k: int, mesh: Mesh) -> Metrics:
-    """Classifies a run's validation images by its training images, all of them prepared as for evaluation.
+    """Classifies a run's validation images by its training images, both prepared as for evaluation.
 
     Args:
-      model: a classifier, whose head is not used, or a pretrained encoder; it lives on `mesh`.
-      config: of its run.
-      data: the images.
-      k: how many neighbours vote.
+      model: a classifier (its head is not used) or a pretrained encoder; it lives on `mesh`.
+      config: the config of its run.
+      data: the run's images.
+      k: number of neighbours that vote.
+      mesh: the devices.
 
     Returns:
       `knn_accuracy` and `knn_top5_accuracy`; see `score`.
 
     Raises:
-      UserError: the images have no classes, or `k` is not from 1 to the number of training images.
+      UserError: the images have no classes, or `k` is out of range.
     """
     if not data.class_names:
         raise UserError(
             f"--knn needs classes, and data.source '{config.data.source}' with data.root "
-            f"'{config.data.root}' has none; put each class's images into a sub-folder of its own"
+            f"'{config.data.root}' has none; put the images of each class into one sub-folder"
         )
     most = min(data.num_train, MOST)
     if not 1 <= k <= most:
@@ -65,19 +65,27 @@ def score(
     num_classes: int,
     k: int,
 ) -> Metrics:
-    """Weighted k-NN classification, as DINO evaluates: the `k` vectors of the bank with the greatest cosine
+    """Scores weighted k-NN classification, as in DINO: the `k` vectors of the bank with the largest cosine
     similarity s to a query vote for their labels, each with weight exp(s / 0.07).
 
-    Memory on the device: the queries, and a part of the bank at a time.
+    The device holds the queries and one part of the bank at a time.
+
+    Args:
+      bank: vectors of the training images.
+      bank_labels: their labels.
+      queries: vectors of the validation images.
+      labels: their labels.
+      num_classes: number of classes.
+      k: number of neighbours that vote.
 
     Returns:
-      `accuracy` and `top5_accuracy`, the shares of queries whose label got the most votes, or was among the
-      five that got most. Of equals the lower label counts first; a label without votes is never right.
+      `accuracy` and `top5_accuracy`: the shares of queries whose label got the most votes, or was among the
+      five with the most votes. Of equal votes the lower label wins; a label without votes is never right.
     """
     vectors = _chunks(queries, _QUERIES)
     nearest = jnp.full((*vectors.shape[:2], k), -jnp.inf), jnp.zeros((*vectors.shape[:2], k), jnp.int32)
     size = min(_BANK, len(bank))
-    # The bank is sent to the device once, so the loop over it is the outer one.
+    # The outer loop is over the bank, so that each part is sent to the device once.
     for start in range(0, len(bank), size):
         part = slice(start, start + size)
         (rows,), (of_rows,) = _chunks(bank[part], size), _chunks(bank_labels[part], size)
@@ -87,7 +95,7 @@ def score(
 
 
 def _chunks(rows: np.ndarray, size: int) -> np.ndarray:
-    """Cuts rows `[n, ...]` into `[chunks, size, ...]`, the last one padded with zeros."""
+    """Splits rows `[n, ...]` into `[chunks, size, ...]` and pads the last chunk with zeros."""
     padded = np.zeros((-(-len(rows) // size) * size, *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
     return padded.reshape(-1, size, *rows.shape[1:])
@@ -95,9 +103,9 @@ def _chunks(rows: np.ndarray, size: int) -> np.ndarray:
 
 @jax.jit
 def _nearer(nearest, queries, bank, bank_labels, count):
-    """Merges a part of the bank, of which `count` rows are no padding, into the nearest of all queries.
+    """Merges a part of the bank, `count` rows without its padding, into the nearest rows of all queries.
 
-    `nearest` is a pair of similarities and labels, `[chunks, size, k]`; on a tie the earlier row stays.
+    `nearest` is a pair of similarities and labels, `[chunks, size, k]`. On a tie the earlier row stays.
     """
 
     def of_chunk(chunk):
@@ -120,15 +128,15 @@ def _unit(vectors):
 
 @partial(jax.jit, static_argnames="num_classes")
 def _ranks(nearest, labels, num_classes):
-    """How many classes got more votes than the label, int32 `[chunks, size]`; very many if it got none."""
+    """Returns how many classes got more votes than the label, `[chunks, size]`; INT32_MAX without votes."""
 
     def of_chunk(chunk):
         (similarities, voted), labels = chunk
         each = jnp.arange(len(labels))[:, None]
         votes = jnp.zeros((len(labels), num_classes)).at[each, voted].add(jnp.exp(similarities / TEMPERATURE))
-        own = jnp.take_along_axis(votes, labels[:, None], axis=1)
-        first = jnp.arange(num_classes) < labels[:, None]
-        rank = ((votes > own) | ((votes == own) & first)).sum(axis=1)
-        return jnp.where(own[:, 0] > 0, rank, jnp.iinfo(jnp.int32).max)
+        label_votes = jnp.take_along_axis(votes, labels[:, None], axis=1)
+        lower = jnp.arange(num_classes) < labels[:, None]
+        rank = ((votes > label_votes) | ((votes == label_votes) & lower)).sum(axis=1)
+        return jnp.where(label_votes[:, 0] > 0, rank, jnp.iinfo(jnp.int32).max)
 
     return jax.lax.map(of_chunk, (nearest, labels))

@@ -1,4 +1,4 @@
-"""ImageNet's other validation sets: how accuracy holds on images unlike those trained on."""
+"""Evaluates on ImageNet-A, -R, -Sketch, -V2 and -C: accuracy on images unlike the training images."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from cnx2_jax.types import Metrics
 if TYPE_CHECKING:  # data needs TensorFlow, so it is imported only when a set is opened
     from cnx2_jax.data.sources import Source
 
-# Top-1 errors of AlexNet, means over the five severities, which ImageNet-C's errors are divided by
+# Top-1 errors of AlexNet, averaged over the five severities. ImageNet-C's errors are divided by them
 # (Hendrycks & Dietterich 2019; the authors' repository hendrycks/robustness).
 ALEXNET_ERRORS = {
     "gaussian_noise": 0.886428,
@@ -42,7 +42,7 @@ ALEXNET_ERRORS = {
 }
 SEVERITIES = range(1, 6)
 
-# Which of TFDS's data sets each is; ImageNet-C is one a corruption and severity.
+# The names of the sets in TFDS, which has one of ImageNet-C for each corruption and severity.
 SETS = {
     "imagenet-a": "imagenet_a:test",
     "imagenet-r": "imagenet_r:test",
@@ -50,8 +50,8 @@ SETS = {
     "imagenet-v2": "imagenet_v2/matched-frequency:test",
     "imagenet-c": "imagenet2012_corrupted/{corruption}_{severity}:validation",
 }
-# Those of 200 of the 1,000 classes, scored as if the model knew no others.
-OF_PRESENT_CLASSES = ("imagenet-a", "imagenet-r")
+# Sets with images of only 200 of the 1,000 classes. Only the logits of these classes are compared.
+PRESENT_CLASSES_ONLY = ("imagenet-a", "imagenet-r")
 
 
 def check(name: str) -> None:
@@ -67,18 +67,18 @@ def evaluate_set(
 
     Args:
       model: the classifier.
-      config: of its run.
-      class_names: of its outputs, as the set's folders are named: WordNet ids.
+      config: the config of its run.
+      class_names: the classes of its outputs, named as the set's folders: WordNet ids.
       name: one of SETS.
-      location: the set's folder as it was published, or "tfds" or "tfds:DATA_DIR".
+      location: the set's folder as published, or "tfds" or "tfds:DATA_DIR".
       mesh: where the model lives.
 
     Returns:
-      `accuracy`, `top5_accuracy` and `loss`; of ImageNet-C their means over all corruptions and
+      `accuracy`, `top5_accuracy` and `loss`; for ImageNet-C their means over all corruptions and
       severities, `mce`, and each corruption's error relative to AlexNet's as `ce_NAME`.
 
     Raises:
-      UserError: an unknown set; images that are missing, or of classes that the model does not know.
+      UserError: the set is unknown, images are missing, or their classes are not the model's.
     """
     from cnx2_jax.data.sources import open_set
 
@@ -87,37 +87,40 @@ def evaluate_set(
     config.unlock()
 
     def scored(place: tuple[str, str]) -> Metrics:
-        return _evaluate(model, config, open_set(*place, class_names), name in OF_PRESENT_CLASSES, mesh)
+        return _evaluate(model, config, open_set(*place, class_names), name in PRESENT_CLASSES_ONLY, mesh)
 
     if name != "imagenet-c":
         return scored(_place(location, SETS[name]))
-    config.data.eval_crop = 1.0  # its images are cropped already
+    config.data.eval_crop = 1.0  # the published images are already cropped
     return corruption_errors(lambda corruption, severity: scored(_corrupted(location, corruption, severity)))
 
 
 def corruption_errors(scored: Callable[[str, int], Metrics]) -> Metrics:
-    """Evaluates all corruptions at all severities, and gives their mean corruption error.
+    """Evaluates all corruptions at all severities and returns metrics with `mce`, their mean error.
 
-    The errors of a corruption are averaged over severities and divided by AlexNet's; `mce` is the mean of
-    that over corruptions (Hendrycks & Dietterich 2019, section 4.1).
+    The error of a corruption is averaged over severities and divided by AlexNet's. `mce` is the mean of these
+    quotients over corruptions (Hendrycks & Dietterich 2019, section 4.1).
+
+    Args:
+      scored: returns the metrics for a corruption and a severity.
     """
     rows = {
         corruption: [scored(corruption, severity) for severity in SEVERITIES] for corruption in ALEXNET_ERRORS
     }
     metrics = {
-        key: float(np.mean([[row[key] for row in of_one] for of_one in rows.values()]))
+        key: float(np.mean([[row[key] for row in rows_of_one] for rows_of_one in rows.values()]))
         for key in rows["gaussian_noise"][0]
     }
     relative = {
-        corruption: float(np.mean([1 - row["accuracy"] for row in of_one])) / ALEXNET_ERRORS[corruption]
-        for corruption, of_one in rows.items()
+        corruption: float(np.mean([1 - row["accuracy"] for row in rows_of_one])) / ALEXNET_ERRORS[corruption]
+        for corruption, rows_of_one in rows.items()
     }
     metrics["mce"] = float(np.mean(list(relative.values())))
     return {**metrics, **{f"ce_{corruption}": value for corruption, value in relative.items()}}
 
 
 def _place(location: str, tfds_name: str) -> tuple[str, str]:
-    """The names of a source and of its root."""
+    """Returns `data.source` and `data.root` for a location."""
     kind, _, data_dir = location.partition(":")
     return (f"tfds:{tfds_name}", data_dir) if kind == "tfds" else ("folder", location)
 
@@ -127,16 +130,16 @@ def _corrupted(location: str, corruption: str, severity: int) -> tuple[str, str]
     kind, root = _place(location, spec)
     if kind != "folder":
         return kind, root
-    # The archives hold a folder a corruption; some keep them in one folder a kind of corruption.
+    # The archives hold one folder per corruption; some group these in one folder per kind of corruption.
     top = Path(os.path.expanduser(root))
     for candidate in (top / corruption, *sorted(top.glob(f"*/{corruption}"))):
         if (candidate / str(severity)).is_dir():
             return kind, str(candidate / str(severity))
-    raise UserError(f"'{root}' has no folder {corruption}/{severity}: it is not ImageNet-C, or not all of it")
+    raise UserError(f"'{root}' has no folder {corruption}/{severity}: it is not ImageNet-C, or incomplete")
 
 
 class _Restricted(nnx.Module):
-    """A classifier that knows some of its classes only."""
+    """A classifier restricted to some of its classes."""
 
     def __init__(self, model: ConvNeXtV2, classes: tuple[int, ...]):
         self.model = model
@@ -146,10 +149,10 @@ class _Restricted(nnx.Module):
         return self.model(images)[:, jnp.array(self.classes)]
 
 
-def _evaluate(model, config: ConfigDict, source: "Source", of_present_classes: bool, mesh: Mesh) -> Metrics:
+def _evaluate(model, config: ConfigDict, source: "Source", present_only: bool, mesh: Mesh) -> Metrics:
     from cnx2_jax.data.pipeline import eval_batches
 
-    if of_present_classes:
+    if present_only:
         classes = np.unique(source.all_labels())
         model = _Restricted(model, tuple(classes.tolist()))
         table = np.zeros(len(source.class_names), np.int32)

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 
-Params = dict[str, jax.Array]  # by official dotted name, such as `stages.2.5.dwconv.kernel`
+Params = dict[str, Any]  # by official dotted name, such as `stages.2.5.dwconv.kernel`
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -1,4 +1,4 @@
-"""How much arithmetic a program is, and the share of an accelerator's peak that a step reaches."""
+"""Counts the FLOPs of a traced program, and lists the peak FLOP/s of accelerators."""
 
 import math
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from jax.extend import core
 from jax.sharding import Mesh
 
-# FLOP/s in bfloat16 of one device as JAX counts them, by its `device_kind`. TPUs: Google Cloud's architecture
-# pages, per chip, halved for v2, v3 and 7x, whose chips are two devices. GPUs: NVIDIA's data sheets, dense.
+# Peak FLOP/s in bfloat16 of one JAX device, by `device_kind`. TPUs: Google Cloud's architecture pages, per
+# chip, halved for v2, v3 and 7x, whose chips have two devices. GPUs: NVIDIA's data sheets, without sparsity.
 PEAKS = {
     "TPU v2": 23e12,
     "TPU v3": 61.5e12,
@@ -25,16 +25,16 @@ PEAKS = {
 
 
 def matrix_flops(jaxpr: Any) -> int:
-    """Counts the FLOPs of a traced program's matrix products and convolutions, over all devices.
+    """Returns the FLOPs of a traced program's matrix products and convolutions, summed over all devices.
 
-    A multiply-add is two. Padding counts, the zeros that a stride puts between inputs do not. Loops count
-    times their trips, `while` once. What rematerialisation computes again counts again. Of what is done
-    differently on each platform, the form for GPUs counts: there convolutions are convolutions and moving
-    is moving, while TPUs move pixels by products with one-hot matrices, which are no use by themselves.
+    A multiply-add is two FLOPs. Padding counts; the zeros that a stride inserts between inputs do not. The
+    body of a `scan` counts once per iteration, that of a `while` once. Rematerialised operations count again.
+    Where platforms take different branches, the branch for GPUs counts: TPUs move pixels by products with
+    one-hot matrices, which would count as useful work.
 
     Args:
-      jaxpr: such as `jax.jit(f).trace(*args).jaxpr`. Under `shard_map` shapes are of one device; it is over
-        all axes of its mesh.
+      jaxpr: such as `jax.jit(f).trace(*args).jaxpr`. Inside `shard_map`, shapes are those of one device, and
+        the count is multiplied by the size of the mesh.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -59,20 +59,20 @@ def matrix_flops(jaxpr: Any) -> int:
 
 
 def _on_gpus(platforms: tuple) -> int:
-    """Returns the number of the branch that CUDA takes: the one that names it, else that of all others."""
+    """Returns the index of the branch that CUDA takes: the one that names it, else the default branch."""
     named = [i for i, names in enumerate(platforms) if names and "cuda" in names]
     return named[0] if named else platforms.index(None)
 
 
 def _programs(params: dict) -> list:
-    """Returns the programs that an operation carries."""
+    """Returns the jaxprs among the parameters of an operation."""
     values = [each for value in params.values() for each in (value if isinstance(value, tuple) else (value,))]
     closed = [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value for value in values]
     return [value for value in closed if isinstance(value, core.Jaxpr)]
 
 
 def peak(mesh: Mesh) -> float | None:
-    """Returns the FLOP/s that all devices of a mesh could do, None where that is not known."""
+    """Returns the peak FLOP/s of all devices of a mesh together, or None if it is unknown."""
     one = PEAKS.get(mesh.devices.flat[0].device_kind)
     return one * mesh.size if one else None
 
@@ -85,7 +85,7 @@ def _product(equation) -> int:
 
 def _convolution(equation) -> int:
     params, kernel = equation.params, equation.invars[1].aval.shape
-    # The kernel's axes: output channels, input channels of a group, then space.
+    # The kernel's axes: output channels, input channels per group, then spatial axes.
     _, inputs, *space = params["dimension_numbers"].rhs_spec
     taps = kernel[inputs] * math.prod(kernel[axis] for axis in space)
     return 2 * math.prod(equation.outvars[0].aval.shape) * taps // math.prod(params["lhs_dilation"])

@@ -1,11 +1,11 @@
-"""A labelled grid of images to look at."""
+"""Draws labelled grids of images."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-LEAST_SIDE = 96  # smaller images are enlarged by a whole factor, so that their pixels stay pixels
+LEAST_SIDE = 96  # smaller images are enlarged by an integer factor, which keeps their pixels sharp
 GAP = 4
 HEADER = 20
 TEXT = 13
@@ -15,11 +15,11 @@ def draw_grid(columns: dict[str, np.ndarray]) -> np.ndarray:
     """Draws named columns of images side by side.
 
     Args:
-      columns: uint8 `[N, H, W, C]` by name, all of one shape. Three channels are shown in colour, any other
-        count by its first channel in grey.
+      columns: uint8 `[N, H, W, C]` by name, all of the same shape. Images of three channels are drawn in
+        colour, others by their first channel in grey.
 
     Returns:
-      uint8 `[H', W', 3]`: a row per image, under a line of names.
+      uint8 `[H', W', 3]`: one row per image below a line of names.
     """
     images = _shown(np.stack(list(columns.values()), axis=1))  # N, columns, H, W, C
     rows, count, height, width, _ = images.shape
@@ -36,12 +36,12 @@ def draw_grid(columns: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def draw_sheet(images: np.ndarray, captions: Sequence[str], columns: int) -> np.ndarray:
-    """Draws images in rows, each with a caption under it.
+    """Draws images in rows, each with a caption below it.
 
     Args:
-      images: uint8 `[N, H, W, C]`, shown as `draw_grid` does.
-      captions: N of them; what is wider than its image is cut off.
-      columns: images in a row.
+      images: uint8 `[N, H, W, C]`, drawn as by `draw_grid`.
+      captions: N captions; one that is wider than its image is cut off.
+      columns: images per row.
 
     Returns:
       uint8 `[H', W', 3]`.
@@ -63,7 +63,7 @@ def draw_sheet(images: np.ndarray, captions: Sequence[str], columns: int) -> np.
 
 
 def _shown(images: np.ndarray) -> np.ndarray:
-    """Three channels of images `[..., H, W, C]`, enlarged if they are small."""
+    """Returns images `[..., H, W, C]` with three channels, enlarged if they are small."""
     images = images if images.shape[-1] == 3 else np.repeat(images[..., :1], 3, axis=-1)
     factor = max(1, -(-LEAST_SIDE // min(images.shape[-3:-1])))
     return images.repeat(factor, axis=-3).repeat(factor, axis=-2)

@@ -1,4 +1,4 @@
-"""Picture files."""
+"""Writes picture files."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from cnx2_jax.files import check_new
 
 
 def check_picture(path: Path) -> None:
-    """Raises UserError if a picture cannot be written there: see `check_new`, or it names no format."""
+    """Raises UserError unless `path` is new, writable and ends in the suffix of an image format."""
     check_new(path, "--out")
     if path.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"'{path}' names no image format; end it in .png")
+        raise UserError(f"'{path}' does not end in the suffix of an image format; end it in .png")
 
 
 def write_picture(picture: UInt8[np.ndarray, "height width 3"], path: Path) -> None:
-    """Writes a picture, in the format that its name ends in.
+    """Writes a picture in the format of the path's suffix.
 
     Raises:
       UserError: it cannot be written.

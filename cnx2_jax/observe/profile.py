@@ -1,4 +1,4 @@
-"""Traces of chosen updates."""
+"""Traces of selected updates."""
 
 import re
 from pathlib import Path
@@ -9,14 +9,14 @@ from cnx2_jax.errors import UserError
 
 
 class Profile:
-    """Writes a trace of some updates into a folder, for TensorBoard and Perfetto.
+    """Writes a trace of a range of updates into a folder, for TensorBoard and Perfetto.
 
     Args:
-      steps: `FIRST:LAST` of the updates, counted from 1, or empty for none.
-      folder: where to.
+      steps: `FIRST:LAST`, the updates to trace, counted from 1; empty for none.
+      folder: the folder to write to.
 
     Raises:
-      UserError: `steps` is not that.
+      UserError: `steps` is not of that form.
     """
 
     def __init__(self, steps: str, folder: Path):
@@ -28,17 +28,17 @@ class Profile:
         self._running = False
 
     def before(self, step: int) -> None:
-        """To be called before update number `step` is started."""
+        """Starts the trace if update number `step`, which has not started, is the first to trace."""
         if self._first <= step <= self._last and not self._running:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
     def after(self, step: int) -> bool:
-        """Says whether `close` is due once update number `step` is done."""
+        """Returns whether the trace must be closed after update number `step`."""
         return self._running and step >= self._last
 
     def close(self) -> None:
-        """Writes the trace, if one is being made."""
+        """Writes the trace if one is running."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False

@@ -1,4 +1,4 @@
-"""Lines and bars on standard error: what a command is doing, and how far it is."""
+"""Progress lines and bars on standard error."""
 
 import sys
 import time
@@ -11,22 +11,22 @@ from cnx2_jax.cluster.processes import is_first
 
 AnyBatch = TypeVar("AnyBatch", bound=Mapping)
 
-LINE_SECONDS = 10.0  # between progress lines where standard error is no terminal
+LINE_SECONDS = 10.0  # between progress lines if standard error is not a terminal
 
 
 def say(text: str) -> None:
-    """Prints a line to standard error, above a progress bar if there is one; process 0 does it for all."""
+    """Prints a line to standard error, above the progress bar if one is shown. Only process 0 prints."""
     if is_first():
         tqdm.write(text, file=sys.stderr)
 
 
 def watched(batches: Iterable[AnyBatch], num_images: int, what: str = "") -> Iterator[AnyBatch]:
-    """Passes padded batches on, and reports how many of `num_images` are done if that takes long.
+    """Yields padded batches, and reports how many of `num_images` are done if that takes long.
 
     Args:
       batches: of this process, or global ones; each has a `mask` `[B]`, False on padding.
-      num_images: how many images there are.
-      what: what is done with them, for the progress bar or line.
+      num_images: number of images.
+      what: the name of the work, for the progress bar or line.
     """
     done, said = 0, time.monotonic()
     terminal = sys.stderr.isatty()

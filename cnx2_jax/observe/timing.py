@@ -1,4 +1,4 @@
-"""Where a run's time goes: throughput, goodput, waiting for data, step times, FLOPs, memory, traces."""
+"""Measures a run's time: throughput, goodput, waiting for data, step times, FLOP utilisation, memory."""
 
 import contextlib
 import re
@@ -10,51 +10,51 @@ import numpy as np
 
 from cnx2_jax.types import Metrics
 
-# What is a matter of time and place: all other metrics are a function of the config and the step.
+# Metrics that depend on the machine. All others are a function of the config and the step.
 TIMED = re.compile(r"images_per_sec|goodput|data_wait|flop_utilisation|step_seconds_.*|memory_.*")
 
 
 class Observer:
-    """Measures one run from its start; `values` says what happened since it was last asked.
+    """Measures one run from its start. `values` returns the measurements since its last call.
 
     Args:
       batch_size: images per update, for throughput.
-      now: seconds of a clock that does not go back.
+      now: a clock in seconds that never goes backwards.
     """
 
     def __init__(self, batch_size: int, now: Callable[[], float] = time.monotonic):
         self._batch_size = batch_size
         self._now = now
         self._begin = self._since = self._landed = now()
-        self._trained = 0.0  # in updates, since the run began
+        self._trained = 0.0  # seconds in updates since the run began
         self._updates = 0
         self._waited = 0.0
         self._rate = 0.0
         self._intervals: list[float] = []
-        self._earlier: list[float] = []  # intervals of former windows
+        self._earlier: list[float] = []  # intervals of earlier windows
         self._at_peak: float | None = None
 
     def expect(self, seconds_at_peak: float) -> None:
-        """Says how long an update would take at the devices' peak FLOP/s, where that is known."""
+        """Sets the seconds that an update would take at the devices' peak FLOP/s."""
         self._at_peak = seconds_at_peak
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts what happens inside as waiting for data."""
+        """Counts the time of the block as waiting for data."""
         begin = self._now()
         yield
         self._waited += self._now() - begin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps what happens inside (evaluation, saving) out of all but goodput, which pays for it."""
+        """Leaves the time of the block (evaluation, saving) out of every measurement but goodput."""
         begin = self._now()
         yield
         self._landed += self._now() - begin
         self._since += self._now() - begin
 
     def landed(self) -> None:
-        """Says that one more update is done. The first one compiles: no step time, and no goodput."""
+        """Counts a finished update; the first one compiles, so its time is not measured."""
         now = self._now()
         if self._updates:
             self._intervals.append(now - self._landed)
@@ -65,14 +65,14 @@ class Observer:
         self._landed = now
 
     def values(self) -> Metrics:
-        """Returns what was measured since the last call.
+        """Returns the measurements since the last call.
 
         Returns:
-          `images_per_sec`, the last known where no update was done. `goodput`: share of the time since the
-          run began in which it trained. `data_wait`: share of the time in which the host waited for data.
-          `step_seconds_p50`, `_p90`, `_p99`. `flop_utilisation`: share of the devices' peak FLOP/s that the
-          updates made use of, where it is known (`flops`). `memory_peak_gib`: the most that any device here
-          held, where devices say so.
+          `images_per_sec`: the last known value if no update was done. `goodput`: share of the time since
+          the run began that was spent in updates. `data_wait`: share of the time that the host waited for
+          data. `step_seconds_p50`, `_p90`, `_p99`: percentiles of the step time. `flop_utilisation`: share
+          of the devices' peak FLOP/s, if the peak is known (see `flops`). `memory_peak_gib`: the largest
+          peak memory of this host's devices, if they report it.
         """
         now = self._now()
         if self._intervals:
@@ -87,7 +87,7 @@ class Observer:
         return {name: float(f"{value:.6g}") for name, value in values.items()}
 
     def summary(self) -> str:
-        """Returns a line about the whole run."""
+        """Returns one line of text about the whole run."""
         line = f"goodput {self._goodput(self._now()):.0%}"
         intervals = self._earlier + self._intervals
         times = _percentiles(intervals)

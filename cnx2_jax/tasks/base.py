@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from cnx2_jax.checkpoints.metadata import make_card
+from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import image_hw, register_task
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.metrics import Mean, Metric, evaluate
@@ -188,7 +188,7 @@ class Task:
 
     def metadata(self) -> dict:
         """Returns what a user of the weights must know, as JSON: it travels in every checkpoint."""
-        return make_card(self.config, self.class_names)
+        return make_metadata(self.config, self.class_names)
 
     def normalise(self, images: UInt8[Array, "b height width c"]) -> Float[Array, "b height width c"]:
         """Maps uint8 images to float32, by `data.mean` and `data.std`."""

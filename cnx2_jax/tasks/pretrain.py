@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cnx2_jax.checkpoints.metadata import make_card
+from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import image_hw
 from cnx2_jax.models.fcmae import FCMAE, Output, paste
 from cnx2_jax.models.pixels import denormalise, normalise
@@ -71,7 +71,7 @@ class Pretrain(Task, name="pretrain"):
         return {"reconstructions": reconstruct(model, self.config, some_images(self.data))}
 
     def metadata(self) -> dict:
-        return make_card(self.config, ())  # the weights have no classes, whatever the images have
+        return make_metadata(self.config, ())  # the weights have no classes, whatever the images have
 
 
 def some_images(data: Data) -> np.ndarray:

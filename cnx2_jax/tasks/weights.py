@@ -21,9 +21,9 @@ def load(path: Path) -> tuple[ConvNeXtV2 | FCMAE, ConfigDict, tuple[str, ...]]:
       UserError: there is no checkpoint, or it cannot be read.
     """
     folder = checkpoint.find(path)
-    card = checkpoint.read_card(folder)
+    metadata = checkpoint.read_metadata(folder)
     try:
-        config, class_names = from_json(card["config"]), tuple(card["class_names"])
+        config, class_names = from_json(metadata["config"]), tuple(metadata["class_names"])
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"checkpoint '{path}' is damaged: its config cannot be read ({error})") from None
     empty = nnx.eval_shape(lambda: build(config, len(class_names), nnx.Rngs(0)))
@@ -49,7 +49,7 @@ def check_params(params: Params, like: Params, source: str) -> None:
 
 
 def check_class_names(theirs: dict, ours: dict, source: str) -> None:
-    """Raises UserError unless two cards name the same classes, or the checkpoint's names none."""
+    """Raises UserError unless both metadata name the same classes, or the checkpoint names none."""
     stored, here = theirs.get("class_names"), ours["class_names"]
     if stored and here and stored != here:
         place = next(
@@ -73,8 +73,8 @@ def starting_params(
       UserError: there is no checkpoint, or it is of another variant.
     """
     folder = checkpoint.find(path)
-    card = checkpoint.read_card(folder)
-    theirs, ours = card["config"]["model"]["variant"], config.model.variant
+    metadata = checkpoint.read_metadata(folder)
+    theirs, ours = metadata["config"]["model"]["variant"], config.model.variant
     if theirs != ours:
         raise UserError(
             f"checkpoint '{path}' holds variant '{theirs}', the config asks for '{ours}'; "
@@ -85,7 +85,7 @@ def starting_params(
     if pretrained:
         prefix = "encoder."
         stored = {n.removeprefix(prefix): value for n, value in stored.items() if n.startswith(prefix)}
-    others = bool(class_names and card["class_names"]) and tuple(card["class_names"]) != class_names
+    others = bool(class_names and metadata["class_names"]) and tuple(metadata["class_names"]) != class_names
     mine = ("norm.", "head.") if pretrained else ("head.",) if others else ()
     own = {
         name

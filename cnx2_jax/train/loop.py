@@ -60,13 +60,13 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
     with (
         only_run_in(workdir),
         HangWatch(config.hang_seconds, workdir, jax.process_index()) as hang,
-        StopRequest(hang.moved) as stop,
+        StopRequest(hang.progressed) as stop,
     ):
         metric, end = task.best
         metric = AVERAGED + metric if config.ema_decay else metric
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=(metric, end))
         state = starting.first_state(task, program.transform, checkpoints, like, mesh)
-        with hang.aside():
+        with hang.suspended():
             task.begin(state.arrays)
         step = saved = begun = int(state.step)
         # The metrics of the evaluation at `step`, None while it was not done. Process 0 reads for all.

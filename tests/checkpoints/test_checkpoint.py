@@ -16,7 +16,7 @@ from cnx2_jax.checkpoints.manager import Checkpoints
 from cnx2_jax.errors import UserError
 from cnx2_jax.train.state import TrainState, saved_items
 
-CARD = {"format": "cnx2_jax 1", "class_names": ["a", "b"], "config": {"task": "classify"}}
+METADATA = {"format": "cnx2_jax 1", "class_names": ["a", "b"], "config": {"task": "classify"}}
 MAX, MIN = ("accuracy", "max"), ("loss", "min")
 
 
@@ -39,7 +39,7 @@ def save(directory, steps, *, keep=2, best=MAX):
     """Saves steps, given as {step: metrics}."""
     ours = Checkpoints(directory, keep=keep, best=best)
     for step, metrics in steps.items():
-        ours.save(step, saved_items(make_state(step, step)), CARD, metrics)
+        ours.save(step, saved_items(make_state(step, step)), METADATA, metrics)
     ours.close()
 
 
@@ -63,7 +63,7 @@ def run(tmp_path_factory):
 def exported(run, tmp_path_factory):
     """An exported checkpoint of step 12; not to be changed."""
     out = tmp_path_factory.mktemp("out") / "exported"
-    checkpoint.write(out, checkpoint.read_params(run / "checkpoints" / "12"), CARD)
+    checkpoint.write(out, checkpoint.read_params(run / "checkpoints" / "12"), METADATA)
     return out
 
 
@@ -120,7 +120,7 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
     ours = Checkpoints(tmp_path / "c", keep=2, best=MAX)
     state = make_state(1)
     expected = np.array(state.params["stages.0.0.pwconv1.kernel"])
-    ours.save(1, saved_items(state), CARD, None)
+    ours.save(1, saved_items(state), METADATA, None)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
     overwrite(state.params)
     ours.close()
@@ -145,7 +145,7 @@ def test_unfinished_checkpoints_are_ignored_and_removed(run, tmp_path):
     assert checkpoint.find(tmp_path / "run") == checkpoints / "12"
     ours = Checkpoints(checkpoints, keep=2, best=MAX)
     assert damage.latest_whole(ours.directory, ("params",)) == 12
-    ours.save(20, saved_items(make_state(20, 20)), CARD, None)
+    ours.save(20, saved_items(make_state(20, 20)), METADATA, None)
     ours.close()
     assert not any(folder.exists() for folder in unfinished)
     assert steps_in(checkpoints) == [12, 20]
@@ -185,12 +185,12 @@ def test_finds_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["run", "exported"])
-def test_reads_params_and_card(kind, run, exported):
+def test_reads_params_and_metadata(kind, run, exported):
     folder = checkpoint.find({"run": run, "exported": exported}[kind])
     params = checkpoint.read_params(folder)
     assert bits(params) == bits(make_state(12).params)
     assert params.keys() == make_state(12).params.keys()
-    assert checkpoint.read_card(folder) == CARD
+    assert checkpoint.read_metadata(folder) == METADATA
 
 
 def test_exported_checkpoint_needs_nothing_but_orbax(exported):
@@ -198,7 +198,7 @@ def test_exported_checkpoint_needs_nothing_but_orbax(exported):
         tree = checkpointer.restore(exported / "params")
     assert tree.keys() == make_state(12).params.keys()
     assert bits(tree) == bits(make_state(12).params)
-    assert json.loads((exported / "card" / "metadata").read_text()) == CARD
+    assert json.loads((exported / "card" / "metadata").read_text()) == METADATA
     assert sorted(path.name for path in exported.iterdir()) == ["card", "params"]
 
 
@@ -209,12 +209,12 @@ def copy(exported, tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"config": {}}'])
-def test_damaged_card(copy, text):
+def test_damaged_metadata(copy, text):
     (copy / "card" / "metadata").unlink()
     if text is not None:
         (copy / "card" / "metadata").write_text(text)
-    with pytest.raises(UserError, match="has no readable card"):
-        checkpoint.read_card(copy)
+    with pytest.raises(UserError, match="has no readable metadata"):
+        checkpoint.read_metadata(copy)
 
 
 def remove_metadata(params):
@@ -263,7 +263,7 @@ def test_damaged_params(copy, damage):
 
 
 def test_write_makes_folders_and_leaves_nothing_else(tmp_path):
-    checkpoint.write(tmp_path / "a" / "b", make_state().params, CARD)
+    checkpoint.write(tmp_path / "a" / "b", make_state().params, METADATA)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
@@ -276,9 +276,9 @@ def test_write_never_overwrites(tmp_path, kind):
     elif kind == "folder":
         out.mkdir()
     else:
-        checkpoint.write(out, make_state(1).params, CARD)
+        checkpoint.write(out, make_state(1).params, METADATA)
     with pytest.raises(UserError, match="out' exists already; nothing was overwritten"):
-        checkpoint.write(out, make_state(2).params, CARD)
+        checkpoint.write(out, make_state(2).params, METADATA)
     if kind == "file":
         assert out.read_text() == "mine"
     elif kind == "folder":
@@ -290,7 +290,7 @@ def test_write_never_overwrites(tmp_path, kind):
 def test_write_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="cannot write"):
-        checkpoint.write(tmp_path / "file" / "out", make_state().params, CARD)
+        checkpoint.write(tmp_path / "file" / "out", make_state().params, METADATA)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -300,7 +300,7 @@ def test_write_where_nothing_can_be_written(tmp_path):
 def test_averaged_parameters_come_back_and_are_what_a_user_reads(tmp_path):
     state = averaged(make_state(1, 5))
     ours = Checkpoints(tmp_path / "c", keep=1, best=MAX)
-    ours.save(5, saved_items(state), CARD, None)
+    ours.save(5, saved_items(state), METADATA, None)
     ours.close()
     folder = tmp_path / "c" / "5"
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

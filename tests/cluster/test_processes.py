@@ -24,7 +24,7 @@ if count > 1:
 import numpy as np
 from tests_helper import task_and_model
 from cnx2_jax.train import sharding
-from cnx2_jax.train.state import merge, split
+from cnx2_jax.models.state import merge, split
 task, model = task_and_model()
 mesh = sharding.make_mesh(task.config.mesh)
 graph, params = split(model)
@@ -42,7 +42,7 @@ from cnx2_jax.configuration import override
 from cnx2_jax.tasks import defaults
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import make_task
-from cnx2_jax.train.state import merge, split
+from cnx2_jax.models.state import merge, split
 from cnx2_jax.models.pixels import normalise
 
 

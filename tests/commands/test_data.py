@@ -63,7 +63,7 @@ def test_captions():
     ("arguments", "message"),
     [
         (["--out", "{tmp}/file.png"], "{tmp}/file.png' exists already; nothing was overwritten"),
-        (["--out", "{tmp}/x.docx"], "{tmp}/x.docx' names no image format"),
+        (["--out", "{tmp}/x.docx"], "{tmp}/x.docx' does not end in the suffix of an image format"),
         (["--out", "{tmp}/file.png/x.png"], "cannot write '{tmp}/file.png/x.png'"),
         (["--out", "{tmp}/x.png", "--rows", "0"], "--rows must be 1 to 100"),
         (["--out", "{tmp}/x.png", "--step", "-1"], "--step at least 0"),

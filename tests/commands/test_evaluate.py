@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from cnx2_jax.checkpoints import checkpoint
-from cnx2_jax.checkpoints.metadata import make_card
+from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.cli import main
 from cnx2_jax.data.pipeline import ImageData, eval_batches
 from cnx2_jax.models.pixels import normalise
@@ -46,7 +46,7 @@ def stored(tmp_path_factory):
     _, params = split(models.build(config(), len(NAMES), nnx.Rngs(0)))
     params["head.bias"] = params["head.bias"].at[:].set(np.array([0, 100, 0], np.float32))
     folder = tmp_path_factory.mktemp("checkpoints") / "one"
-    checkpoint.write(folder, params, make_card(config(), NAMES))
+    checkpoint.write(folder, params, make_metadata(config(), NAMES))
     return folder
 
 
@@ -157,7 +157,7 @@ def runs(tmp_path_factory, random_params):
     classes = tuple("0123456789")
     empty = nnx.eval_shape(lambda: models.build(config(), len(classes), nnx.Rngs(0)))
     _, params = split(random_params(empty, 0))
-    checkpoint.write(classify / "checkpoints" / "4", params, make_card(config(), classes))
+    checkpoint.write(classify / "checkpoints" / "4", params, make_metadata(config(), classes))
     (classify / "config.json").write_text(json.dumps(config().to_dict()))
     return {"pretrain": pretrain, "classify": classify}
 

@@ -13,7 +13,7 @@ from jax import export
 from PIL import Image
 
 from cnx2_jax.checkpoints import checkpoint
-from cnx2_jax.checkpoints.metadata import make_card
+from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.cli import main
 from cnx2_jax.models.state import split
 from cnx2_jax.tasks import defaults, models, weights
@@ -43,7 +43,7 @@ def stored(random_params, tmp_path_factory):
             config.model.decoder_dim = 8
         empty = nnx.eval_shape(lambda: models.build(config, len(names), nnx.Rngs(0)))  # noqa: B023 - called here
         params = split(random_params(empty, 0))[1]
-        checkpoint.write(folder / task, params, make_card(config, names))
+        checkpoint.write(folder / task, params, make_metadata(config, names))
     return folder
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from cnx2_jax.checkpoints import checkpoint
-from cnx2_jax.checkpoints.metadata import make_card
+from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.cli import main
 from cnx2_jax.data.pipeline import preprocess_files
 from cnx2_jax.models.pixels import normalise
@@ -48,7 +48,7 @@ def config(task):
 
 def store(folder, task, names, fill):
     empty = nnx.eval_shape(lambda: models.build(config(task), len(names), nnx.Rngs(0)))
-    checkpoint.write(folder, split(fill(empty, 3))[1], make_card(config(task), names))
+    checkpoint.write(folder, split(fill(empty, 3))[1], make_metadata(config(task), names))
     return folder
 
 

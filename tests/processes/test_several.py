@@ -162,13 +162,13 @@ def test_kills_change_nothing(tmp_path):
 JOINED = """
 import argparse, sys, time
 from cnx2_jax.errors import UserError
-from cnx2_jax.train import processes
+from cnx2_jax.cluster import processes
 
 if __name__ == "__main__":
     what, *options = sys.argv[1:]
     parser = argparse.ArgumentParser()
     processes.add_arguments(parser)
-    processes.MEETING_SECONDS = 4 if what == "alone" else 100
+    processes.CONNECT_SECONDS = 4 if what == "alone" else 100
     with processes.joined(parser.parse_args(options)):
         import jax
         from jax.experimental.multihost_utils import process_allgather
@@ -203,14 +203,14 @@ def together(program, what, count=2):
 def test_when_one_process_fails_the_others_say_so_and_end_alike(program):
     (first, _, said), (second, _, own) = finish(together(program, "fail"))
     assert (first, second) == (2, 2)
-    assert re.search(r"stopped: process 1 \(\S+, pid \d+\) of 2 ended: image 'x.png' cannot be read", said)
+    assert re.search(r"stopped: process 1 \(\S+, pid \d+\) of 2 failed: image 'x.png' cannot be read", said)
     assert "cnx2: error: image 'x.png' cannot be read" in own
 
 
 def test_a_process_that_vanishes_is_named(program):
     (first, _, said), (second, _, _) = finish(together(program, "vanish"))
     assert (first, second) == (1, -signal.SIGKILL)
-    assert re.search(r"stopped: process 1 \(\S+, pid \d+\) of 2 gone without a word; the same command", said)
+    assert re.search(r"stopped: process 1 \(\S+, pid \d+\) of 2 disappeared; give the same command", said)
     assert "Traceback" not in said
 
 
@@ -226,7 +226,7 @@ def test_a_frozen_host_ends_the_others_in_bounded_time(program, victim):
     processes[victim].send_signal(signal.SIGKILL)
     processes[victim].communicate()
     assert other.returncode != 0
-    expected = r"process 1 \(\S+, pid \d+\) of 2 gone without a word" if victim else "process 0 of 2 is gone"
+    expected = r"process 1 \(\S+, pid \d+\) of 2 disappeared" if victim else "process 0 of 2 is gone"
     assert re.search(expected, said)
 
 
@@ -235,7 +235,7 @@ def test_processes_that_do_not_come_together_say_so(program):
     ends = finish(start([program, "alone", *one], [program, "alone", *two[:1], "127.0.0.1:9", *two[2:]]))
     for status, _, said in ends:
         assert status == 1
-        assert re.search(r"all 2 processes at \S+ did not come together within 4 s", said)
+        assert re.search(r"all 2 processes at \S+ did not connect within 4 s", said)
 
 
 def test_a_coordinator_port_that_is_taken(program):

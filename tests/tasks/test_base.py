@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from cnx2_jax.checkpoints import checkpoint
-from cnx2_jax.checkpoints.metadata import make_card
+from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE, ConvNeXtV2
@@ -44,8 +44,8 @@ def stored(tmp_path):
 
     def write(config, classes=0, seed=0):
         path = tmp_path / f"{config.task}-{classes}-{seed}"
-        card = make_card(config, tuple("abcdefghijkl"[:classes]))
-        checkpoint.write(path, random_params(config, classes, seed), card)
+        metadata = make_metadata(config, tuple("abcdefghijkl"[:classes]))
+        checkpoint.write(path, random_params(config, classes, seed), metadata)
         return path
 
     return write
@@ -158,9 +158,9 @@ def test_load_gives_model_config_and_classes(stored, task, classes, kind):
     assert all(same(params[name], expected[name]) for name in expected)
 
 
-def test_load_of_parameters_that_are_not_the_cards(tmp_path):
-    card = make_card(small("classify"), ("a", "b"))
-    checkpoint.write(tmp_path / "c", random_params(small("classify"), 3), card)
+def test_load_of_parameters_that_do_not_fit_the_metadata(tmp_path):
+    metadata = make_metadata(small("classify"), ("a", "b"))
+    checkpoint.write(tmp_path / "c", random_params(small("classify"), 3), metadata)
     with pytest.raises(UserError, match=r"'head.bias' is \(3,\) there and \(2,\) here"):
         weights.load(tmp_path / "c")
 

@@ -95,12 +95,12 @@ def test_a_logit_that_is_no_number_is_no_answer():
     assert np.isnan(metrics["loss"])
 
 
-def test_card_carries_what_prediction_needs():
+def test_metadata_carries_what_prediction_needs():
     task = classify("image_size=16")
-    card = task.metadata()
-    assert card["class_names"] == [str(digit) for digit in range(10)]
-    assert card["config"]["model"]["dims"] == task.config.model.dims
-    assert card["config"]["image_size"] == (16,)
+    metadata = task.metadata()
+    assert metadata["class_names"] == [str(digit) for digit in range(10)]
+    assert metadata["config"]["model"]["dims"] == task.config.model.dims
+    assert metadata["config"]["image_size"] == (16,)
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])

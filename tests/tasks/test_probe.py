@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from cnx2_jax.checkpoints import checkpoint
-from cnx2_jax.checkpoints.metadata import make_card
+from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import classification
@@ -59,7 +59,7 @@ def encoder(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("encoder") / "stored"
     params = {name: draw(name, leaf.shape).astype(np.float32) for name, leaf in shapes.items()}
-    checkpoint.write(path, params, make_card(config, ()))
+    checkpoint.write(path, params, make_metadata(config, ()))
     return path
 
 
