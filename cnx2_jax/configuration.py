@@ -4,15 +4,17 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.files import write_text
 
 # A run may go on with other values of these: they change where, how and how often, not what is computed.
 FREE_KEYS = (
@@ -164,6 +166,17 @@ def load_config(location: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       UserError: no such file, no `get_config` in it, an argument it does not know, or a bad override.
     """
+    module, argument = load_module(location)
+    config = module.get_config(argument) if argument else module.get_config()
+    return override(config, overrides)
+
+
+def load_module(location: str) -> tuple[ModuleType, str]:
+    """Loads the module of `FILE.py[:ARGUMENT]` and returns it with the argument, which may be empty.
+
+    Raises:
+      UserError: no such file, not valid Python, or no `get_config` in it.
+    """
     path, _, argument = location.partition(":")
     if not Path(path).is_file():
         raise UserError(f"config file '{path}' does not exist; give FILE.py:NAME, see configs/")
@@ -177,8 +190,7 @@ def load_config(location: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"config file '{path}' is not valid Python: {error}") from None
     if not hasattr(module, "get_config"):
         raise UserError(f"config file '{path}' has no function get_config")
-    config = module.get_config(argument) if argument else module.get_config()
-    return override(config, overrides)
+    return module, argument
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -187,7 +199,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     Raises:
       UserError: an unknown key, with the nearest known one, or a value of another type.
     """
-    known = _flatten(config.to_dict())
+    known = flatten(config)
     # absl would append the values of a tuple that is given twice; here the last one counts.
     last = {argument.partition("=")[0]: argument for argument in overrides}
     overrides = list(last.values())
@@ -209,7 +221,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     except flags.Error as error:
         text = str(error).replace("flag --config.", "config key ").splitlines()[0]
         raise UserError(text) from None
-    for key, value in _flatten(config.to_dict()).items():
+    for key, value in flatten(config).items():
         if isinstance(value, tuple):  # which absl fills with anything
             # Tuples that are empty by default, such as dims, are of whole numbers.
             kinds = (int,) if all(isinstance(item, int) for item in known[key]) else (int, float)
@@ -223,7 +235,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 def check_ranges(config: ConfigDict) -> None:
     """Raises UserError if a number is out of its range, or no number at all (NaN)."""
-    flat = _flatten(config.to_dict())
+    flat = flatten(config)
     for key, (least, greatest) in RANGES.items():
         if key in flat and not least <= flat[key] <= greatest:
             most = "" if greatest == INFINITY else f" and at most {greatest}"
@@ -270,7 +282,7 @@ def make_workdir(config: ConfigDict, workdir: Path) -> None:
       UserError: the workdir cannot be made, or belongs to a run with another config.
     """
     if (workdir / "config.json").exists():
-        old, new = _flatten(read_config(workdir).to_dict()), _flatten(config.to_dict())
+        old, new = flatten(read_config(workdir)), flatten(config)
         changed = [
             f"{key} = {_shown(old, key)} there, {_shown(new, key)} here"
             for key in sorted(old.keys() | new.keys())
@@ -297,11 +309,8 @@ def record_config(config: ConfigDict, workdir: Path) -> None:
       UserError: see `make_workdir`.
     """
     make_workdir(config, workdir)
-    path = workdir / "config.json"
     try:
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        os.replace(partial, path)  # whole or not at all, whenever the process dies
+        write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
     except OSError as error:
         raise _cannot_write(workdir, error) from None
 
@@ -354,11 +363,14 @@ def _shown(values: Mapping, key: str) -> str:
     return str(values.get(key, "unset")) or "''"
 
 
-def _flatten(values: Mapping, prefix: str = "") -> dict:
-    flat = {}
+def flatten(values: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of a config or nested dict by dotted path, such as `model.depths`."""
+    if isinstance(values, ConfigDict):
+        values = values.to_dict()
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat

@@ -1,7 +1,7 @@
-"""Sweeps: which overrides of a config to try. A config's `sweep_NAME()` returns a list of them.
+"""Helpers for the `sweep_NAME()` functions of config files, which return a list of overrides to try.
 
-An override is a dict of config keys and values, such as `{"optimizer.layer_decay": 0.8}`;
-experiments/sweep.py makes a run of each.
+Overrides are a dict of config keys and values, such as `{"optimizer.layer_decay": 0.8}`; `cnx2 sweep` makes a
+run of each.
 """
 
 import itertools

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cnx2_jax import configuration
-from cnx2_jax.configuration import FREE_KEYS, defaults, load_config, override
+from cnx2_jax.configuration import FREE_KEYS, defaults, flatten, load_config, override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import split
 from cnx2_jax.tasks import make_task
@@ -34,15 +34,6 @@ RECIPES = [
     }.items()
     for name in (*names, "smoke")
 ]
-
-
-def flat(config, prefix=""):
-    """The config's leaves by dotted key."""
-    values = config.to_dict() if isinstance(config, ConfigDict) else config
-    result = {}
-    for key, value in values.items():
-        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return result
 
 
 def changed(task="pretrain", *arguments):
@@ -71,13 +62,13 @@ def changed(task="pretrain", *arguments):
 )
 def test_override_has_the_type_of_its_key(argument, value):
     key = argument.partition("=")[0]
-    found = flat(changed("pretrain", argument))[key]
+    found = flatten(changed("pretrain", argument))[key]
     assert found == value
     assert type(found) is type(value)
 
 
 def test_override_leaves_everything_else():
-    before, after = flat(defaults("pretrain")), flat(changed("pretrain", "model.mask_ratio=0.75"))
+    before, after = flatten(defaults("pretrain")), flatten(changed("pretrain", "model.mask_ratio=0.75"))
     assert {key for key in before if before[key] != after[key]} == {"model.mask_ratio"}
     assert before.keys() == after.keys()
 
@@ -239,7 +230,7 @@ def test_workdir_is_recorded_and_recognised(tmp_path):
     config = changed("classify", "image_size=(32,48)", "data.root=x")
     configuration.record_config(config, workdir)
     text = (workdir / "config.json").read_text()
-    assert flat(json.loads(text))["data.root"] == "x"
+    assert flatten(json.loads(text))["data.root"] == "x"
     configuration.record_config(changed("classify", "image_size=(32,48)", "data.root=x"), workdir)
     assert (workdir / "config.json").read_text() == text
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
@@ -277,9 +268,9 @@ def test_free_keys_may_change_and_are_recorded(tmp_path):
         "hang_seconds": 5.0,
     }
     # All keys that are free, and no others, are in this test.
-    assert set(new) == {key for key in flat(defaults("pretrain")) if key.startswith(FREE_KEYS)}
+    assert set(new) == {key for key in flatten(defaults("pretrain")) if key.startswith(FREE_KEYS)}
     configuration.record_config(changed("pretrain", *[f"{k}={v}" for k, v in new.items()]), tmp_path)
-    recorded = flat(json.loads((tmp_path / "config.json").read_text()))
+    recorded = flatten(json.loads((tmp_path / "config.json").read_text()))
     assert {key: recorded[key] for key in new} == new
 
 
@@ -324,8 +315,8 @@ def test_every_recipe_loads_and_survives_json(recipe, tmp_path):
     assert config.model.variant == {"digits": "custom", "smoke": "atto"}.get(name, name)
     configuration.record_config(config, tmp_path)
     again = configuration.read_config(tmp_path)
-    assert flat(again) == flat(config)
-    assert {k: type(v) for k, v in flat(again).items()} == {k: type(v) for k, v in flat(config).items()}
+    assert flatten(again) == flatten(config)
+    assert {k: type(v) for k, v in flatten(again).items()} == {k: type(v) for k, v in flatten(config).items()}
 
 
 def test_the_test_knows_every_recipe():
@@ -351,7 +342,7 @@ AUGMENTED = {**IMAGENET, "data.augment": "rand-m9-mstd0.5-inc1", "data.random_er
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_pretraining_is_as_published(name):
-    values = flat(load_config(f"{CONFIGS}/pretrain.py:{name}"))
+    values = flatten(load_config(f"{CONFIGS}/pretrain.py:{name}"))
     expected = {
         "task": "pretrain",
         "optimizer.base_learning_rate": 1.5e-4,
@@ -395,7 +386,7 @@ cutmix            0     .3    .3    .5    1     1        1        1
 def test_finetuning_is_as_published(column):
     table = published(FINETUNING, column)
     name = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")[column]
-    values = flat(load_config(f"{CONFIGS}/finetune.py:{name}"))
+    values = flatten(load_config(f"{CONFIGS}/finetune.py:{name}"))
     expected = {
         "task": "classify",
         "optimizer.base_learning_rate": table["base lr"],
@@ -434,7 +425,7 @@ drop path         0     0     .1    .1    .3
 @pytest.mark.parametrize("column", range(5))
 def test_intermediate_finetuning_is_as_published(column):
     table = published(FINETUNING_22K, column)
-    values = flat(load_config(f"{CONFIGS}/finetune_22k.py:{LARGER[column]}"))
+    values = flatten(load_config(f"{CONFIGS}/finetune_22k.py:{LARGER[column]}"))
     expected = {
         "optimizer.base_learning_rate": 2.5e-4,
         "optimizer.weight_decay": 0.05,
@@ -467,7 +458,7 @@ ema               .9999   .9999   .9999   .9999   0
 @pytest.mark.parametrize("size", [224, 384, 512])
 def test_finetuning_after_22k_is_as_published(column, size):
     table = published(FINETUNING_22K_1K, column)
-    values = flat(load_config(f"{CONFIGS}/finetune_22k_1k.py:{LARGER[column]},image_size={size}"))
+    values = flatten(load_config(f"{CONFIGS}/finetune_22k_1k.py:{LARGER[column]},image_size={size}"))
     expected = {
         "optimizer.base_learning_rate": 2.5e-5,
         "optimizer.weight_decay": 1e-8,
@@ -592,7 +583,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     fit(CheapTask(task), tmp_path / "run")
 
     read = {prefixes[place] + key for place, key in reads if place in prefixes}
-    assert set(flat(config)) - read == {"model.nobody_reads_this"}
+    assert set(flatten(config)) - read == {"model.nobody_reads_this"}
 
 
 def test_of_an_override_that_is_given_twice_the_last_counts():
