@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.hours is not None and not 0 < args.hours < math.inf:
         raise UserError(f"--hours {args.hours} must be above 0")
-    topology = topologies.topology(args.topology)
     config = load_config(args.config, overrides)
     use_synthetic_images(config, args.images, args.classes)
+    topology = topologies.topology(args.topology)
     found = find_batch(config, topology) if args.find_batch else preflight(config, topology)
     if args.hours and found["fits"]:
         found |= needed_rate(config, topology, found, args.hours)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(job: Job) -> Plan:
-    """Returns an attempt: request the slice if necessary, copy the tree to all hosts, run the command there."""
+    """Returns an attempt: request the slice if necessary, copy the tree to its hosts, run the command."""
     zone = shlex.quote(f"--zone={job.options['zone']}")
     queued = "gcloud compute tpus queued-resources"
     create = [
