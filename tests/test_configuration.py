@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import runpy
 from pathlib import Path
 
@@ -281,10 +282,18 @@ def test_workdir_that_cannot_be_written(tmp_path):
             configuration.record_config(changed("pretrain"), workdir)
         with pytest.raises(UserError, match="cannot write to workdir"):
             configuration.make_workdir(changed("pretrain"), workdir)
-    (tmp_path / "run" / "config.tmp").mkdir(parents=True)  # where the file would be written
-    with pytest.raises(UserError, match="cannot write to workdir"):
-        configuration.record_config(changed("pretrain"), tmp_path / "run")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_config_that_cannot_be_written_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write to workdir .*: File too large"):
+            configuration.record_config(changed("pretrain"), tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_make_workdir_records_nothing(tmp_path):

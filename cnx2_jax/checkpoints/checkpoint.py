@@ -8,8 +8,6 @@ An exported checkpoint has `params` and `card` alone, so one reader serves both.
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from cnx2_jax.errors import RunError, UserError
+from cnx2_jax.files import check_new, creating
 from cnx2_jax.models.state import Params
 from cnx2_jax.train.state import TrainState
 
@@ -219,17 +218,9 @@ def write(path: Path, params: Params, card: dict) -> None:
     Raises:
       UserError: something is there already, or it cannot be written.
     """
-    if path.exists():
-        raise UserError(f"'{path}' exists already; nothing was overwritten, choose another --out")
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
+    check_new(path, "--out")
+    with creating(path) as partial:
         (partial / "card").mkdir(parents=True)
         (partial / "card" / "metadata").write_text(json.dumps(card))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((partial / "params").absolute(), params)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cnx2_jax.errors import RunError
+from cnx2_jax.files import write_text
 from cnx2_jax.observe.progress import LINE_SECONDS, say
 from cnx2_jax.types import Metrics
 
@@ -74,7 +75,7 @@ class Report(Silence):
         self._batch_size = batch_size
         self._total = total_steps
         self._path = workdir / "metrics.jsonl"
-        self._rewrite(self._rows)
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in self._rows))
         self._file = self._path.open("a")
         self._board = tf.summary.create_file_writer(str(workdir / "tensorboard"))
         terminal = sys.stderr.isatty()
@@ -83,11 +84,6 @@ class Report(Silence):
         )
         self._lines = not terminal
         self._said = time.monotonic()
-
-    def _rewrite(self, rows: list[dict]) -> None:
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(partial, self._path)
 
     def progress(self, step: int) -> None:
         """Moves the progress bar to `step` updates done."""
