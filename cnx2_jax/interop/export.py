@@ -3,19 +3,17 @@
 What stands under the asked name is whole and has been compared, or is not there.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cnx2_jax.errors import RunError, UserError
+from cnx2_jax.files import creating
 from cnx2_jax.interop import safetensors
 from cnx2_jax.interop.facts import Facts
 from cnx2_jax.interop.inference import InferenceModel
@@ -122,31 +120,9 @@ def export(out: Path, form: Format, job: Job) -> dict[str, Any]:
       UserError: something is there already, or it cannot be written.
       RunError: the results differ by more than `BOUNDS`; nothing is left at `out`.
     """
-    with whole(out) as place:
+    with creating(out) as place:
         form.write(place, job)
         return _compare(place, form, job)
-
-
-@contextlib.contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """Gives a path of the same name to write to; what is there at the end, and beside it, moves to `out`.
-
-    Raises:
-      UserError: something is there already, or it cannot be written.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{out.name}.partial-", dir=out.parent) as folder:
-            yield Path(folder) / out.name
-            # `out` itself last: when it is there, so is everything it names.
-            made = sorted(Path(folder).iterdir(), key=lambda path: path.name == out.name)
-            for path in made:
-                if os.path.lexists(out.with_name(path.name)):
-                    raise UserError(f"'{out.with_name(path.name)}' exists already; nothing was overwritten")
-            for path in made:
-                os.replace(path, out.with_name(path.name))
-    except OSError as error:
-        raise UserError(f"cannot write '{out}': {error.strerror or error}") from None
 
 
 def _compare(path: Path, form: Format, job: Job) -> dict[str, Any]:

@@ -1,6 +1,5 @@
-"""Preflight: reading compiled programs, the train step's collectives, and what is said of mistakes."""
+"""Preflight: reading compiled programs, the train step's collectives, and errors for bad arguments."""
 
-import importlib
 import importlib.util
 import json
 import os
@@ -10,24 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from cnx2_jax import cli
+from cnx2_jax.preflight import compiled as programs
+from cnx2_jax.preflight.compile import FINENESS, largest
+
 ROOT = Path(__file__).parents[2]
-EXPERIMENTS = ROOT / "experiments"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """The function that imports a module of experiments/, as running a script there would."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
 
 
 def on_eight_devices(program, **environment):
-    """What a program prints last, as JSON, run on eight virtual CPU devices."""
+    """Runs a program on eight virtual CPU devices and returns the JSON that it prints last."""
     flags = "--xla_force_host_platform_device_count=8"
-    paths = os.pathsep.join([str(EXPERIMENTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths, **environment},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **environment},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -40,7 +34,7 @@ KNOWN = """
 import json
 import jax, jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-import programs
+from cnx2_jax.preflight import compiled as programs
 
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -117,8 +111,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """  # noqa: E501 - as the compilers write it
 
 
-def test_what_is_in_flight_counts_once(load):
-    assert load("programs").collectives(ASYNCHRONOUS) == {
+def test_what_is_in_flight_counts_once():
+    assert programs.collectives(ASYNCHRONOUS) == {
         "all-gather": {"count": 2, "bytes": (160 * 640 * 4 + 32 * 4 + 16 * 2) * 7 // 8},
         "reduce-scatter": {"count": 3, "bytes": (8 * 4 + 64 * 4 + 32 * 4) * 7 // 8},
         "collective-permute": {"count": 1, "bytes": 6 * 7 * 7 * 4},
@@ -126,9 +120,9 @@ def test_what_is_in_flight_counts_once(load):
     }
 
 
-def test_groups_that_cannot_be_read_are_an_error(load):
+def test_groups_that_cannot_be_read_are_an_error():
     with pytest.raises(ValueError, match="groups"):
-        load("programs").collectives(ASYNCHRONOUS.replace("[1,8]<=[8]", "unheard_of"))
+        programs.collectives(ASYNCHRONOUS.replace("[1,8]<=[8]", "unheard_of"))
 
 
 STEP = """
@@ -138,7 +132,7 @@ from cnx2_jax.configuration import load_config
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train import sharding
 from cnx2_jax.train.program import make_program
-import programs
+from cnx2_jax.preflight import compiled as programs
 
 def compiled(recipe, *overrides):
     small = ["model.depths=(1,1,1,1)", "model.dims=(8,16,24,32)", "batch_size=32",
@@ -220,20 +214,19 @@ def test_arguments_fall_with_the_devices(steps):
 
 @pytest.mark.parametrize("most", [1, 2, 7, 16, 17, 100, 513])
 @pytest.mark.parametrize("first", [1, 16, 300])
-def test_largest_batch(load, monkeypatch, most, first):
-    preflight = load("preflight")
+def test_largest_batch(most, first):
     tried = []
-    found = preflight.largest(lambda count: tried.append(count) or count <= most, first)
-    assert found <= most < found + 1 + max(1, found // preflight.FINENESS)
+    found = largest(lambda count: tried.append(count) or count <= most, first)
+    assert found <= most < found + 1 + max(1, found // FINENESS)
     assert found in tried and len(tried) == len(set(tried)) < 20
 
 
-def test_not_even_one_fits(load):
-    assert load("preflight").largest(lambda count: False, 8) == 0
+def test_not_even_one_fits():
+    assert largest(lambda count: False, 8) == 0
 
 
 def preflight(*arguments):
-    command = [sys.executable, EXPERIMENTS / "preflight.py", *arguments]
+    command = [sys.executable, "-m", "cnx2_jax.cli", "preflight", *arguments]
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
 
 
@@ -243,12 +236,16 @@ def preflight(*arguments):
         (["v9:2x2"], "unknown chip 'v9' in topology 'v9:2x2'"),
         (["h100:8"], "topology 'h100:8' must be h100:NODESxGPUS, such as h100:1x8"),
         (["v5e:2x2", "--hours", "0"], "--hours 0.0 must be above 0"),
-        (["v5e:2x2", "--bath"], "unknown argument '--bath'"),
-        (["v5e:2x2", "--config.batch_size", "8"], "unknown argument '--config.batch_size'"),
+        (["v5e:2x2", "--bath"], "unrecognized arguments: --bath"),
+        (
+            ["h100:1x8", "--config.batch_sise=8"],
+            "unknown config key 'batch_sise'; did you mean 'batch_size'?",
+        ),
     ],
 )
-def test_bad_arguments(arguments, said, load, capsys):
-    assert load("preflight").main(["--config", "configs/pretrain.py:digits", "--topology", *arguments]) == 2
+def test_bad_arguments(arguments, said, capsys):
+    config = f"{ROOT}/configs/pretrain.py:digits"
+    assert cli.main(["preflight", "--config", config, "--topology", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and said in err and len(err.splitlines()) == 1
 

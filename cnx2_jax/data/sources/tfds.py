@@ -8,9 +8,9 @@ import itertools
 import os
 import re
 import struct
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from cnx2_jax.data.sources.base import Source
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.files import replacing
 
 # tensorflow_datasets and array_record are imported where they are used: they take half a second.
 
@@ -221,9 +222,8 @@ def _record_bounds(files: Mapping[str, int], counts: Mapping[str, int]) -> dict[
         bounds = np.concatenate(_in_threads(lambda path: _walk(path, files[path], counts[path]), files))
         with contextlib.suppress(OSError):  # An index that cannot be kept is made again by the next run.
             os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as partial:
-                np.savez(os.path.join(partial, name), bounds=bounds)
-                os.replace(os.path.join(partial, name), os.path.join(folder, name))
+            with replacing(Path(folder, name)) as partial, partial.open("wb") as file:
+                np.savez(file, bounds=bounds)
     return dict(zip(files, np.split(bounds, lasts[:-1]), strict=True))
 
 
