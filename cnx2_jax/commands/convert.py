@@ -20,7 +20,7 @@ from cnx2_jax.files import check_new
 from cnx2_jax.interop import facts, hub
 from cnx2_jax.interop.files import read_tensors
 from cnx2_jax.interop.names import Imported, from_torch
-from cnx2_jax.tasks import base
+from cnx2_jax.tasks.base import check_keys
 
 TAKES_OVERRIDES = False
 
@@ -97,7 +97,7 @@ def _config(imported: Imported, told: dict[str, Any], source: str) -> ConfigDict
             "them; put a preprocessor_config.json with image_mean and image_std beside it"
         )
     check_ranges(config)
-    base.check(config)
+    check_keys(config)
     return config
 
 

@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError, UserError
-from cnx2_jax.models.pixels import denormalise
 from cnx2_jax.observe.grid import draw_sheet
 from cnx2_jax.observe.pictures import check_picture, write_picture
 from cnx2_jax.observe.progress import say
-from cnx2_jax.tasks import make_task
+from cnx2_jax.tasks import Task, make_task
 from cnx2_jax.train.step import batch_key
-from cnx2_jax.train.task import Task
 
 if TYPE_CHECKING:  # data needs TensorFlow, which --help should not wait for
     from cnx2_jax.data.pipeline import ImageData
@@ -82,7 +79,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         result["images_per_sec"] = inspection.images_per_second(batches, args.seconds)
         say(f"{result['images_per_sec']:,.0f} images/s on this host")
 
-    write_picture(_sheet(task, config, rows, args.step, args.rows), args.out)
+    write_picture(_sheet(task, rows, args.step, args.rows), args.out)
     print(json.dumps({**result, "sheet": str(args.out)}))
     if not all(checks.values()):
         raise RunError("the order of the data is not what it must be; please report this")
@@ -111,33 +108,15 @@ def _describe(split: str, source: "Source") -> None:
         )
 
 
-def _sheet(task: Task, config: ConfigDict, images: "ImageData", step: int, rows: int) -> np.ndarray:
-    """Draws training images as the model gets them, each row mixed as a batch of its own."""
+def _sheet(task: Task, images: "ImageData", step: int, rows: int) -> np.ndarray:
+    """Draws training images as the model gets them, each row prepared as a batch of its own."""
     pictures, captions = [], []
     stream = images.train_batches(step)
     prepare = jax.jit(task.prepare)
     for row in range(step, step + rows):
         batch = next(stream)
-        prepared = prepare(batch, batch_key(config.seed, jnp.int32(row)))
-        shown = prepared["image"]
-        if shown.dtype != jnp.uint8:
-            shown = denormalise(shown, config.data.mean, config.data.std)
-        pictures.append(np.asarray(shown))
-        for index, label in enumerate(batch["label"]):
-            names = images.class_names
-            if "target" in prepared:
-                captions.append(
-                    _caption(np.asarray(prepared["target"][index]), names, config.label_smoothing)
-                )
-            else:
-                captions.append(names[label] if names else "")
+        prepared = prepare(batch, batch_key(task.config.seed, jnp.int32(row)))
+        drawn, lines = task.sheet(batch, prepared)
+        pictures.append(drawn)
+        captions += lines
     return draw_sheet(np.concatenate(pictures), captions, COLUMNS)
-
-
-def _caption(target: np.ndarray, names: tuple[str, ...], smoothing: float) -> str:
-    """Names one class, or the two that were mixed with their shares."""
-    shares = (target - smoothing / len(target)) / (1 - smoothing)
-    first, second = np.argsort(-shares, kind="stable")[:2]
-    if shares[second] < 0.005:
-        return names[first]
-    return f"{names[first]} {shares[first]:.0%}, {names[second]} {shares[second]:.0%}"

@@ -11,7 +11,8 @@ from cnx2_jax.commandline import count
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import UserError
 from cnx2_jax.observe.tables import markdown_table
-from cnx2_jax.preflight.compile import find_batch, needed_rate, preflight, use_synthetic_images
+from cnx2_jax.preflight.compile import find_batch, needed_rate, preflight
+from cnx2_jax.tasks.base import Described
 
 TAKES_OVERRIDES = True
 
@@ -55,11 +56,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.hours is not None and not 0 < args.hours < math.inf:
         raise UserError(f"--hours {args.hours} must be above 0")
     config = load_config(args.config, overrides)
-    use_synthetic_images(config, args.images, args.classes)
+    data = Described(args.images, class_names=[str(label) for label in range(args.classes)])
     topology = topologies.topology(args.topology)
-    found = find_batch(config, topology) if args.find_batch else preflight(config, topology)
+    found = find_batch(config, topology, data) if args.find_batch else preflight(config, topology, data)
     if args.hours and found["fits"]:
-        found |= needed_rate(config, topology, found, args.hours)
+        found |= needed_rate(config, topology, data, found, args.hours)
     print(table(found))
     print(json.dumps(found))
     return 0 if found["fits"] else 1

@@ -7,7 +7,7 @@ from cnx2_jax.configuration import image_hw
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE
 from cnx2_jax.observe.pictures import check_picture, write_picture
-from cnx2_jax.tasks import base, weights
+from cnx2_jax.tasks import make_task, weights
 from cnx2_jax.tasks.pretrain import reconstruct, some_images
 
 TAKES_OVERRIDES = False
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             eval_crop=config.data.eval_crop,
         )
     else:
-        images = some_images(base.open_images(config))
+        images = some_images(make_task(config).data)
     grid = reconstruct(model, config, images, args.seed)
     write_picture(grid, args.out)
     print(args.out)

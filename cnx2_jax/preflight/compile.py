@@ -13,32 +13,18 @@ import jax
 from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import total_steps
-from cnx2_jax.errors import UserError
 from cnx2_jax.observe import flops
 from cnx2_jax.preflight import compiled as programs
 from cnx2_jax.preflight.topologies import Topology
 from cnx2_jax.tasks import make_task
+from cnx2_jax.tasks.base import Described
 from cnx2_jax.train import sharding
 from cnx2_jax.train.program import make_program
 
 FINENESS = 16  # `find_batch` finds the largest batch to one part in this many
 
 
-def use_synthetic_images(config: ConfigDict, images: int, classes: int) -> None:
-    """Replaces the config's images by synthetic ones, in place; only their number matters to the program.
-
-    Raises:
-      UserError: the task is a probe, which trains a single linear layer.
-    """
-    if config.task == "probe":
-        raise UserError(
-            "task 'probe' trains one linear layer, which fits anywhere; give its encoder's config"
-        )
-    config.data.source = f"synthetic:{images}:{classes}"
-    config.data.root = config.data.val_source = config.data.val_root = ""
-
-
-def preflight(config: ConfigDict, topology: Topology) -> dict:
+def preflight(config: ConfigDict, topology: Topology, data: Described) -> dict:
     """Compiles a run's train step from shapes alone and returns its costs.
 
     Returns:
@@ -57,11 +43,10 @@ def preflight(config: ConfigDict, topology: Topology) -> dict:
     Raises:
       UserError: see `make_task`, `sharding.make_mesh` and `make_program`.
     """
-    task = make_task(config, topology.platform)
+    task = make_task(config, topology.platform, data)
     mesh = sharding.make_mesh(config.mesh, topology.devices)
     program = make_program(task, mesh)
-    one = next(task.images.of_batch(1).train_batches(0))
-    batch = {n: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype) for n, x in one.items()}
+    batch = task.batch_shapes()
     parameters = sum(math.prod(leaf.shape) for leaf in program.like.params.values())
     found = {
         "config": f"{config.task} {config.model.variant}, {config.model.dtype}, remat {config.model.remat}",
@@ -94,7 +79,8 @@ def preflight(config: ConfigDict, topology: Topology) -> dict:
         found |= _rate(topology, found, cycles / topology.clock, "at the estimated cycles")
     elif "seconds_at_peak" in found:
         found |= _rate(topology, found, found["seconds_at_peak"], "at peak FLOP/s, an upper bound")
-    found["pixel_bytes_per_image"] = one["image"].nbytes
+    if "image" in batch:  # a probe reads features
+        found["pixel_bytes_per_image"] = math.prod(batch["image"].shape[1:])
     return found
 
 
@@ -138,7 +124,7 @@ def _rate(topology: Topology, found: dict, seconds_per_step: float, when: str) -
     return {"images_per_second_per_host": rate, "rate_is": when}
 
 
-def needed_rate(config: ConfigDict, topology: Topology, found: dict, hours: float) -> dict:
+def needed_rate(config: ConfigDict, topology: Topology, data: Described, found: dict, hours: float) -> dict:
     """Returns `images_per_second_per_host` and `rate_is` for a run that takes this many hours.
 
     Args:
@@ -147,11 +133,11 @@ def needed_rate(config: ConfigDict, topology: Topology, found: dict, hours: floa
       found: the result of `preflight`.
       hours: the length of the run.
     """
-    steps = total_steps(config, make_task(config, topology.platform).data.num_train)
+    steps = total_steps(config, data.num_train)
     return _rate(topology, found, 3600 * hours / steps, f"for {hours:g} hours")
 
 
-def find_batch(config: ConfigDict, topology: Topology) -> dict:
+def find_batch(config: ConfigDict, topology: Topology, data: Described) -> dict:
     """Returns the result of `preflight` for the largest batch that fits, to one part in `FINENESS`.
 
     The search starts at the config's batch size and reports each size on standard error. On return
@@ -165,7 +151,7 @@ def find_batch(config: ConfigDict, topology: Topology) -> dict:
 
     def fits(count: int) -> bool:
         config.batch_size = count * unit
-        tried[count] = preflight(config, topology)
+        tried[count] = preflight(config, topology, data)
         verdict = "fits" if tried[count]["fits"] else "does not fit"
         print(f"{tried[count]['batch_per_device']} per device: {verdict}", file=sys.stderr, flush=True)
         return tried[count]["fits"]
