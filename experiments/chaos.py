@@ -31,7 +31,6 @@ from cnx2_jax.observe.report import read_metrics
 from cnx2_jax.observe.tables import markdown_table
 from cnx2_jax.observe.timing import TIMED
 
-ROOT = Path(__file__).resolve().parent.parent
 HEARTBEAT_SECONDS = 10
 START_SECONDS = 15  # about the time that a start takes
 PATIENCE_SECONDS = 60  # for the others to end after one was killed
@@ -78,7 +77,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the moments and processes; %(default)s by default"
     )
-    parser.add_argument("--config", default=f"{ROOT}/configs/finetune.py:digits", help="the recipe to train")
+    parser.add_argument("--config", default="finetune:digits", help="the recipe to train")
     parser.add_argument("--out", type=Path, help="a new folder; runs/chaos-DATE-TIME by default")
     args = parser.parse_args(argv)
     out = args.out or Path("runs") / time.strftime("chaos-%Y%m%d-%H%M%S")
