@@ -27,7 +27,7 @@ $(INSTALLED)%: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/python experiments/demo.py
+	$(BIN)/python -m experiments.demo
 
 test: install
 	$(BIN)/python -m pytest $(PARALLEL)
@@ -52,7 +52,7 @@ types: $(INSTALLED)dev
 golden: $(INSTALLED)parity $(INSTALLED)test
 	$(BIN)/python tests/make_recipe_golden.py
 	$(BIN)/python tests/parity/make_golden.py
-	$(BIN)/python tests/launch/make_launch_golden.py
+	$(BIN)/python -m tests.launch.make_launch_golden
 
 hooks: $(INSTALLED)dev
 	$(BIN)/pre-commit install

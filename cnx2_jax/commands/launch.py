@@ -19,7 +19,7 @@ that tree. --dry-run prints the commands as a shell script without running them.
 example for each backend.
 
   cnx2 launch local run --name digits --hosts 2 -- \\
-      cnx2 train --config configs/pretrain.py:digits --workdir "$PWD/runs/digits"
+      cnx2 train --config pretrain:digits --workdir "$PWD/runs/digits"
   cnx2 launch local status --name digits
 """
 

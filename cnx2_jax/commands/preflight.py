@@ -24,10 +24,10 @@ h100:NODESxGPUS (extra `cuda`). Standard output is a table and, last, the same a
 0 if the run fits, 1 if it does not, 2 after a mistake. --config.model.scan=on compiles several times faster,
 but XLA then cannot count FLOPs and bytes.
 
-  cnx2 preflight --config configs/pretrain.py:base --topology v3:16x8
-  cnx2 preflight --config configs/pretrain.py:huge --topology v5e:16x16 --find-batch \\
+  cnx2 preflight --config pretrain:base --topology v3:16x8
+  cnx2 preflight --config pretrain:huge --topology v5e:16x16 --find-batch \\
       --config.mesh.data=1 --config.mesh.fsdp=-1 --config.model.remat=block
-  cnx2 preflight --config configs/finetune.py:base --topology h100:1x8 --config.model.scan=on
+  cnx2 preflight --config finetune:base --topology h100:1x8 --config.model.scan=on
 """
 
 
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         required=True,
-        metavar="FILE:RECIPE",
-        help="as for train; change it with --config.KEY=VALUE",
+        metavar="NAME:RECIPE",
+        help="a recipe such as pretrain:tiny, or FILE.py:RECIPE, as for train; change it with --config.KEY=VALUE",
     )
     parser.add_argument(
         "--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:16x16 or h100:1x8"

@@ -15,28 +15,29 @@ TAKES_OVERRIDES = True
 TAKES_COMMAND = True
 
 EXAMPLES = """\
-A sweep NAME is a function sweep_NAME() of the config file. Each run has its workdir in the folder --out. The
+A sweep NAME is a function sweep_NAME() of the config's file. Each run has its workdir in the folder --out. The
 same command again resumes the runs that broke off and skips those that have finished. With a backend of
 `cnx2 launch` and its options after --, each run is launched as a job of its own. The printed table,
 results.csv, results.json and results.png show each run's latest evaluation, best first.
 
-  cnx2 sweep --config configs/finetune.py:digits --sweep lr --out runs/lr --workers 2
-  cnx2 sweep --config configs/finetune.py:tiny --sweep lr --out /shared/lr -- slurm --nodes 4 --time 24:00:00
+  cnx2 sweep --config finetune:digits --sweep lr --out runs/lr --workers 2
+  cnx2 sweep --config finetune:tiny --sweep lr --out /shared/lr -- slurm --nodes 4 --time 24:00:00
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
-        "cnx2 sweep --config FILE:RECIPE --sweep NAME --out FOLDER [OPTION ...] [-- BACKEND [OPTION ...]]"
+        "cnx2 sweep --config NAME:RECIPE --sweep NAME --out FOLDER [OPTION ...] [-- BACKEND [OPTION ...]]"
     )
     parser.epilog = EXAMPLES
     parser.add_argument(
         "--config",
         required=True,
-        metavar="FILE:RECIPE",
-        help="as for train; change it for all runs with --config.KEY=VALUE",
+        metavar="NAME:RECIPE",
+        help="a recipe such as finetune:digits, or FILE.py:RECIPE, as for train; change it for all runs with "
+        "--config.KEY=VALUE",
     )
-    parser.add_argument("--sweep", required=True, metavar="NAME", help="of the file's function sweep_NAME")
+    parser.add_argument("--sweep", required=True, metavar="NAME", help="of the function sweep_NAME")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="of the runs' workdirs")
     parser.add_argument(
         "--workers", type=count, default=1, metavar="N", help="runs at a time; %(default)s by default"

@@ -66,7 +66,7 @@ def expand(location: str, sweep: str, common: Sequence[str], out: Path) -> list[
     """Returns the runs of a sweep, after checking the config of each.
 
     Args:
-      location: of the config, `FILE.py:RECIPE`.
+      location: of the config, as `configuration.load_config` takes it.
       sweep: NAME of one of its functions `sweep_NAME`.
       common: `--config.KEY=VALUE` overrides for all runs.
       out: the folder of the runs' workdirs.
