@@ -60,7 +60,7 @@ def environment(wheel, tmp_path_factory):
     call(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
     (packages,) = (folder / "lib").glob("python*/site-packages")
-    # Folders named in a .pth file come last, and .pth files in them, such as an editable install's, do nothing.
+    # .pth files inside a folder that a .pth file names, such as an editable install's, are not read.
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (packages / "dependencies.pth").write_text("\n".join(sorted(paths)))
     call(
@@ -111,8 +111,7 @@ def test_the_demos_commands_work_from_an_empty_folder(environment, tmp_path):
     assert json.loads(pretrained.splitlines()[-1])["step"] == 2
     Image.new("L", (8, 8), 128).save(tmp_path / "digit.png")
     commands = [
-        ["train", "--config", "finetune:digits", "--workdir", "finetuned", *SIZE]
-        + ["--config.init_from=pretrained"],
+        ["train", "--config=finetune:digits", "--workdir=finetuned", "--config.init_from=pretrained", *SIZE],
         ["evaluate", "--workdir", "finetuned"],
         ["reconstruct", "--workdir", "pretrained", "--out", "reconstructions.png"],
         ["export", "--checkpoint", "finetuned", "--format", "orbax", "--out", "exported"],

@@ -1,4 +1,4 @@
-"""The program of a run: made of its task and mesh alone, so that it can be compiled for any device."""
+"""The program of a run, from its task and mesh alone, so that it can be compiled for any device."""
 
 import dataclasses
 
@@ -16,13 +16,13 @@ from cnx2_jax.train.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a run executes.
+    """Everything that a run compiles and executes.
 
     Attributes:
       total_steps: the length of the run in updates.
       schedule: step -> learning rate.
       graph: the model's structure.
-      transform: makes updates of gradients.
+      transform: turns gradients into updates.
       like: the state's shapes.
       step: the jitted (state, batch) -> (state, metrics); see `make_train_step`.
     """
@@ -36,7 +36,7 @@ class Program:
 
 
 def make_program(task: Task, mesh: Mesh) -> Program:
-    """Makes the program of a run, without making an array.
+    """Returns the program of a run; no array is made.
 
     Raises:
       UserError: see `sharding.check_batch`, the optimizer and the task.

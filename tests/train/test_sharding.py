@@ -130,7 +130,7 @@ divided = jax.device_put(kernel, sharding.param_sharding("a.kernel", kernel.shap
 assert {shard.data.shape for shard in divided.addressable_shards} == {(3, 2)}
 for params in [
     sharding.put_params({"a.kernel": kernel}, over),
-    sharding.everywhere({"a.kernel": divided}, over),
+    sharding.replicated({"a.kernel": divided}, over),
 ]:
     assert len(params["a.kernel"].addressable_shards) == 8
     assert all((shard.data == kernel).all() for shard in params["a.kernel"].addressable_shards)
