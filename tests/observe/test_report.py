@@ -8,7 +8,7 @@ import tensorflow as tf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cnx2_jax.observe import report as reporting
+from cnx2_jax.observe import progress
 from cnx2_jax.observe.progress import watched
 from cnx2_jax.observe.report import Report, read_metrics
 
@@ -138,7 +138,7 @@ def test_watched_batches_pass_and_are_told_of_only_if_they_take_long(monkeypatch
     batches = [{"mask": np.ones(4, bool)} for _ in range(3)]
     assert all(a is b for a, b in zip(watched(batches, 10), batches, strict=True))
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(reporting, "LINE_SECONDS", -1)
+    monkeypatch.setattr(progress, "LINE_SECONDS", -1)
     assert len(list(watched(batches, 10))) == 3
     lines = ["4 of 10 images", "8 of 10 images", "10 of 10 images"]  # padding is no image
     assert capsys.readouterr() == ("", "".join(f"{line}\n" for line in lines))
