@@ -20,7 +20,7 @@ from cnx2_jax.files import write_text
 # The recipes that come with the package. In a checkout, this is a link to the folder at the top.
 RECIPES = Path(__file__).parent / "configs"
 
-# A run may resume with other values of these keys: they do not change what is computed.
+# A run may resume with other values of these keys: they change where and how it computes, not what.
 FREE_KEYS = (
     "mesh.",
     "model.layout",

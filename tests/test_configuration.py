@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cnx2_jax import configuration
-from cnx2_jax.configuration import FREE_KEYS, flatten, load_config, override
+from cnx2_jax.configuration import FREE_KEYS, flatten, load_config, load_module, override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import split
 from cnx2_jax.tasks import defaults, make_task
@@ -161,6 +161,36 @@ def test_config_file_missing_or_without_get_config(tmp_path):
     (tmp_path / "config.txt").write_text("")
     with pytest.raises(UserError, match="is not a Python file"):
         load_config(f"{tmp_path}/config.txt")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.py")])
+def test_recipes_of_the_package_have_names(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    module, argument = load_module(f"{name}:smoke,epochs=3")
+    assert (module.__doc__, argument) == (load_module(f"{CONFIGS}/{name}.py")[0].__doc__, "smoke,epochs=3")
+    assert load_module(name)[1] == ""
+    assert flat(load_config(f"{name}:smoke")) == flat(load_config(f"{CONFIGS}/{name}.py:smoke"))
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("pretrian", "; did you mean 'pretrain'?"), ("other", ""), ("", "")]
+)
+def test_unknown_name_names_the_nearest_and_the_known(name, nearest, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").write_text("")  # a config file's name ends in .py
+    with pytest.raises(UserError) as raised:
+        load_config(f"{name}:tiny")
+    known = "finetune, finetune_22k, finetune_22k_1k, linear_probe, pretrain, scratch"
+    assert str(raised.value) == f"unknown config '{name}'{nearest} (known: {known}; or give a FILE.py)"
+
+
+def test_a_file_beside_a_recipe_of_the_same_name_needs_its_ending(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scratch.py").write_text(
+        "from cnx2_jax.configuration import defaults\n\ndef get_config():\n  return defaults('probe')\n"
+    )
+    assert load_config("scratch.py").task == "probe"
+    assert load_config("scratch").task == "classify"
 
 
 def test_config_files_of_ones_own_load(tmp_path):

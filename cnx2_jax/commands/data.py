@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="NAME:RECIPE",
-        help="a recipe such as pretrain:tiny, or FILE.py:RECIPE; change keys with --config.KEY=VALUE",
+        help="as for train, NAME:RECIPE or FILE.py:RECIPE; change any key with --config.KEY=VALUE",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="SHEET.png", help="the sheet of training images to write"

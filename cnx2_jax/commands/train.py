@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="NAME:RECIPE",
-        help="a recipe of this package, such as pretrain:tiny, or of your own file, FILE.py:RECIPE; change "
-        "its keys with --config.KEY=VALUE",
+        help="a recipe that comes with the package, such as pretrain:tiny, or one in a file of your own, "
+        "FILE.py:RECIPE; change any key with --config.KEY=VALUE",
     )
     parser.add_argument(
         "--workdir",
