@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="NAME:RECIPE",
-        help="a recipe such as pretrain:tiny, or FILE.py:RECIPE, as for train; change it with --config.KEY=VALUE",
+        help="a recipe such as pretrain:tiny, or FILE.py:RECIPE, as for train; change it with "
+        "--config.KEY=VALUE",
     )
     parser.add_argument(
         "--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:16x16 or h100:1x8"

@@ -15,8 +15,8 @@ TAKES_OVERRIDES = True
 TAKES_COMMAND = True
 
 EXAMPLES = """\
-A sweep NAME is a function sweep_NAME() of the config's file. Each run has its workdir in the folder --out. The
-same command again resumes the runs that broke off and skips those that have finished. With a backend of
+A sweep NAME is a function sweep_NAME() of the config's file. Each run has its workdir in the folder --out.
+The same command again resumes the runs that broke off and skips those that have finished. With a backend of
 `cnx2 launch` and its options after --, each run is launched as a job of its own. The printed table,
 results.csv, results.json and results.png show each run's latest evaluation, best first.
 
