@@ -31,13 +31,13 @@ class Job:
 
     Attributes:
       checkpoint: the folder (see `train.checkpoint.find`), for formats that take more than the network.
-      program: the network.
+      model: the network.
       facts: what users of the network must know besides its weights.
       dtype: of the parameters, `float32` or `bfloat16`.
     """
 
     checkpoint: Path
-    program: InferenceModel
+    model: InferenceModel
     facts: Facts
     dtype: str = "float32"
 
@@ -63,7 +63,7 @@ class Format:
     extra: str = ""
 
 
-def of_program(summary: str, module: str, writer: str, runtime: str, extra: str = "") -> Format:
+def of_model(summary: str, module: str, writer: str, runtime: str, extra: str = "") -> Format:
     """Returns the format of a module of this room, which is imported when it is used."""
 
     def load() -> Any:
@@ -71,7 +71,7 @@ def of_program(summary: str, module: str, writer: str, runtime: str, extra: str 
 
     return Format(
         summary,
-        write=lambda path, job: load().write(path, job.program),
+        write=lambda path, job: load().write(path, job.model),
         run=lambda path, images: load().run(path, images),
         writer=writer,
         runtime=runtime,
@@ -87,7 +87,7 @@ def of_weights(naming: str) -> Format:
     }[naming]
     return Format(
         "a folder that transformers or timm loads",
-        write=lambda path, job: safetensors.write(path, job.program.params, job.facts, naming),
+        write=lambda path, job: safetensors.write(path, job.model.params, job.facts, naming),
         run=run,
         writer="safetensors",
         runtime=runtime,
@@ -97,9 +97,9 @@ def of_weights(naming: str) -> Format:
 
 FORMATS = {
     "safetensors": of_weights("huggingface"),
-    "stablehlo": of_program("a file that JAX alone runs, on CPU, GPU and TPU", "stablehlo", "jax", "jax"),
-    "savedmodel": of_program("a folder for TensorFlow", "savedmodel", "tensorflow", "tensorflow"),
-    "onnx": of_program("a file for ONNX runtimes", "onnx", "onnx", "onnxruntime", "onnx"),
+    "stablehlo": of_model("a file that JAX alone runs, on CPU, GPU and TPU", "stablehlo", "jax", "jax"),
+    "savedmodel": of_model("a folder for TensorFlow", "savedmodel", "tensorflow", "tensorflow"),
+    "onnx": of_model("a file for ONNX runtimes", "onnx", "onnx", "onnxruntime", "onnx"),
 }
 
 
@@ -129,12 +129,12 @@ def _compare(path: Path, form: Format, job: Job) -> dict[str, Any]:
     package = form.runtime.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         return {"runtime": None, "max_difference": None, "largest": None}
-    images = job.program.some_images(IMAGES)
+    images = job.model.some_images(IMAGES)
     try:
         found = form.run(path, images)
     except safetensors.NoRuntimeError:  # there, but what it needs is not, or does not fit
         return {"runtime": None, "max_difference": None, "largest": None}
-    expected = job.program.reference(images)
+    expected = job.model.reference(images)
     if found.shape != expected.shape:
         raise RunError(f"{form.runtime} gives {found.shape} for {expected.shape}; nothing was exported")
     difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())

@@ -82,7 +82,7 @@ class InferenceModel:
         return nnx.merge(graph, nnx.from_flat_state(leaves))(images)
 
     def reference(self, images: Shaped[np.ndarray, "b height width c"]) -> Float[np.ndarray, "b width"]:
-        """Returns what the exported program is compared with: this network's result, on the CPU."""
+        """Returns the result of the network on the CPU, to which that of an exported one is compared."""
         with jax.default_device(cpu()):
             return np.asarray(jax.jit(self.apply)(self.params, images))
 

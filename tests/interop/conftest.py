@@ -53,8 +53,8 @@ def network(build):
 
 
 @pytest.fixture(scope="session")
-def program(network):
-    """The function `program(kind=the first, **options)`: that network as it is exported."""
+def inference_model(network):
+    """The function `inference_model(kind=the first, **options)`: that network as it is exported."""
 
     def make(kind=KINDS[0], **options):
         size = (8 * kind.patch_size, 16 * kind.patch_size)
@@ -65,12 +65,12 @@ def program(network):
 
 
 @pytest.fixture(scope="session")
-def example(network, program):
+def example(network, inference_model):
     """The function `example(kind=the first)`: five images, and the network's results, normalised by NumPy."""
 
     @functools.cache
     def make(kind=KINDS[0]):
-        images = given = program(kind).some_images(5)
+        images = given = inference_model(kind).some_images(5)
         if kind.uint8:
             mean, std = np.array(MEAN[: kind.in_chans]), np.array(STD[: kind.in_chans])
             given = ((images / 255 - mean) / std).astype(np.float32)

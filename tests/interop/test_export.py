@@ -18,15 +18,15 @@ FACTS = Facts(tuple(f"name {i}" for i in range(1000)), (224, 224), 0.875, (0.5,)
 
 
 @pytest.fixture
-def job(program, tmp_path):
-    return Job(tmp_path / "unused", program(), FACTS)
+def job(inference_model, tmp_path):
+    return Job(tmp_path / "unused", inference_model(), FACTS)
 
 
 def of(change):
     """A format whose results are those of StableHLO, changed."""
     return Format(
         "",
-        write=lambda path, job: stablehlo.write(path, job.program),
+        write=lambda path, job: stablehlo.write(path, job.model),
         run=lambda path, images: change(stablehlo.run(path, images)),
         writer="jax",
         runtime="jax",
@@ -50,8 +50,8 @@ def test_atto_at_224(name, build, tmp_path):
 def test_the_difference_is_told(job, tmp_path):
     result = export.export(tmp_path / "out", of(lambda x: x + 1e-5 * np.abs(x).max()), job)
     assert result["runtime"] == f"jax {jax.__version__}"
-    images = job.program.some_images(3)
-    assert result["largest"] == np.abs(job.program.reference(images)).max()
+    images = job.model.some_images(3)
+    assert result["largest"] == np.abs(job.model.reference(images)).max()
     assert result["max_difference"] == pytest.approx(1e-5 * result["largest"], rel=0.3)
 
 
