@@ -7,7 +7,7 @@ from cnx2_jax.configuration import image_hw
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE
 from cnx2_jax.observe.pictures import check_picture, write_picture
-from cnx2_jax.tasks import base, weights
+from cnx2_jax.tasks import make_task, weights
 from cnx2_jax.tasks.pretrain import reconstruct, some_images
 
 TAKES_OVERRIDES = False
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", required=True, type=Path, help="a pretraining run, or a checkpoint of one"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="GRID.png", help="the picture to write")
-    parser.add_argument("--seed", type=int, help="of the masks; the run's by default")
+    parser.add_argument("--seed", type=int, help="seed of the masks; the run's by default")
     parser.add_argument(
         "images",
         nargs="*",
@@ -32,7 +32,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     check_picture(args.out)
     model, config, _ = weights.load(args.workdir)
     if not isinstance(model, FCMAE):
-        raise UserError(f"'{args.workdir}' is no pretraining run but '{config.task}': it has no decoder")
+        raise UserError(
+            f"'{args.workdir}' is a '{config.task}' run without a decoder; give a pretraining run"
+        )
     if args.images:
         from cnx2_jax.data.pipeline import preprocess_files  # loads TensorFlow, so not before it is needed
 
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             eval_crop=config.data.eval_crop,
         )
     else:
-        images = some_images(base.open_images(config))
+        images = some_images(make_task(config).data)
     grid = reconstruct(model, config, images, args.seed)
     write_picture(grid, args.out)
     print(args.out)

@@ -18,15 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="NAME:RECIPE",
-        help="a recipe of this package, such as pretrain:tiny, or of a file of your own, FILE.py:RECIPE; change "
-        "any of its keys with --config.KEY=VALUE",
+        help="a recipe of this package, such as pretrain:tiny, or of your own file, FILE.py:RECIPE; change its "
+        "keys with --config.KEY=VALUE",
     )
     parser.add_argument(
         "--workdir",
         required=True,
         type=Path,
-        help="where config.json, metrics.jsonl, checkpoints/, tensorboard/ and, at the end, result.json go; "
-        "the same command goes on with the run it finds there; the same folder for all processes",
+        help="the run's folder, for config.json, metrics.jsonl, checkpoints/, tensorboard/ and, at the end, "
+        "result.json; if it holds a run, the same command resumes it; give all processes the same folder",
     )
     processes.add_arguments(parser)
 
@@ -38,5 +38,5 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             line = json.dumps(metrics)
             partial = args.workdir / "result.tmp"
             partial.write_text(f"{line}\n")
-            os.replace(partial, args.workdir / "result.json")  # others see by it that the run has ended
+            os.replace(partial, args.workdir / "result.json")  # its presence marks the end of the run
             print(line)
