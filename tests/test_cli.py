@@ -403,7 +403,7 @@ MISTAKES = {
     ),
     "reconstruct on a classifier": (
         "reconstruct --workdir {finetuned} --out {tmp}/x.png",
-        ["{finetuned}' is no pretraining run"],
+        ["{finetuned}' is a 'classify' run without a decoder"],
     ),
     "reconstruct into a file": (
         "reconstruct --workdir {pretrained} --out {tmp}/file/x.png {tmp}/fine.png",
@@ -411,7 +411,7 @@ MISTAKES = {
     ),
     "reconstruct to no picture": (
         "reconstruct --workdir {pretrained} --out {tmp}/x.docx {tmp}/fine.png",
-        ["'{tmp}/x.docx' names no image format"],
+        ["'{tmp}/x.docx' does not end in the suffix of an image format"],
     ),
     "export nothing": (
         "export --checkpoint {tmp}/empty --format orbax --out {tmp}/x",

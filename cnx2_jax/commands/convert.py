@@ -32,22 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE|hf:OWNER/NAME",
         help="a .safetensors, .pt, .pth or .bin file in official, timm or Hugging Face naming, or a "
-        "repository on the Hugging Face hub, with @REVISION if need be; config.json and "
+        "repository on the Hugging Face hub, optionally with @REVISION; config.json and "
         "preprocessor_config.json beside the weights are read too",
     )
-    parser.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="the new checkpoint folder")
     parser.add_argument(
         "--image-size",
         type=int,
         metavar="N",
-        help="side of the images; by default what config.json says, or 224",
+        help="side of the images in pixels; by default the one in config.json, or 224",
     )
     parser.add_argument(
         "--class-names",
         type=Path,
         metavar="FILE",
-        help="names of the classes, one a line; by default those in config.json, of 1000 classes ImageNet's, "
-        "else class_0000 and so on",
+        help="file with one class name per line; by default the names in config.json, ImageNet's for 1000 "
+        "classes, or class_0000, class_0001, ...",
     )
 
 
@@ -58,14 +58,17 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     for name, value in imported.params.items():
         if value.dtype != np.float32 or not np.isfinite(value).all():
             raise UserError(
-                f"'{args.source}' holds no weights: '{name}' is of {value.dtype}, or not all of it is finite"
+                f"'{args.source}' holds no float32 weights: '{name}' has dtype {value.dtype} or values that "
+                "are not finite; convert a file of trained weights"
             )
     facts.check_sizes(path.parent, imported.depths, imported.dims)
-    told = facts.read(path.parent)
+    described = facts.read(path.parent)
     if args.image_size is not None:
-        told["image_size"] = (args.image_size,)
-    config = _config(imported, told, args.source)
-    names = _class_names(imported.num_classes, args.class_names, told.get("class_names", ()), args.source)
+        described["image_size"] = (args.image_size,)
+    config = _config(imported, described, args.source)
+    names = _class_names(
+        imported.num_classes, args.class_names, described.get("class_names", ()), args.source
+    )
     checkpoint.write(args.to, jax.tree.map(jnp.asarray, imported.params), make_metadata(config, names))
     result = {
         "out": str(args.to),
@@ -78,8 +81,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     print(json.dumps(result))
 
 
-def _config(imported: Imported, told: dict[str, Any], source: str) -> ConfigDict:
-    """Returns the config of a run with this model, as far as weights and what is told of them go."""
+def _config(imported: Imported, described: dict[str, Any], source: str) -> ConfigDict:
+    """Returns the config of a run with this model, from its weights and the JSON files beside them."""
     config = defaults("pretrain" if imported.has_decoder else "classify")
     model, data = config.model, config.data
     model.variant = imported.variant
@@ -88,13 +91,13 @@ def _config(imported: Imported, told: dict[str, Any], source: str) -> ConfigDict
     model.in_chans, model.patch_size = imported.in_chans, imported.patch_size
     if imported.has_decoder:
         model.decoder_dim, model.decoder_depth = imported.decoder_dim, imported.decoder_depth
-    config.image_size = told.get("image_size", config.image_size)
-    data.eval_crop = told.get("eval_crop", data.eval_crop)
-    data.mean, data.std = told.get("mean", data.mean), told.get("std", data.std)
+    config.image_size = described.get("image_size", config.image_size)
+    data.eval_crop = described.get("eval_crop", data.eval_crop)
+    data.mean, data.std = described.get("mean", data.mean), described.get("std", data.std)
     if len(data.mean) != imported.in_chans or len(data.std) != imported.in_chans:
         raise UserError(
-            f"'{source}' takes images of {imported.in_chans} channel(s), and nothing says what normalises "
-            "them; put a preprocessor_config.json with image_mean and image_std beside it"
+            f"'{source}' takes images of {imported.in_chans} channel(s), whose mean and standard "
+            "deviation are unknown; put a preprocessor_config.json with image_mean and image_std beside it"
         )
     check_ranges(config)
     check_keys(config)
@@ -102,22 +105,22 @@ def _config(imported: Imported, told: dict[str, Any], source: str) -> ConfigDict
 
 
 def _are_imagenets(names: tuple[str, ...]) -> bool:
-    """Whether these are ImageNet-1K's classes in their order, as the hub has them: WordNet's words for each.
+    """Whether these are the names of ImageNet-1K's classes in their order, as on the hub: WordNet's synonyms.
 
-    A few are spelt otherwise or told apart by another word.
+    A few names on the hub have another spelling or another synonym.
     """
     pairs = zip(names, map(describe, CLASS_IDS), strict=True)
     same = sum(theirs.split(",")[0].strip().lower() == ours.lower() for theirs, ours in pairs)
     return same > 0.95 * len(names)
 
 
-def _class_names(count: int, file: Path | None, told: tuple[str, ...], source: str) -> tuple[str, ...]:
+def _class_names(count: int, file: Path | None, described: tuple[str, ...], source: str) -> tuple[str, ...]:
     """Returns a name for each class; see the help of --class-names.
 
     Raises:
-      UserError: the file cannot be read, or there are more or fewer names than classes.
+      UserError: the file cannot be read, a name occurs twice, or there is not one name per class.
     """
-    names, where = told, f"config.json beside '{source}'"
+    names, where = described, f"config.json beside '{source}'"
     if file is not None:
         where = f"'{file}'"
         try:
@@ -125,14 +128,17 @@ def _class_names(count: int, file: Path | None, told: tuple[str, ...], source: s
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read class names from '{file}': {error}") from None
         if not names and count:
-            raise UserError(f"{where} names no classes, the weights have {count}")
+            raise UserError(
+                f"{where} holds no class names, the weights have {count} classes; give one name per line"
+            )
     if names and len(names) != count:
         raise UserError(
-            f"{where} names {len(names)} classes, the weights have {count}; give {count} by --class-names"
+            f"{where} holds {len(names)} class names, the weights have {count} classes; give {count} names "
+            "with --class-names"
         )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{where} names more than one class '{twice}'; give others by --class-names")
+        raise UserError(f"{where} holds the class name '{twice}' twice; give unique names with --class-names")
     if file is None and count == len(CLASS_IDS) and (not names or _are_imagenets(names)):
         return CLASS_IDS
     if names or not count:

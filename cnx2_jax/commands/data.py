@@ -23,10 +23,10 @@ if TYPE_CHECKING:  # data needs TensorFlow, which --help should not wait for
 
 TAKES_OVERRIDES = True
 
-COLUMNS = 8  # and images mixed with one another, in a row
-SIZES_OF = 1000
+COLUMNS = 8  # images per row; only images of the same row are mixed
+SIZES_OF = 1000  # images whose sizes are read
 TIMED_BATCH = 64
-SHOWN_CLASSES = 3
+SHOWN_CLASSES = 3  # largest and smallest classes to list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, type=Path, metavar="SHEET.png", help="the sheet of training images to write"
     )
-    parser.add_argument("--rows", type=int, default=6, help=f"of {COLUMNS} images each; 6 by default")
+    parser.add_argument("--rows", type=int, default=6, help=f"rows of {COLUMNS} images; 6 by default")
+    parser.add_argument("--step", type=int, default=0, help="training step of the first row; 0 by default")
     parser.add_argument(
-        "--step", type=int, default=0, help="the step at which the sheet begins; 0 by default"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=5.0, help="how long to measure images/s; 5 by default, 0: not at all"
+        "--seconds", type=float, default=5.0, help="how long to measure images/s; 5 by default, 0 to skip"
     )
 
 
@@ -54,12 +52,17 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 
     check_picture(args.out)
     if not (1 <= args.rows <= 100 and 0 <= args.step < 2**31 and 0 <= args.seconds <= 3600):
-        raise UserError("--rows must be 1 to 100, --step at least 0, --seconds 0 to 3600")
+        raise UserError(
+            f"--rows {args.rows} must be 1 to 100, --step {args.step} at least 0, and --seconds "
+            f"{args.seconds:g} 0 to 3600"
+        )
     config = load_config(args.config, overrides)
     task = make_task(config)
     images = task.data
     if not isinstance(images, ImageData):
-        raise UserError(f"task '{config.task}' trains on features, not on images; give a config of another")
+        raise UserError(
+            f"task '{config.task}' trains on features, not on images; give the config of another task"
+        )
     for split, source in (("train", images.train), ("val", images.val)):
         _describe(split, source)
 
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     write_picture(_sheet(task, rows, args.step, args.rows), args.out)
     print(json.dumps({**result, "sheet": str(args.out)}))
     if not all(checks.values()):
-        raise RunError("the order of the data is not what it must be; please report this")
+        raise RunError("a check of the data order failed; please report this")
 
 
 def _describe(split: str, source: "Source") -> None:

@@ -25,7 +25,7 @@ TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, help="the run, for its config")
+    parser.add_argument("--workdir", type=Path, help="the run; its config gives the images")
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -36,16 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="instead of the run's validation images, one of ImageNet's other sets: "
-        f"{', '.join(robustness.SETS)}; FOLDER as it was published, or tfds[:DATA_DIR]; may be given "
-        "once for each set",
+        help="evaluate on another of ImageNet's validation sets instead: "
+        f"{', '.join(robustness.SETS)}; FOLDER holds the set as published, or is tfds[:DATA_DIR]; give "
+        "the option once per set",
     )
     parser.add_argument(
         "--knn",
         type=int,
         metavar="K",
-        help="instead, how well the K nearest training images tell a validation image's class; 20 is usual, "
-        "and it works on pretraining, if the images have classes",
+        help="classify validation images by their K nearest training images instead; 20 is usual. Works for "
+        "pretraining runs too, if the images have classes",
     )
     processes.add_arguments(parser)
 
@@ -54,19 +54,19 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if not args.set and args.workdir is None:
         raise UserError("evaluate needs --workdir, or --set NAME=FOLDER with --checkpoint")
     if args.set and args.knn is not None:
-        raise UserError("--knn is of the run's own images; give it without --set")
+        raise UserError("--knn uses the run's own images and excludes --set; give only one of the two")
     with processes.joined(args):
         if args.set:
             results = _on_sets(args, overrides)
         elif args.knn is not None:
             results = _by_neighbours(args, overrides)
         else:
-            results = _on_own_images(args, overrides)
+            results = _on_run_images(args, overrides)
         if processes.is_first():
             print(json.dumps(results))
 
 
-def _on_own_images(args: argparse.Namespace, overrides: list[str]) -> dict:
+def _on_run_images(args: argparse.Namespace, overrides: list[str]) -> dict:
     task, model, mesh, folder = _run_of(args, overrides, averaged=False)
     results: dict = {"checkpoint": str(folder)}
     results |= _metrics(task, model, mesh, "evaluating")
@@ -85,14 +85,14 @@ def _metrics(task: Task, model, mesh: Mesh, what: str) -> Metrics:
 
 def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
     if jax.process_count() > 1:
-        raise UserError(f"--knn works in one process, not in {jax.process_count()}; start one alone")
+        raise UserError(f"--knn works in one process, not in {jax.process_count()}; start a single process")
     task, model, mesh, folder = _run_of(args, overrides)
     metrics = neighbours.evaluate(models.without_decoder(model), task.config, task.images, args.knn, mesh)
     return {"checkpoint": str(folder), **metrics}
 
 
 def _run_of(args: argparse.Namespace, overrides: list[str], *, averaged: bool = True):
-    """The task of a run, its model on the mesh, the mesh, and the checkpoint that the model is from."""
+    """Returns the task of a run, its model on the mesh, the mesh, and the folder of the checkpoint."""
     config = override(read_config(args.workdir), overrides)
     task = make_task(config)
     folder = checkpoint.find(args.checkpoint or args.workdir)
@@ -111,16 +111,16 @@ def _on_sets(args: argparse.Namespace, overrides: list[str]) -> dict:
         name, _, location = choice.partition("=")
         robustness.check(name)
         if name in places:
-            raise UserError(f"--set {name} is given twice; evaluate one at a time")
+            raise UserError(f"--set {name} is given twice; evaluate one folder at a time")
         places[name] = location
         if not location:
-            raise UserError(f"--set {name} needs a place: --set {name}=FOLDER")
+            raise UserError(f"--set {name} needs a folder: --set {name}=FOLDER")
     path = args.checkpoint or args.workdir
     if path is None:
-        raise UserError("--set needs --checkpoint or --workdir, for the model")
+        raise UserError("--set needs a model; give --checkpoint or --workdir")
     model, config, class_names = weights.load(path)
     if not isinstance(model, ConvNeXtV2) or not class_names:
-        raise UserError(f"checkpoint '{path}' names no classes, as pretraining does not; fine-tune it first")
+        raise UserError(f"checkpoint '{path}' has no classes (pretraining has none); fine-tune it first")
     config = override(config, overrides)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)

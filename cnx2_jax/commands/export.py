@@ -23,7 +23,7 @@ TAKES_OVERRIDES = False
 
 
 def _write_orbax(path: Path, job: Job) -> None:
-    stored = checkpoint.read_params(job.checkpoint)  # of pretraining with the decoder
+    stored = checkpoint.read_params(job.checkpoint)  # for pretraining including the decoder
     params = {name: leaf.astype(job.dtype) for name, leaf in stored.items()}
     checkpoint.write(path, params, checkpoint.read_metadata(job.checkpoint))
 
@@ -49,7 +49,7 @@ def _facts(folder: Path, model: InferenceModel) -> Facts:
 
 FORMATS = {
     "orbax": Format(
-        "a folder of parameters and metadata, for `cnx2` and whatever reads Orbax",
+        "a checkpoint folder, for `cnx2` and other readers of Orbax",
         _write_orbax,
         _run_orbax,
         writer="orbax",
@@ -58,7 +58,7 @@ FORMATS = {
     **export.FORMATS,
 }
 
-# Which formats an option applies to.
+# The formats that each option applies to.
 OPTIONS = {
     "dtype": ("orbax",),
     "naming": ("safetensors",),
@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         type=Path,
-        help="a workdir, its checkpoints/STEP, or an exported checkpoint; of pretraining, all formats but "
-        "orbax take the encoder alone, which gives features",
+        help="a workdir, its checkpoints/STEP, or an exported checkpoint; for pretraining, all formats but "
+        "orbax export only the encoder, which returns features",
     )
     parser.add_argument(
         "--format",
@@ -84,18 +84,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=export.BOUNDS,
-        help=f"of the parameters; float32 by default ({', '.join(OPTIONS['dtype'])})",
+        help=f"dtype of the parameters; float32 by default (for {', '.join(OPTIONS['dtype'])})",
     )
     parser.add_argument(
         "--naming",
         choices=NAMINGS,
-        help=f"whose names the parameters have; huggingface by default ({', '.join(OPTIONS['naming'])})",
+        help=f"names of the parameters; huggingface by default (for {', '.join(OPTIONS['naming'])})",
     )
     parser.add_argument(
         "--input",
         choices=("float32", "uint8"),
-        help="images that are normalised already, the default, or uint8 ones, from 0 to 255, that are "
-        f"normalised inside ({', '.join(OPTIONS['input'])})",
+        help="the model's input: normalised float32 images (the default), or uint8 images from 0 to 255 that "
+        f"the model normalises (for {', '.join(OPTIONS['input'])})",
     )
 
 
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     check_new(args.out, "--out")
     form = FORMATS[args.format] if args.naming is None else export.of_weights(args.naming)
     export.check_writable(form)
-    folder = checkpoint.find(args.checkpoint)  # once: a run that goes on may have a later one in a moment
+    folder = checkpoint.find(args.checkpoint)  # once: a running training may save a later one meanwhile
     model = _inference_model(folder, uint8=args.input == "uint8")
     job = Job(folder, model, _facts(folder, model), args.dtype or "float32")
     result = export.export(args.out, form, job)

@@ -25,25 +25,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a workdir, its checkpoints/STEP, or an exported checkpoint",
     )
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to name; 5 by default")
+    parser.add_argument(
+        "--top", type=int, default=5, metavar="N", help="number of classes to print; 5 by default"
+    )
     parser.add_argument(
         "--json",
         action="store_true",
-        help='print a line an image: {"image": ..., "predictions": [{"class", "name", "probability"}, ...]}',
+        help='print one JSON line per image: {"image": ..., "predictions": '
+        '[{"class", "name", "probability"}, ...]}',
     )
     parser.add_argument(
         "--features",
         type=Path,
         metavar="OUT.npy",
-        help="also write a feature vector an image (float32, [images, dim], what the head sees), and "
-        "OUT.json, the list of the images; works on pretraining too, where no classes are named",
+        help="also write one feature vector per image (float32 [images, dim], the head's input), and "
+        "OUT.json, the list of the images; works for pretraining runs too, which have no classes",
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="32 by default")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="images per batch; 32 by default"
+    )
     parser.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="JPEG, PNG or WebP files, or folders: all such files below them, sorted",
+        help="JPEG, PNG or WebP files, or folders: all such files in them and their sub-folders, sorted",
     )
 
 
@@ -61,12 +66,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     model, task = weights.load_task(args.checkpoint)
     config, class_names = task.config, task.class_names
     if not class_names and args.features is None:
-        kind = "is of pretraining and" if config.task == "pretrain" else "has no head and"
+        kind = "is of pretraining" if config.task == "pretrain" else "has no head"
         raise UserError(
-            f"checkpoint '{args.checkpoint}' {kind} names no classes; fine-tune it first, or write --features"
+            f"checkpoint '{args.checkpoint}' {kind} and so has no classes; fine-tune it first, or "
+            "give --features"
         )
     config.batch_size = min(args.batch_size, source.num_records)
-    config.data.unreadable = "error"  # whatever training did: nobody would miss an image that was left out
+    config.data.unreadable = "error"  # training may skip images, but here every image must give a result
     model = models.without_decoder(model)
     paths = [source.describe(index) for index in range(source.num_records)]
     batches = watched(eval_batches(source, config), source.num_records)
@@ -75,12 +81,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         if args.features is not None:
             write = stack.enter_context(feature_file.writer(args.features, paths, model.dims[-1]))
         rest = iter(paths)
-        for vectors, shares in predictions(model, config, batches):
+        for vectors, probabilities in predictions(model, config, batches):
             if write is not None:
                 write(vectors)
             if class_names:
-                # The paths second, as zip takes from the first before it sees that it is at an end.
-                for row, path in zip(shares, rest, strict=False):
+                # `rest` is the second argument, as zip takes one more item from the first before it stops.
+                for row, path in zip(probabilities, rest, strict=False):
                     prediction = task.prediction({"probability": row}, args.top)
                     if args.json:
                         text = json.dumps({"image": path, **prediction})
@@ -90,4 +96,4 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
                     tqdm.write(text)  # above a progress bar, if there is one
                 sys.stdout.flush()
     if args.features is not None:
-        say(f"wrote {args.features}, its rows named in {feature_file.names_path(args.features)}")
+        say(f"wrote {args.features}, and the names of its rows to {feature_file.names_path(args.features)}")

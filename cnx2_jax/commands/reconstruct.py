@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", required=True, type=Path, help="a pretraining run, or a checkpoint of one"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="GRID.png", help="the picture to write")
-    parser.add_argument("--seed", type=int, help="of the masks; the run's by default")
+    parser.add_argument("--seed", type=int, help="seed of the masks; the run's by default")
     parser.add_argument(
         "images",
         nargs="*",
@@ -32,7 +32,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     check_picture(args.out)
     model, config, _ = weights.load(args.workdir)
     if not isinstance(model, FCMAE):
-        raise UserError(f"'{args.workdir}' is no pretraining run but '{config.task}': it has no decoder")
+        raise UserError(
+            f"'{args.workdir}' is a '{config.task}' run without a decoder; give a pretraining run"
+        )
     if args.images:
         from cnx2_jax.data.pipeline import preprocess_files  # loads TensorFlow, so not before it is needed
 

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         type=Path,
-        help="where config.json, metrics.jsonl, checkpoints/, tensorboard/ and, at the end, result.json go; "
-        "the same command goes on with the run it finds there; the same folder for all processes",
+        help="the run's folder, for config.json, metrics.jsonl, checkpoints/, tensorboard/ and, at the end, "
+        "result.json; if it holds a run, the same command resumes it; give all processes the same folder",
     )
     processes.add_arguments(parser)
 

@@ -142,12 +142,12 @@ def test_refusals_write_nothing(tmp_path, capfd, classifier, build):
     place = ("--from", path, "--to", out)
     assert "50x50 is not a multiple" in refusal(capfd, *place, "--image-size", 50)
     (tmp_path / "names.txt").write_text("cat\ndog\n")
-    assert "names 2 classes, the weights have 3" in refusal(
+    assert "holds 2 class names, the weights have 3" in refusal(
         capfd, *place, "--class-names", tmp_path / "names.txt"
     )
     assert "absent.txt" in refusal(capfd, *place, "--class-names", tmp_path / "absent.txt")
     grey = save(tmp_path / "grey" / "model.safetensors", build(ConvNeXtV2, *SMALL, num_classes=3, in_chans=1))
-    assert "nothing says what normalises them" in refusal(capfd, "--from", grey, "--to", out)
+    assert "mean and standard deviation are unknown" in refusal(capfd, "--from", grey, "--to", out)
     assert "No such file" in refusal(capfd, "--from", tmp_path / "no.pt", "--to", out)
     assert not out.exists()
     out.mkdir()
@@ -173,8 +173,8 @@ def test_what_cannot_be_right_is_refused(tmp_path, capfd, classifier):
     (tmp_path / "names.txt").write_text("cat\ndog\ncat\n")
     (tmp_path / "none.txt").write_text("")
     place = ("--from", path, "--to", out)
-    assert "more than one class 'cat'" in refusal(capfd, *place, "--class-names", tmp_path / "names.txt")
-    assert "names no classes, the weights have 3" in refusal(
+    assert "the class name 'cat' twice" in refusal(capfd, *place, "--class-names", tmp_path / "names.txt")
+    assert "holds no class names, the weights have 3" in refusal(
         capfd, *place, "--class-names", tmp_path / "none.txt"
     )
     other = {"model_type": "convnextv2", "depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}
@@ -187,7 +187,7 @@ def test_what_cannot_be_right_is_refused(tmp_path, capfd, classifier):
     name = next(iter(tensors))
     for wrong in (np.full_like(tensors[name], np.nan), tensors[name].astype(np.int32)):
         safetensors.numpy.save_file({**tensors, name: wrong}, path)
-        assert "holds no weights" in refusal(capfd, *place)
+        assert "holds no float32 weights" in refusal(capfd, *place)
     assert not out.exists()
     assert main(["predict", "--checkpoint", str(path), str(path)]) == 2
     assert "`cnx2 convert` makes them a checkpoint" in capfd.readouterr().err

@@ -65,8 +65,8 @@ def test_captions():
         (["--out", "{tmp}/file.png"], "{tmp}/file.png' exists already; nothing was overwritten"),
         (["--out", "{tmp}/x.docx"], "{tmp}/x.docx' does not end in the suffix of an image format"),
         (["--out", "{tmp}/file.png/x.png"], "cannot write '{tmp}/file.png/x.png'"),
-        (["--out", "{tmp}/x.png", "--rows", "0"], "--rows must be 1 to 100"),
-        (["--out", "{tmp}/x.png", "--step", "-1"], "--step at least 0"),
+        (["--out", "{tmp}/x.png", "--rows", "0"], "--rows 0 must be 1 to 100"),
+        (["--out", "{tmp}/x.png", "--step", "-1"], "--step -1 at least 0"),
         (
             ["--out", "{tmp}/x.png", "--config.data.augment=rnd"],
             "unknown data.augment 'rnd'; did you mean 'rand'",

@@ -75,8 +75,8 @@ def test_sets_in_one_line(stored, tmp_path, capfd):
     ("arguments", "message"),
     [
         ([], "evaluate needs --workdir, or --set NAME=FOLDER with --checkpoint"),
-        (["--set", "imagenet-a={tmp}"], "--set needs --checkpoint or --workdir"),
-        (["--checkpoint", "{stored}", "--set", "imagenet-a"], "--set imagenet-a needs a place"),
+        (["--set", "imagenet-a={tmp}"], "--set needs a model; give --checkpoint or --workdir"),
+        (["--checkpoint", "{stored}", "--set", "imagenet-a"], "--set imagenet-a needs a folder"),
         (["--checkpoint", "{stored}", "--set", "imagenet={tmp}"], "unknown set 'imagenet'; did you mean"),
         (["--checkpoint", "{stored}", "--set", "imagenet-a={tmp}/no"], "'{tmp}/no' is not a folder"),
         (["--checkpoint", "{stored}", "--set", "imagenet-c={tmp}"], "it is not ImageNet-C"),
@@ -91,7 +91,7 @@ def test_sets_in_one_line(stored, tmp_path, capfd):
         (["--checkpoint", "{stored}", "--knn", "20"], "evaluate needs --workdir"),
         (
             ["--checkpoint", "{stored}", "--knn", "20", "--set", "imagenet-a={tmp}"],
-            "--knn is of the run's own images; give it without --set",
+            "--knn uses the run's own images and excludes --set; give only one",
         ),
     ],
 )

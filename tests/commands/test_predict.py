@@ -210,7 +210,7 @@ def test_mistakes_are_said_before_any_work(images, tmp_path, capfd, words, messa
 def test_where_there_are_no_classes_to_name(task, why, images, tmp_path, random_params, capfd):
     folder = store(tmp_path / "checkpoint", task, (), random_params)
     assert run("--checkpoint", folder, *images) == 2
-    assert f"{why} and names no classes; fine-tune it first, or write --feat" in capfd.readouterr().err
+    assert f"{why} and so has no classes; fine-tune it first, or give --feat" in capfd.readouterr().err
     assert run("--checkpoint", folder, "--features", tmp_path / "out.npy", images[0]) == 0
     assert capfd.readouterr().out == ""
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected(folder, images[:1])[0], atol=2e-5)
