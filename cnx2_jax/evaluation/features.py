@@ -55,7 +55,7 @@ def all_features(
       source: its images are prepared as for evaluation, `config.batch_size` at a time.
     """
     # Filled in place: vectors of a million images should not be there twice.
-    vectors = np.empty((source.num_records, model.dims[-1]), np.float32)
+    vectors = np.empty((source.num_records, model.config.dims[-1]), np.float32)
     labels = np.empty(source.num_records, np.int32)
     count = 0
     batches = sharding.put_batches(watched(eval_batches(source, config), source.num_records), mesh)

@@ -52,7 +52,8 @@ def make_program(task: Task, mesh: Mesh) -> Program:
         total,
     )
     graph, params = starting.describe(task)
-    transform = optimizer.make_optimizer(config.optimizer, schedule, params)
+    prefix = getattr(graph.nodes[0].type, "encoder_prefix", None)
+    transform = optimizer.make_optimizer(config.optimizer, schedule, params, prefix)
     like = jax.eval_shape(lambda params: starting.begin(config, transform, params), params)
     step = make_train_step(task, graph, transform, like, mesh)
     return Program(total, schedule, graph, transform, like, step)
