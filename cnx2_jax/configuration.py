@@ -143,6 +143,7 @@ def defaults(task: str) -> ConfigDict:
     optimizer.min_learning_rate = 0.0
     optimizer.warmup_epochs = 0.0
     optimizer.weight_decay = 0.05
+    optimizer.decay_grn = False  # also decay GRN and the mask token, as the official pretraining code does
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.clip_norm = 0.0  # 0: no clipping

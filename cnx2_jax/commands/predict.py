@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         write = None
         if args.features is not None:
-            write = stack.enter_context(feature_file.writer(args.features, paths, model.dims[-1]))
+            write = stack.enter_context(feature_file.writer(args.features, paths, model.config.dims[-1]))
         rest = iter(paths)
         for vectors, probabilities in predictions(model, config, batches):
             if write is not None:

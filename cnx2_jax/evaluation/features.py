@@ -60,7 +60,7 @@ def all_features(
     from cnx2_jax.data.pipeline import eval_batches
 
     # Filled in place: a list of batches would hold the vectors of a million images twice.
-    vectors = np.empty((source.num_records, model.dims[-1]), np.float32)
+    vectors = np.empty((source.num_records, model.config.dims[-1]), np.float32)
     labels = np.empty(source.num_records, np.int32)
     count = 0
     batches = sharding.put_batches(watched(eval_batches(source, config), source.num_records), mesh)

@@ -51,8 +51,10 @@ def make_program(task: Task, mesh: Mesh) -> Program:
         configuration.in_steps(config.optimizer.warmup_epochs, config, num_train),
         total,
     )
-    graph, params, others = starting.describe(task)
-    transform = optimizer.make_optimizer(config.optimizer, schedule, params)
-    like = jax.eval_shape(lambda *arrays: starting.begin(config, transform, *arrays), params, others)
-    step = make_train_step(task, graph, transform, like, mesh)
-    return Program(total, schedule, graph, transform, like, step)
+    model = starting.describe(task)
+    transform = optimizer.make_optimizer(config.optimizer, schedule, model.params, model.encoder_prefix)
+    like = jax.eval_shape(
+        lambda *arrays: starting.begin(config, transform, *arrays), model.params, model.variables
+    )
+    step = make_train_step(task, model.graph, transform, like, mesh)
+    return Program(total, schedule, model.graph, transform, like, step)

@@ -1,5 +1,7 @@
 """The first state of a run: its latest complete checkpoint, the weights it starts from, or fresh ones."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,19 +23,27 @@ from cnx2_jax.train.task import Task
 ON_NONFINITE = ("stop", "skip")
 
 
-def describe(task: Task) -> tuple[nnx.GraphDef, Params, Params]:
-    """Returns the model's structure and the shapes of its parameters and variables; no array is made."""
-    graph = None
+class Description(NamedTuple):
+    """A task's model without its arrays.
 
-    def build(key):
-        nonlocal graph
-        model = task.init(nnx.Rngs(key))
-        graph, _ = split(model)
-        return parameters(model), variables(model)
+    Attributes:
+      graph: the model's structure.
+      params, variables: shapes of its parameters, and of its other arrays.
+      encoder_prefix: what the names of the encoder's parameters start with; None if it declares no encoder.
+    """
 
-    params, others = jax.eval_shape(build, jax.random.key(0))
-    assert graph is not None
-    return graph, params, others
+    graph: nnx.GraphDef
+    params: Params
+    variables: Params
+    encoder_prefix: str | None
+
+
+def describe(task: Task) -> Description:
+    """Returns what a task's model is like; no array is made."""
+    model = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))
+    graph, _ = split(model)
+    prefix = getattr(model, "encoder_prefix", None)
+    return Description(graph, parameters(model), variables(model), prefix)
 
 
 def begin(
