@@ -20,7 +20,7 @@ from PIL import Image
 
 from cnx2_jax import cli
 from cnx2_jax.configuration import load_config
-from cnx2_jax.data.pipeline import ImageData
+from cnx2_jax.data.images import ImageData
 
 ROOT = Path(__file__).resolve().parent.parent
 PREDICTED = 3  # images

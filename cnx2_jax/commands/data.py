@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import load_config
 from cnx2_jax.data import inspection
-from cnx2_jax.data.pipeline import ImageData
+from cnx2_jax.data.images import ImageData
 from cnx2_jax.data.sources import Source
 from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.models.pixels import denormalise

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cnx2_jax.data.imagenet import describe
-from cnx2_jax.data.pipeline import eval_batches
+from cnx2_jax.data.images import eval_batches
 from cnx2_jax.data.sources.folder import open_files
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import feature_file

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from cnx2_jax.configuration import image_hw
-from cnx2_jax.data.pipeline import preprocess_files
+from cnx2_jax.data.images import preprocess_files
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE
 from cnx2_jax.observe.pictures import check_picture, write_picture

@@ -1,6 +1,6 @@
-"""Images in, batches of NumPy arrays out; all of it in TensorFlow, on the host."""
+"""From stored records to batches of NumPy arrays, in TensorFlow, on the host."""
 
 import tensorflow as tf
 
-# The accelerator's memory belongs to JAX.
+# TensorFlow must not take the accelerator's memory, which JAX needs.
 tf.config.set_visible_devices([], "GPU")

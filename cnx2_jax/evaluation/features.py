@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from cnx2_jax.data.pipeline import eval_batches
+from cnx2_jax.data.images import eval_batches
 from cnx2_jax.data.sources import Source
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.pixels import normalise

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict
 
-from cnx2_jax.data.pipeline import ImageData
+from cnx2_jax.data.images import ImageData
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.features import all_features
 from cnx2_jax.models import ConvNeXtV2

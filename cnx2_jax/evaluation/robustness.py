@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cnx2_jax.cluster import processes
-from cnx2_jax.data.pipeline import eval_batches
+from cnx2_jax.data.images import eval_batches
 from cnx2_jax.data.sources import Source, open_set
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.evaluation.classification import evaluate
@@ -149,7 +149,7 @@ def _evaluate(model, config: ConfigDict, source: Source, of_present_classes: boo
         model = _Restricted(model, tuple(classes.tolist()))
         table = np.zeros(len(source.class_names), np.int32)
         table[classes] = np.arange(len(classes))
-        source = source.relabelled(table)
+        source = source.relabelled(table, tuple(source.class_names[label] for label in classes))
     batches = sharding.put_batches(eval_batches(source, config, **processes.share()), mesh)
     return evaluate(model, config.data.mean, config.data.std, batches)
 

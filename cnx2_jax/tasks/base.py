@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import image_hw
-from cnx2_jax.data.pipeline import ImageData
+from cnx2_jax.data.images import ImageData
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.convnextv2 import check_size
 

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict
 
-from cnx2_jax.data.pipeline import ImageData, epoch_order
+from cnx2_jax.data.images import ImageData
+from cnx2_jax.data.order import epoch_order
 from cnx2_jax.data.sources import Source
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.classification import class_scores
@@ -219,7 +220,7 @@ def _name(encoder: str, source: Source, config: ConfigDict) -> str:
         digest.update(np.asarray(source.labels).tobytes())
     for index in np.unique(np.linspace(0, source.num_records - 1, 100).astype(int)):
         record = source.read(tf.constant(int(index), tf.int64))
-        digest.update(record["bytes"].numpy() + str(int(record["label"])).encode())
+        digest.update(record["image"].numpy() + str(int(record["label"])).encode())
     return digest.hexdigest()[:32]
 
 

@@ -9,7 +9,8 @@ import tensorflow as tf
 from PIL import Image
 
 from cnx2_jax.configuration import defaults
-from cnx2_jax.data.pipeline import ImageData, shuffled_record
+from cnx2_jax.data.images import ImageData
+from cnx2_jax.data.order import shuffled_record
 from cnx2_jax.errors import UserError
 
 COUNT = 20

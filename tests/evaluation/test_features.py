@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cnx2_jax.configuration import defaults
-from cnx2_jax.data.pipeline import ImageData, eval_batches
+from cnx2_jax.data.images import ImageData, eval_batches
 from cnx2_jax.evaluation import features
 from cnx2_jax.models import FCMAE, ConvNeXtV2
 from cnx2_jax.models.pixels import normalise

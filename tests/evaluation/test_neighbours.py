@@ -5,7 +5,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from cnx2_jax.configuration import defaults
-from cnx2_jax.data.pipeline import ImageData
+from cnx2_jax.data.images import ImageData
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import neighbours
 from cnx2_jax.recipes import use_digits
