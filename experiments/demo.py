@@ -22,7 +22,7 @@ from PIL import Image
 
 from cnx2_jax import cli
 from cnx2_jax.configuration import load_config
-from cnx2_jax.data.pipeline import ImageData
+from cnx2_jax.data.images import ImageData
 
 PREDICTED = 3  # images
 

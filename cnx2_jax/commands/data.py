@@ -18,7 +18,7 @@ from cnx2_jax.tasks import Task, make_task
 from cnx2_jax.train.step import batch_key
 
 if TYPE_CHECKING:  # data needs TensorFlow, which --help should not wait for
-    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.images import ImageData
     from cnx2_jax.data.sources import Source
 
 TAKES_OVERRIDES = True
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from cnx2_jax.data import inspection
-    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.images import ImageData
 
     check_picture(args.out)
     if not (1 <= args.rows <= 100 and 0 <= args.step < 2**31 and 0 <= args.seconds <= 3600):

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     # TensorFlow, which data needs, takes seconds to import; --help should not wait for it.
-    from cnx2_jax.data.pipeline import eval_batches
+    from cnx2_jax.data.images import eval_batches
     from cnx2_jax.data.sources.folder import open_files
 
     for name, value in (("--top", args.top), ("--batch-size", args.batch_size)):

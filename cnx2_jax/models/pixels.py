@@ -11,7 +11,7 @@ def normalise(
     images: UInt8[Array | np.ndarray, "b height width c"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Array, "b height width c"]:
     """Maps uint8 images to float32: (x / 255 - mean) / std per channel."""
-    return (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+    return (jnp.asarray(images).astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
 
 
 def denormalise(

@@ -109,7 +109,7 @@ class Task:
           UserError: it cannot be opened, or there is nothing to evaluate on.
         """
         # TensorFlow is needed for reading images alone.
-        from cnx2_jax.data.pipeline import ImageData
+        from cnx2_jax.data.images import ImageData
 
         data = ImageData(self.config)
         if not data.num_val:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import Params
+from cnx2_jax.types import HOST
 
 AXES = ("data", "fsdp")
 BATCH = PartitionSpec(AXES)  # a batch is sharded over both axes
@@ -107,8 +109,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def put_batches(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
-    """Moves this host's share of each batch to the devices, as parts of global arrays."""
+def put_batches(
+    batches: Iterable[Mapping[str, Any]], mesh: Mesh, *, keep_host: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Moves this host's share of each batch to the devices, as parts of global arrays.
+
+    Args:
+      batches: NumPy arrays by name; those under `types.HOST` never go to a device.
+      mesh: the devices.
+      keep_host: whether batches keep `types.HOST` as it is, for metrics on the host; a jitted function
+        does not take such batches.
+    """
     sharding = batch_sharding(mesh)
     for batch in batches:
-        yield {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+        arrays = {name: value for name, value in batch.items() if name != HOST}
+        placed = {name: jax.make_array_from_process_local_data(sharding, x) for name, x in arrays.items()}
+        yield {**placed, HOST: batch[HOST]} if keep_host and HOST in batch else placed

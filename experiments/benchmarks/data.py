@@ -141,7 +141,7 @@ def _photographs() -> list[bytes]:
 def _stream(contestant: str, kind: str, args: argparse.Namespace, root: Path, cores: int) -> Iterator:
     recipe = kind == "recipe"
     if contestant == "cnx2":
-        from cnx2_jax.data.pipeline import ImageData
+        from cnx2_jax.data.images import ImageData
 
         return ImageData(_config("folder", root, 64, args.image_size, recipe)).train_batches(0)
     import torch
@@ -243,7 +243,7 @@ def _speed(args: argparse.Namespace) -> tuple[list[dict], str]:
 
 
 def _memory(args: argparse.Namespace) -> tuple[list[dict], str]:
-    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.images import ImageData
 
     stream = ImageData(_config("synthetic", None, 256, args.image_size, True)).train_batches(0)
     every = max(1, args.measured // 20)
@@ -268,7 +268,7 @@ def _resident_mib() -> float:
 
 
 def _start(args: argparse.Namespace) -> tuple[list[dict], str]:
-    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.images import ImageData
 
     images = ImageData(_config("synthetic", None, 64, args.image_size, False))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnx2_jax.data.pipeline import ImageData, eval_batches
+from cnx2_jax.data.images import ImageData, eval_batches
 from cnx2_jax.evaluation import features
 from cnx2_jax.models import FCMAE, ConvNeXtV2, EncoderConfig
 from cnx2_jax.models.pixels import normalise

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cnx2_jax.data.fields import Image, Label
 from cnx2_jax.data.sources.base import Source
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError, nearest
@@ -67,12 +68,13 @@ def open_tfds(spec: str, data_dir: str) -> Source:
         record = tf.numpy_function(record_at, [index], tf.string)
         keys = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
         example = tf.io.parse_single_example(tf.ensure_shape(record, []), keys)
-        return {"bytes": example["image"], "label": tf.cast(example["label"], tf.int32)}
+        return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
 
     def describe(index: int) -> str:
         return f"{builder.info.full_name}/{split} record {index} ({os.path.basename(locate(index)[0])})"
 
-    return Source(ends[-1], class_names, labels=None, read=read, describe=describe)
+    fields = {"image": Image(), "label": Label(class_names)}
+    return Source(ends[-1], fields, labels=None, read=read, describe=describe)
 
 
 def val_spec(spec: str, data_dir: str) -> str | None:
