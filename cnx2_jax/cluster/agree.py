@@ -1,4 +1,4 @@
-"""What process 0 decides for all processes."""
+"""Values that are not arrays, sent between the processes of a run: one process's, or everyone's, to all."""
 
 import json
 from typing import Any
@@ -9,18 +9,27 @@ from jax.experimental import multihost_utils
 
 
 def from_first(value: Any) -> Any:
-    """Returns process 0's value to all processes, each of which calls it; others' values are ignored.
+    """Returns process 0's value on all processes, each of which calls it; the others' values are ignored.
 
     What processes read from a shared folder at one moment can differ; what they act on must not.
 
     Args:
       value: JSON.
     """
+    return value if jax.process_count() == 1 else gathered(value if jax.process_index() == 0 else None)[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns the values of all processes in their order, on each of them; all call it.
+
+    Args:
+      value: JSON.
+    """
     if jax.process_count() == 1:
-        return value
+        return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.zeros(size, np.uint8)
-    if jax.process_index() == 0:
-        padded[:] = text
-    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode())
+    sizes = np.ravel(multihost_utils.process_allgather(np.int32(len(text))))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = text
+    every = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(part[:size])) for part, size in zip(np.asarray(every), sizes, strict=True)]
