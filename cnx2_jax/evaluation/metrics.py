@@ -228,7 +228,7 @@ def evaluate(scorer: Scorer, model: nnx.Module, batches: Iterable[Batch]) -> Met
     seen = count = 0
     unreadable: int | None = None
     for batch in batches:
-        host = batch.get(HOST, {})
+        host: Any = batch.get(HOST, {})
         batch = {name: array for name, array in batch.items() if name != HOST}
         contributions, valid, skipped = _contributions(scorer, metrics, graph, arrays, batch, seen)
         seen += batch["mask"].shape[0]
