@@ -16,8 +16,6 @@ DOOR = "cnx2_jax/data/tensorflow.py"
 BEHIND_THE_DOOR = ("cnx2_jax/data/", "cnx2_jax/interop/savedmodel.py")
 # Modules of data that do not need it.
 LIGHT_DATA = {"cnx2_jax.data", "cnx2_jax.data.imagenet", "cnx2_jax.data.mixing"}
-# Tasks import the sources of their images, and these rooms import tasks.
-IMPORT_SOURCES = ("cnx2_jax.tasks", "cnx2_jax.commands")
 
 # Python finds neither TensorFlow nor what is built on it, as if they were not installed.
 HIDE = """
@@ -56,7 +54,7 @@ import json, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
 from flax import nnx
-from cnx2_jax.models import FCMAE
+from cnx2_jax.models import FCMAE, EncoderConfig
 from cnx2_jax.models.state import split
 from cnx2_jax.train.loop import fit
 from experiments.benchmarks.contestants import train_step
@@ -65,8 +63,8 @@ from tiny_task import TinyTask
 workdir = Path(sys.argv[1])
 metrics = fit(TinyTask("total_steps=3"), workdir)
 
-sizes = {"depths": (1, 1, 1, 1), "dims": (4, 4, 8, 8), "decoder_dim": 8}
-model = FCMAE(**sizes, layout="gathered", rngs=nnx.Rngs(0))
+encoder = EncoderConfig(depths=(1, 1, 1, 1), dims=(4, 4, 8, 8))
+model = FCMAE(encoder, decoder_dim=8, layout="gathered", rngs=nnx.Rngs(0))
 graph, params = split(model)
 optimizer, step = train_step(graph)
 images = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
@@ -102,15 +100,13 @@ def needs_tensorflow(module):
     """Whether a module is one that may fail to import where there is no TensorFlow."""
     if module.startswith("cnx2_jax.data"):
         return module not in LIGHT_DATA
-    return module == "cnx2_jax.interop.savedmodel" or module.startswith(IMPORT_SOURCES) or module == "saving"
+    return module == "cnx2_jax.interop.savedmodel"
 
 
 def test_tensorflow_is_imported_in_one_place():
     seen = set()
     for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
         name = str(path.relative_to(ROOT))
-        if name.startswith("cnx2_jax/tasks/"):
-            continue
         direct = any(module.split(".")[0] == "tensorflow" for module in imports(path))
         assert direct == (name == DOOR), f"{name}: take `tf` from cnx2_jax.data.tensorflow"
         if any(module.startswith("cnx2_jax.data.tensorflow") for module in imports(path)):
