@@ -169,7 +169,7 @@ def test_recipes_of_the_package_have_names(name, monkeypatch, tmp_path):
     module, argument = load_module(f"{name}:smoke,epochs=3")
     assert (module.__doc__, argument) == (load_module(f"{CONFIGS}/{name}.py")[0].__doc__, "smoke,epochs=3")
     assert load_module(name)[1] == ""
-    assert flat(load_config(f"{name}:smoke")) == flat(load_config(f"{CONFIGS}/{name}.py:smoke"))
+    assert flatten(load_config(f"{name}:smoke")) == flatten(load_config(f"{CONFIGS}/{name}.py:smoke"))
 
 
 @pytest.mark.parametrize(

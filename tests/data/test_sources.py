@@ -1,6 +1,7 @@
 """Sources: what is found in folders, how it is labelled, and which records are held out."""
 
 import collections
+import dataclasses
 import hashlib
 import io
 
@@ -277,3 +278,12 @@ def test_a_set_is_labelled_by_the_models_classes(tmp_path):
         open_set("folder", "", names)
     with pytest.raises(UserError, match=r"unknown data\.val_source 'folders'; did you mean 'folder'"):
         open_set("folders", "", names)
+
+
+def test_labels_are_read_where_they_are_not_known(tmp_path):
+    make(tmp_path, "train/a/1.png", "train/b/1.png", "train/b/2.png")
+    source = open_source(config(root=tmp_path, val_fraction=0), "train", seed=0)
+    unknown = dataclasses.replace(source, labels=None)
+    for labels in (source.all_labels(), unknown.all_labels()):
+        assert labels.tolist() == [0, 1, 1]
+        assert labels.dtype == np.int32

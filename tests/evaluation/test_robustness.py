@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from cnx2_jax.data import sources
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import robustness
 from cnx2_jax.evaluation.robustness import ALEXNET_ERRORS, corruption_errors, evaluate_set
@@ -129,7 +130,7 @@ def test_images_of_imagenet_c_are_not_cropped(config, mesh, tmp_path, monkeypatc
 
 def test_tfds_names(config, mesh, monkeypatch):
     seen = []
-    monkeypatch.setattr(robustness, "open_set", lambda *place: seen.append(place[:2]))
+    monkeypatch.setattr(sources, "open_set", lambda *place: seen.append(place[:2]))
     monkeypatch.setattr(robustness, "_evaluate", lambda *_: {"accuracy": 0.5})
     evaluate(config, mesh, "imagenet-v2", "tfds")
     evaluate(config, mesh, "imagenet-a", "tfds:/data")
