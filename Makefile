@@ -1,30 +1,61 @@
-# make demo: install, pretrain, fine-tune and look at the result.  make test: run the tests.
+# Each target works from a fresh clone by itself: it installs what it needs into .venv first.
+#
+#   make demo         install, pretrain, fine-tune and look at the result
+#   make test-fast    the tests that take seconds           make test     all tests
+#   make lint         ruff: rules and format                make format   let ruff repair what it can
+#   make types        mypy                                  make golden   remake all golden files
+#   make times        all tests, with processor seconds     make hooks    let git run ruff before each commit
+#   make clean        remove .venv and runs
+#
+# EXTRAS asks for more of setup.cfg's extras: make test EXTRAS=test,parity
 
 PYTHON ?= python3
 EXTRAS ?= test
 BIN := .venv/bin
-# A stamp per set of extras, so that asking for more installs more.
-STAMP := .venv/installed-$(EXTRAS)
+# One stamp per set of extras, so that a target that needs more installs more.
+INSTALLED := .venv/installed-
+# A file's tests share its fixtures, so one worker runs them all. `pytest` alone starts no workers.
+PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint install clean
+.PHONY: install demo test test-fast times lint format types golden hooks clean
 
-install: $(STAMP)
+install: $(INSTALLED)$(EXTRAS)
 
-$(STAMP): setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+$(INSTALLED)%: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 demo: install
-	$(BIN)/python experiments/demo.py
+	$(BIN)/python -m experiments.demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
-lint: install
+test-fast: install
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not processes"
+
+times: install
+	$(BIN)/python -m pytest $(PARALLEL) -p cpu_seconds
+
+lint: $(INSTALLED)dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED)dev
 	$(BIN)/mypy
+
+golden: $(INSTALLED)parity $(INSTALLED)test
+	$(BIN)/python tests/make_recipe_golden.py
+	$(BIN)/python tests/parity/make_golden.py
+	$(BIN)/python -m tests.launch.make_launch_golden
+
+hooks: $(INSTALLED)dev
+	$(BIN)/pre-commit install
 
 clean:
 	rm -rf .venv runs

@@ -18,9 +18,9 @@ VERBS = {
     "reconstruct": "mask images and draw what a pretrained model makes of them",
     "convert": "take weights from PyTorch, timm or Hugging Face, as a checkpoint",
     "export": "write a checkpoint for use elsewhere, and check it there",
-    "preflight": "compile a run for TPUs or GPUs that are not there: does it fit, what does a step cost?",
-    "launch": "run a command on hosts: local, tpu-vm, xpk, slurm; and again when a host dies",
-    "sweep": "make a run for each set of overrides in a config's sweep, and a table of results",
+    "preflight": "compile a run for TPUs or GPUs that are not there: whether it fits, what a step costs",
+    "launch": "run a command on hosts, and again when a host dies",
+    "sweep": "train a config with each set of overrides of a sweep, and compare the results",
 }
 
 

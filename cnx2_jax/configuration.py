@@ -20,7 +20,7 @@ from cnx2_jax.files import write_text
 # The recipes that come with the package. In a checkout, this is a link to the folder at the top.
 RECIPES = Path(__file__).parent / "configs"
 
-# A run may resume with other values of these keys: they change where, how and how often, not what is computed.
+# A run may resume with other values of these keys: they change where and how it computes, not what.
 FREE_KEYS = (
     "mesh.",
     "model.layout",
@@ -143,6 +143,7 @@ def defaults(task: str) -> ConfigDict:
     optimizer.min_learning_rate = 0.0
     optimizer.warmup_epochs = 0.0
     optimizer.weight_decay = 0.05
+    optimizer.decay_grn = False  # also decay GRN and the mask token, as the official pretraining code does
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.clip_norm = 0.0  # 0: no clipping

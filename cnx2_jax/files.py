@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     An older `path` is replaced. Raises whatever OSError writing or moving raises; nothing is left beside it.
     """
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    # Process ids are not enough: those of containers that share a folder are often equal.
+    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         yield partial
         os.replace(partial, path)

@@ -1,12 +1,11 @@
-"""Kills a run of several processes again and again, and checks that nothing of it is lost or changed.
+"""Kills processes of a run again and again, and checks that its result does not change.
 
-Trains a very small network on scikit-learn's digits twice: left alone, and with processes killed (SIGKILL)
-at random moments, the same command being started anew each time all of them have ended. Then compares
-parameters, optimizer state, averages and metrics.jsonl bit for bit. Prints every kill, the verdict and one
-JSON line; the exit status is 1 if anything differs, or if the processes that were not killed did not end by
-themselves.
+  python -m experiments.chaos --kills 25
 
-  python experiments/chaos.py --kills 25
+Trains a very small network on scikit-learn's digits twice: undisturbed, and with processes killed (SIGKILL)
+at random moments and the same command restarted once all of them have ended. Then compares parameters,
+optimizer state, averages and metrics.jsonl bit for bit. Prints every kill, the verdict and one JSON line. The
+exit status is 1 if anything differs, or if the processes that were not killed did not end by themselves.
 """
 
 import argparse
@@ -29,12 +28,12 @@ import orbax.checkpoint as ocp
 from cnx2_jax.commandline import Parser, count, run
 from cnx2_jax.launch.local import free_port
 from cnx2_jax.observe.report import read_metrics
+from cnx2_jax.observe.tables import markdown_table
 from cnx2_jax.observe.timing import TIMED
 
-ROOT = Path(__file__).resolve().parent.parent
 HEARTBEAT_SECONDS = 10
-START_SECONDS = 15  # about what a start takes
-PATIENCE_SECONDS = 60  # that the others have to end, once one was killed
+START_SECONDS = 15  # about the time that a start takes
+PATIENCE_SECONDS = 60  # for the others to end after one was killed
 EVAL_STEPS, CHECKPOINT_STEPS = 20, 4
 IMAGES, BATCH = 1438, 16
 SMALL = [
@@ -51,7 +50,7 @@ SMALL = [
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """One kill: when, of which processes, what was going on, and how the others ended."""
+    """One kill: when, which processes, the state of the run, and how the other processes ended."""
 
     second: float
     processes: list[int]
@@ -59,7 +58,7 @@ class Kill:
     doing: str
     others_seconds: float
     others_status: int
-    others_said: str
+    others_last_line: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,31 +66,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=count, default=25, help="25 by default")
-    parser.add_argument("--processes", type=count, default=2, help="of the run; 2 by default")
-    parser.add_argument("--steps", type=count, default=120, help="of the run; 120 by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and processes; 0 by default")
-    parser.add_argument("--config", default=f"{ROOT}/configs/finetune.py:digits", help="the recipe")
+    parser = Parser(
+        prog="python -m experiments.chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kills", type=count, default=25, help="%(default)s by default")
+    parser.add_argument("--processes", type=count, default=2, help="of the run; %(default)s by default")
+    parser.add_argument("--steps", type=count, default=120, help="of the run; %(default)s by default")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the moments and processes; %(default)s by default"
+    )
+    parser.add_argument("--config", default="finetune:digits", help="the recipe to train")
     parser.add_argument("--out", type=Path, help="a new folder; runs/chaos-DATE-TIME by default")
     args = parser.parse_args(argv)
     out = args.out or Path("runs") / time.strftime("chaos-%Y%m%d-%H%M%S")
     out.mkdir(parents=True)
 
-    alone = Run(args, out / "alone")
-    alone.start()
-    if any(alone.wait(None)):
-        print(f"the run that was left alone failed; see {out}/alone.*.log", file=sys.stderr)
+    undisturbed = Run(args, out / "undisturbed")
+    undisturbed.start()
+    if any(undisturbed.wait(None)):
+        print(f"the undisturbed run failed; see {out}/undisturbed.*.log", file=sys.stderr)
         return 1
     killed = Run(args, out / "killed")
     kills = chaos(killed, args.kills, args.steps, random.Random(args.seed))
-    differences = compare(out / "alone", out / "killed", args.steps)
-    print()
+    differences = compare(out / "undisturbed", out / "killed", args.steps)
+    print(table(kills), end="\n\n")
     for difference in differences:
         print(f"DIFFERENT: {difference}")
     if not differences:
         print(
-            f"After {len(kills)} kills of {args.processes} processes the run is the one that was left alone: "
+            f"After {len(kills)} kills of {args.processes} processes the run equals the undisturbed one in "
             "every bit of parameters, optimizer state, averages and metrics."
         )
     print(json.dumps({"kills": len(kills), "different": len(differences), "out": str(out)}))
@@ -99,7 +104,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 class Run:
-    """A run in a workdir, started as often as need be."""
+    """A run in a workdir, which can be started again and again."""
 
     def __init__(self, args: argparse.Namespace, workdir: Path):
         self.workdir = workdir
@@ -108,7 +113,7 @@ class Run:
         self.processes: list[subprocess.Popen] = []
 
     def start(self) -> None:
-        """Starts all processes."""
+        """Starts all processes of the run."""
         port = free_port()
         compiled = self.workdir.parent.absolute() / "compiled"
         environment = {
@@ -134,10 +139,10 @@ class Run:
             self._logs.append(log)
 
     def wait(self, seconds: float | None) -> list[int]:
-        """Waits for all to end and returns their statuses.
+        """Waits for all processes to end and returns their exit statuses.
 
         Raises:
-          subprocess.TimeoutExpired: one did not.
+          subprocess.TimeoutExpired: a process did not end in time.
         """
         return [process.wait(seconds) for process in self.processes]
 
@@ -145,11 +150,11 @@ class Run:
         return read_rows(self.workdir)
 
     def step(self) -> int:
-        """The last step that is logged."""
+        """Returns the last logged step."""
         return max((row["step"] for row in self.rows()), default=0)
 
     def doing(self, trains: bool) -> str:
-        """What the run seems to be doing."""
+        """Returns what the run is probably doing, judged by its files."""
         if not trains:
             return "starting"
         if any(self.workdir.glob("checkpoints/*tmp*")):
@@ -159,16 +164,14 @@ class Run:
             return "evaluating"
         return "training"
 
-    def last_words(self, index: int) -> str:
-        """The last line of our own that a process wrote."""
+    def last_line(self, index: int) -> str:
+        """Returns the last line of a process's output that comes from `cnx2` itself."""
         lines = self._logs[index].read_text(errors="replace").splitlines()
-        return next((line for line in reversed(lines) if line.startswith("cnx2: ")), "nothing of its own")
+        return next((line for line in reversed(lines) if line.startswith("cnx2: ")), "no line")
 
 
 def chaos(run: Run, number: int, steps: int, draws: random.Random) -> list[Kill]:
-    """Runs to the end with `number` kills, printing each."""
-    print("| kill | second of this start | process | step | doing | the others ended after | status |")
-    print("|---|---|---|---|---|---|---|")
+    """Runs to the end with `number` kills, reports each on standard error, and returns them."""
     kills: list[Kill] = []
     while True:
         run.start()
@@ -176,18 +179,18 @@ def chaos(run: Run, number: int, steps: int, draws: random.Random) -> list[Kill]
         if len(kills) == number:
             run.wait(None)
             return kills
-        # Half of them while it starts, the others on the way, such that steps are left for those that follow.
+        # Half of the kills hit the start, the others leave enough steps for those that follow.
         early = draws.random() < 0.5
         pause = draws.uniform(0, START_SECONDS) if early else draws.uniform(0, 0.5)
         target = before + draws.uniform(0, 1.6 * (steps - before) / (number - len(kills) + 1))
         rows = len(run.rows())
         while not early and (run.step() < target or len(run.rows()) == rows):
             if run.processes[0].poll() is not None:
-                raise SystemExit(f"the run ended by itself: {run.last_words(0)}")
+                raise SystemExit(f"the run ended by itself: {run.last_line(0)}")
             time.sleep(0.005)
         time.sleep(pause)
         trains = len(run.rows()) != rows
-        # Who has not met the others yet waits for them for minutes: then all are killed, as a launcher does.
+        # Before all processes have met, the others would wait for minutes, so we kill all as a launcher does.
         victims = [draws.randrange(len(run.processes))] if trains else list(range(len(run.processes)))
         doing, step, second = run.doing(trains), run.step(), time.monotonic() - begun
         for victim in victims:
@@ -196,39 +199,51 @@ def chaos(run: Run, number: int, steps: int, draws: random.Random) -> list[Kill]
         statuses = run.wait(PATIENCE_SECONDS)
         other = (victims[-1] + 1) % len(statuses)
         kill = Kill(
-            second, victims, step, doing, time.monotonic() - killed, statuses[other], run.last_words(other)
+            second, victims, step, doing, time.monotonic() - killed, statuses[other], run.last_line(other)
         )
         kills.append(kill)
-        who = " and ".join(map(str, victims))
-        print(
-            f"| {len(kills)} | {second:.1f} | {who} | {step} | {doing} | {kill.others_seconds:.1f} s | "
-            f"{kill.others_status} |",
-            flush=True,
-        )
-        print(f"{len(kills)}: {kill.others_said}", file=sys.stderr, flush=True)
+        print(f"kill {len(kills)} of {number}, {doing}: {kill.others_last_line}", file=sys.stderr, flush=True)
 
 
-def compare(alone: Path, killed: Path, step: int) -> list[str]:
-    """Returns what differs between the last checkpoints and the metrics of two runs."""
+def table(kills: list[Kill]) -> str:
+    """Returns the kills as a table in Markdown."""
+    rows = [
+        [
+            number,
+            f"{kill.second:.1f}",
+            " and ".join(map(str, kill.processes)),
+            kill.step,
+            kill.doing,
+            f"{kill.others_seconds:.1f} s",
+            kill.others_status,
+        ]
+        for number, kill in enumerate(kills, 1)
+    ]
+    header = ["kill", "second of this start", "process", "step", "doing", "the others ended after", "status"]
+    return markdown_table(header, rows)
+
+
+def compare(undisturbed: Path, killed: Path, step: int) -> list[str]:
+    """Returns the names of the arrays and files that differ between two runs after `step` steps."""
     names = ("params", "opt_state", "ema")
     differences = []
-    ours, theirs = (read_arrays(path / "checkpoints" / str(step), names) for path in (killed, alone))
+    ours, theirs = (read_arrays(path / "checkpoints" / str(step), names) for path in (killed, undisturbed))
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs or ours[name].tobytes() != theirs[name].tobytes():
             differences.append(name)
-    if read_rows(killed) != read_rows(alone):
+    if read_rows(killed) != read_rows(undisturbed):
         differences.append("metrics.jsonl")
     return differences
 
 
 def read_arrays(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Returns every array of a checkpoint by path."""
+    """Returns the arrays of these items of a checkpoint by path."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     found = {}
     with ocp.StandardCheckpointer() as checkpointer:
         for name in names:
             item = (folder / name).absolute()
-            # The devices that saved it are not here, so it takes to be told where to put what.
+            # The devices that saved it do not exist here, so Orbax needs a sharding for each array.
             like = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
                 checkpointer.metadata(item).item_metadata.tree,
@@ -240,7 +255,7 @@ def read_arrays(folder: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def read_rows(workdir: Path) -> list[dict]:
-    """Returns the rows of metrics.jsonl but for metrics that are times."""
+    """Returns the rows of metrics.jsonl without the metrics that depend on time."""
     rows = read_metrics(workdir / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not TIMED.fullmatch(name)} for row in rows]
 

@@ -1,9 +1,11 @@
-"""The whole way on a CPU in minutes: pretrain, fine-tune, evaluate, predict, look, export.
+"""Pretrain, fine-tune, evaluate, predict, reconstruct and export on a CPU in minutes.
 
-Runs the same `cnx2` commands that a user would type, prints each of them, and ends with one JSON line:
-`accuracy` after FCMAE pretraining and fine-tuning, `accuracy_scratch` with the same fine-tuning budget from
-random weights, both again with 10 labels per class, `seconds`, and the paths of what it made. All accuracies
-are of scikit-learn's digits, on the 359 that no training sees.
+  python -m experiments.demo
+
+Runs the `cnx2` commands that a user would type, prints each of them, and ends with one JSON line: `accuracy`
+after FCMAE pretraining and fine-tuning, `accuracy_scratch` with the same fine-tuning budget from random
+weights, both again with 10 labels per class, `seconds`, and the paths of the results. The data are
+scikit-learn's digits; all accuracies are those on the 359 that training never sees.
 """
 
 import argparse
@@ -20,21 +22,23 @@ from PIL import Image
 
 from cnx2_jax import cli
 from cnx2_jax.configuration import load_config
-from cnx2_jax.data.pipeline import ImageData
+from cnx2_jax.data.images import ImageData
 
 PREDICTED = 3  # images
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, help="a new folder; runs/demo-DATE-TIME by default")
     out = parser.parse_args().out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     begin = time.monotonic()
     out.mkdir(parents=True)
 
-    # Fine-tuning and training from scratch are one program; what one compiled, the other need not.
+    # Fine-tuning and training from scratch share one compiled program.
     jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
 
     pretrain, finetune = "pretrain:digits", "finetune:digits"
@@ -66,24 +70,24 @@ def main() -> None:
     print(json.dumps({**result, **{name: str(path) for name, path in paths.items()}}))
 
 
-def cnx2(*words: object) -> str:
-    """Runs `cnx2 WORDS`, shows the command and its progress, and returns its standard output.
+def cnx2(*values: object) -> str:
+    """Runs `cnx2` with these arguments, shows the command and its progress, and returns its standard output.
 
-    In this process: starting Python, JAX and TensorFlow anew for each of them would take a minute in all.
+    Runs in this process, because starting Python, JAX and TensorFlow for each command would take a minute.
     """
-    arguments = [str(word) for word in words]
+    arguments = [str(value) for value in values]
     print(f"\n$ cnx2 {shlex.join(arguments)}", file=sys.stderr, flush=True)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         status = cli.main(arguments)
     if status:
-        sys.exit(status)  # it has said why
+        sys.exit(status)  # the command has printed the reason
     if not output.getvalue():
-        sys.exit(1)  # a signal stopped it, and it has said so
+        sys.exit(1)  # a signal stopped the command, which has printed so
     return output.getvalue()
 
 
 def digit_files(config: str, folder: Path) -> list[Path]:
-    """Writes a few validation digits as PNG files, named by what they show."""
+    """Writes a few validation digits as PNG files named after their labels, and returns the paths."""
     folder.mkdir()
     batch = next(iter(ImageData(load_config(config)).eval_batches()))
     paths = []

@@ -53,15 +53,13 @@ def admit_placeholders(kind: type) -> None:
 admit_placeholders(Windows)
 
 
-# Files whose tests wait for processes of their own. Begun first, they leave no worker busy alone at the end.
-LONG = (
-    "test_several", "test_resume", "test_preflight", "test_cli",
-    "test_launch", "test_devices", "test_weights",
-)  # fmt: skip
-
-
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    """Moves files with long tests to the front, so that no worker is left alone with one at the end."""
+    ranks = {}
+    for item in items:
+        rank = 0 if item.get_closest_marker("processes") else 1 if item.get_closest_marker("slow") else 2
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
 
 
 def parameter_paths(model: nnx.Module) -> dict[str, nnx.Param]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cnx2_jax.configuration import in_steps, load_config, total_steps
+from cnx2_jax.configuration import flatten, in_steps, load_config, total_steps
 from cnx2_jax.errors import UserError
 from cnx2_jax.train.optimizer import learning_rate_schedule
 
@@ -28,16 +28,6 @@ def recipes(path: Path) -> list[str]:
     except UserError as error:
         return str(error).partition("(known: ")[2].rstrip(")").split(", ")
     raise AssertionError(f"{path} takes any name")
-
-
-def flat(values: ConfigDict, prefix: str = "") -> dict:
-    """The leaves by dotted key."""
-    found = {}
-    for key, value in values.items():
-        found.update(
-            flat(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
-        )
-    return found
 
 
 def learning_rates(config: ConfigDict, images: int) -> dict[str, float]:
@@ -58,7 +48,7 @@ def dump(path: Path) -> str:
         config = load_config(f"{path}:{name}")
         images = {"digits": 1438, "synthetic": 400}.get(config.data.source.partition(":")[0])
         images = images or IMAGES.get(path.stem, IMAGENET_1K)
-        columns.append({**flat(config), **learning_rates(config, images)})
+        columns.append({**flatten(config), **learning_rates(config, images)})
     lines = [f"recipes: {' | '.join(names)}"]
     for key in columns[0]:
         values = [repr(column[key]) for column in columns]

@@ -1,6 +1,7 @@
 """The rooms of the house: imports point one way, the loop knows no task, files stay short."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -10,22 +11,36 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cnx2_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What each room may import, besides itself; errors and configuration are at the bottom, for all but models.
-TRAINING = {"train", "data", "interop"}
+# What each room may import besides itself, from the top of the house to the bottom.
+BOTTOM = {"errors", "files"}
 MAY_IMPORT = {
-    "errors": set(),
-    "store": set(),
-    "configuration": {"errors"},
-    "recipes": {"errors", "configuration"},
-    "kernels": {"errors"},
-    "models": {"errors", "kernels"},
-    "data": {"errors", "store", "configuration", "models", "kernels"},
-    "interop": {"errors", "configuration", "models", "kernels"},
-    "train": {"errors", "store", "configuration", "models", "kernels"},
-    "tasks": {"errors", "configuration", "models", "kernels", *TRAINING},
-    "commands": {"errors", "configuration", "models", "kernels", "tasks", *TRAINING},
-    "cli": {"errors", "configuration", "commands"},
+    "cli": {"commandline", "errors"},  # it loads a command by name
+    "commands": {
+        *("tasks", "launch", "preflight", "evaluation", "train", "interop", "checkpoints", "data", "models"),
+        *("cluster", "observe", "configuration", "commandline", *BOTTOM),
+    },
+    "preflight": {"tasks", "train", "observe", "configuration", "errors"},
+    "launch": {"sweeps", "observe", "configuration", "commandline", *BOTTOM},
+    "tasks": {
+        *("evaluation", "train", "checkpoints", "data", "models", "observe", "configuration"),
+        *("types", "errors"),
+    },
+    "evaluation": {"train", "data", "models", "cluster", "observe", "types", *BOTTOM},
+    "train": {"checkpoints", "models", "cluster", "observe", "configuration", "types", "errors"},
+    "interop": {"data", "models", "kernels", *BOTTOM},
+    "checkpoints": {"models", "observe", *BOTTOM},
+    "data": {"cluster", "configuration", *BOTTOM},
+    "models": {"kernels", "errors"},
+    "observe": {"cluster", "types", *BOTTOM},
+    "cluster": {"errors"},
+    "kernels": set(),
+    "recipes": {"errors"},
     "sweeps": {"errors"},
+    "configuration": BOTTOM,
+    "commandline": {"errors"},
+    "files": {"errors"},
+    "types": set(),
+    "errors": set(),
     "__init__": set(),
 }
 
@@ -54,8 +69,7 @@ def package_imports(path):
 
 
 def test_every_file_is_seen():
-    rooms = {room(path) for path in FILES}
-    assert {"cli", "commands", "tasks", "train", "data", "models", "kernels"} <= rooms <= MAY_IMPORT.keys()
+    assert {room(path) for path in FILES} == MAY_IMPORT.keys()
     assert {"errors", "models"} <= set(package_imports(PACKAGE / "tasks" / "base.py"))
 
 
@@ -63,6 +77,17 @@ def test_every_file_is_seen():
 def test_imports_point_one_way(path):
     here = room(path)
     assert set(package_imports(path)) - {here} <= MAY_IMPORT[here]
+
+
+def test_no_import_comes_back_to_where_it_started():
+    graphlib.TopologicalSorter(MAY_IMPORT).prepare()  # raises CycleError
+
+
+def test_no_room_may_import_what_it_does_not_need():
+    needed = {here: set() for here in MAY_IMPORT}
+    for path in FILES:
+        needed[room(path)] |= set(package_imports(path)) - {room(path)}
+    assert needed == MAY_IMPORT
 
 
 @pytest.mark.parametrize("folder", ["kernels", "models"])
@@ -77,10 +102,23 @@ def test_models_know_neither_configs_nor_data(folder):
                 assert not roots & {"ml_collections", "tensorflow", "optax", "orbax", "absl"}, path
 
 
-def test_experiments_and_configs_use_the_package_not_each_other():
-    for folder in ("configs", "experiments"):
-        for path in (ROOT / folder).glob("*.py"):
-            assert not set(package_imports(path)) & {"configs", "experiments", "tests"}, path
+@pytest.mark.parametrize(
+    ("folder", "others"),
+    [("configs", {"configs", "experiments", "tests"}), ("experiments", {"configs", "tests"})],
+)
+def test_experiments_and_configs_use_the_package_not_each_other(folder, others):
+    paths = list((ROOT / folder).rglob("*.py"))
+    assert paths
+    for path in paths:
+        assert not set(package_imports(path)) & others, path
+
+
+def test_nothing_changes_where_python_looks_for_modules():
+    pattern = re.compile(r"sys\.path(\.(append|insert|extend)\(|\[[^]]*\] *=| *\+?=)")
+    assert pattern.search("sys.path.append(") and pattern.search("sys.path[:0] = []")
+    for folder in ("cnx2_jax", "configs", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not pattern.search(path.read_text()), path
 
 
 def test_the_loop_knows_no_task_by_name():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import runpy
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cnx2_jax import configuration
-from cnx2_jax.configuration import FREE_KEYS, load_config, override
+from cnx2_jax.configuration import FREE_KEYS, flatten, load_config, load_module, override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import split
 from cnx2_jax.tasks import defaults, make_task
@@ -35,15 +36,6 @@ RECIPES = [
     }.items()
     for name in (*names, "smoke")
 ]
-
-
-def flat(config, prefix=""):
-    """The config's leaves by dotted key."""
-    values = config.to_dict() if isinstance(config, ConfigDict) else config
-    result = {}
-    for key, value in values.items():
-        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return result
 
 
 def changed(task="pretrain", *arguments):
@@ -72,13 +64,13 @@ def changed(task="pretrain", *arguments):
 )
 def test_override_has_the_type_of_its_key(argument, value):
     key = argument.partition("=")[0]
-    found = flat(changed("pretrain", argument))[key]
+    found = flatten(changed("pretrain", argument))[key]
     assert found == value
     assert type(found) is type(value)
 
 
 def test_override_leaves_everything_else():
-    before, after = flat(defaults("pretrain")), flat(changed("pretrain", "model.mask_ratio=0.75"))
+    before, after = flatten(defaults("pretrain")), flatten(changed("pretrain", "model.mask_ratio=0.75"))
     assert {key for key in before if before[key] != after[key]} == {"model.mask_ratio"}
     assert before.keys() == after.keys()
 
@@ -171,6 +163,36 @@ def test_config_file_missing_or_without_get_config(tmp_path):
         load_config(f"{tmp_path}/config.txt")
 
 
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.py")])
+def test_recipes_of_the_package_have_names(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    module, argument = load_module(f"{name}:smoke,epochs=3")
+    assert (module.__doc__, argument) == (load_module(f"{CONFIGS}/{name}.py")[0].__doc__, "smoke,epochs=3")
+    assert load_module(name)[1] == ""
+    assert flat(load_config(f"{name}:smoke")) == flat(load_config(f"{CONFIGS}/{name}.py:smoke"))
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("pretrian", "; did you mean 'pretrain'?"), ("other", ""), ("", "")]
+)
+def test_unknown_name_names_the_nearest_and_the_known(name, nearest, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").write_text("")  # a config file's name ends in .py
+    with pytest.raises(UserError) as raised:
+        load_config(f"{name}:tiny")
+    known = "finetune, finetune_22k, finetune_22k_1k, linear_probe, pretrain, scratch"
+    assert str(raised.value) == f"unknown config '{name}'{nearest} (known: {known}; or give a FILE.py)"
+
+
+def test_a_file_beside_a_recipe_of_the_same_name_needs_its_ending(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scratch.py").write_text(
+        "from cnx2_jax.configuration import defaults\n\ndef get_config():\n  return defaults('probe')\n"
+    )
+    assert load_config("scratch.py").task == "probe"
+    assert load_config("scratch").task == "classify"
+
+
 def test_config_files_of_ones_own_load(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from cnx2_jax.configuration import defaults\n"
@@ -240,7 +262,7 @@ def test_workdir_is_recorded_and_recognised(tmp_path):
     config = changed("classify", "image_size=(32,48)", "data.root=x")
     configuration.record_config(config, workdir)
     text = (workdir / "config.json").read_text()
-    assert flat(json.loads(text))["data.root"] == "x"
+    assert flatten(json.loads(text))["data.root"] == "x"
     configuration.record_config(changed("classify", "image_size=(32,48)", "data.root=x"), workdir)
     assert (workdir / "config.json").read_text() == text
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
@@ -278,9 +300,9 @@ def test_free_keys_may_change_and_are_recorded(tmp_path):
         "hang_seconds": 5.0,
     }
     # All keys that are free, and no others, are in this test.
-    assert set(new) == {key for key in flat(defaults("pretrain")) if key.startswith(FREE_KEYS)}
+    assert set(new) == {key for key in flatten(defaults("pretrain")) if key.startswith(FREE_KEYS)}
     configuration.record_config(changed("pretrain", *[f"{k}={v}" for k, v in new.items()]), tmp_path)
-    recorded = flat(json.loads((tmp_path / "config.json").read_text()))
+    recorded = flatten(json.loads((tmp_path / "config.json").read_text()))
     assert {key: recorded[key] for key in new} == new
 
 
@@ -291,10 +313,18 @@ def test_workdir_that_cannot_be_written(tmp_path):
             configuration.record_config(changed("pretrain"), workdir)
         with pytest.raises(UserError, match="cannot write to workdir"):
             configuration.make_workdir(changed("pretrain"), workdir)
-    (tmp_path / "run" / "config.tmp").mkdir(parents=True)  # where the file would be written
-    with pytest.raises(UserError, match="cannot write to workdir"):
-        configuration.record_config(changed("pretrain"), tmp_path / "run")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_config_that_cannot_be_written_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write to workdir .*: File too large"):
+            configuration.record_config(changed("pretrain"), tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_make_workdir_records_nothing(tmp_path):
@@ -325,8 +355,8 @@ def test_every_recipe_loads_and_survives_json(recipe, tmp_path):
     assert config.model.variant == {"digits": "custom", "smoke": "atto"}.get(name, name)
     configuration.record_config(config, tmp_path)
     again = configuration.read_config(tmp_path)
-    assert flat(again) == flat(config)
-    assert {k: type(v) for k, v in flat(again).items()} == {k: type(v) for k, v in flat(config).items()}
+    assert flatten(again) == flatten(config)
+    assert {k: type(v) for k, v in flatten(again).items()} == {k: type(v) for k, v in flatten(config).items()}
 
 
 def test_the_test_knows_every_recipe():
@@ -352,7 +382,7 @@ AUGMENTED = {**IMAGENET, "data.augment": "rand-m9-mstd0.5-inc1", "data.random_er
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_pretraining_is_as_published(name):
-    values = flat(load_config(f"{CONFIGS}/pretrain.py:{name}"))
+    values = flatten(load_config(f"{CONFIGS}/pretrain.py:{name}"))
     expected = {
         "task": "pretrain",
         "optimizer.base_learning_rate": 1.5e-4,
@@ -396,7 +426,7 @@ cutmix            0     .3    .3    .5    1     1        1        1
 def test_finetuning_is_as_published(column):
     table = published(FINETUNING, column)
     name = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")[column]
-    values = flat(load_config(f"{CONFIGS}/finetune.py:{name}"))
+    values = flatten(load_config(f"{CONFIGS}/finetune.py:{name}"))
     expected = {
         "task": "classify",
         "optimizer.base_learning_rate": table["base lr"],
@@ -435,7 +465,7 @@ drop path         0     0     .1    .1    .3
 @pytest.mark.parametrize("column", range(5))
 def test_intermediate_finetuning_is_as_published(column):
     table = published(FINETUNING_22K, column)
-    values = flat(load_config(f"{CONFIGS}/finetune_22k.py:{LARGER[column]}"))
+    values = flatten(load_config(f"{CONFIGS}/finetune_22k.py:{LARGER[column]}"))
     expected = {
         "optimizer.base_learning_rate": 2.5e-4,
         "optimizer.weight_decay": 0.05,
@@ -468,7 +498,7 @@ ema               .9999   .9999   .9999   .9999   0
 @pytest.mark.parametrize("size", [224, 384, 512])
 def test_finetuning_after_22k_is_as_published(column, size):
     table = published(FINETUNING_22K_1K, column)
-    values = flat(load_config(f"{CONFIGS}/finetune_22k_1k.py:{LARGER[column]},image_size={size}"))
+    values = flatten(load_config(f"{CONFIGS}/finetune_22k_1k.py:{LARGER[column]},image_size={size}"))
     expected = {
         "optimizer.base_learning_rate": 2.5e-5,
         "optimizer.weight_decay": 1e-8,
@@ -593,7 +623,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     fit(CheapTask(task), tmp_path / "run")
 
     read = {prefixes[place] + key for place, key in reads if place in prefixes}
-    assert set(flat(config)) - read == {"model.nobody_reads_this"}
+    assert set(flatten(config)) - read == {"model.nobody_reads_this"}
 
 
 def test_of_an_override_that_is_given_twice_the_last_counts():

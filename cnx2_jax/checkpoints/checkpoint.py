@@ -7,8 +7,6 @@ one reader serves both.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import jax
@@ -17,6 +15,7 @@ import orbax.checkpoint as ocp
 
 from cnx2_jax.checkpoints.metadata import METADATA_ITEM, check_format
 from cnx2_jax.errors import UserError
+from cnx2_jax.files import check_new, creating
 from cnx2_jax.models.state import Params
 
 FOREIGN = (".pt", ".pth", ".bin", ".safetensors")  # files that `cnx2 convert` reads
@@ -115,17 +114,9 @@ def write(path: Path, params: Params, metadata: dict) -> None:
     Raises:
       UserError: `path` exists already or cannot be written.
     """
-    if path.exists():
-        raise UserError(f"'{path}' exists already; nothing was overwritten, choose another --out")
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
+    check_new(path, "--out")
+    with creating(path) as partial:
         (partial / METADATA_ITEM).mkdir(parents=True)
         (partial / METADATA_ITEM / "metadata").write_text(json.dumps(metadata))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((partial / "params").absolute(), params)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -20,7 +20,7 @@ from cnx2_jax.files import check_new
 from cnx2_jax.interop import facts, hub
 from cnx2_jax.interop.files import read_tensors
 from cnx2_jax.interop.names import Imported, from_torch
-from cnx2_jax.tasks import base
+from cnx2_jax.tasks.base import check_keys
 
 TAKES_OVERRIDES = False
 
@@ -100,7 +100,7 @@ def _config(imported: Imported, described: dict[str, Any], source: str) -> Confi
             "deviation are unknown; put a preprocessor_config.json with image_mean and image_std beside it"
         )
     check_ranges(config)
-    base.check_keys(config)
+    check_keys(config)
     return config
 
 

@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError, UserError
-from cnx2_jax.models.pixels import denormalise
 from cnx2_jax.observe.grid import draw_sheet
 from cnx2_jax.observe.pictures import check_picture, write_picture
 from cnx2_jax.observe.progress import say
-from cnx2_jax.tasks import make_task
+from cnx2_jax.tasks import Task, make_task
 from cnx2_jax.train.step import batch_key
-from cnx2_jax.train.task import Task
 
 if TYPE_CHECKING:  # data needs TensorFlow, which --help should not wait for
-    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.images import ImageData
     from cnx2_jax.data.sources import Source
 
 TAKES_OVERRIDES = True
@@ -37,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="NAME:RECIPE",
-        help="a recipe such as pretrain:tiny, or FILE.py:RECIPE; change its keys with --config.KEY=VALUE",
+        help="as for train, NAME:RECIPE or FILE.py:RECIPE; change any key with --config.KEY=VALUE",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="SHEET.png", help="the sheet of training images to write"
@@ -51,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from cnx2_jax.data import inspection
-    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.images import ImageData
 
     check_picture(args.out)
     if not (1 <= args.rows <= 100 and 0 <= args.step < 2**31 and 0 <= args.seconds <= 3600):
@@ -85,7 +82,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         result["images_per_sec"] = inspection.images_per_second(batches, args.seconds)
         say(f"{result['images_per_sec']:,.0f} images/s on this host")
 
-    write_picture(_sheet(task, config, rows, args.step, args.rows), args.out)
+    write_picture(_sheet(task, rows, args.step, args.rows), args.out)
     print(json.dumps({**result, "sheet": str(args.out)}))
     if not all(checks.values()):
         raise RunError("a check of the data order failed; please report this")
@@ -114,33 +111,15 @@ def _describe(split: str, source: "Source") -> None:
         )
 
 
-def _sheet(task: Task, config: ConfigDict, images: "ImageData", step: int, rows: int) -> np.ndarray:
-    """Draws training images as the model receives them; each row is mixed as one batch."""
+def _sheet(task: Task, images: "ImageData", step: int, rows: int) -> np.ndarray:
+    """Draws training images as the model gets them, each row prepared as a batch of its own."""
     pictures, captions = [], []
     stream = images.train_batches(step)
     prepare = jax.jit(task.prepare)
     for row in range(step, step + rows):
         batch = next(stream)
-        prepared = prepare(batch, batch_key(config.seed, jnp.int32(row)))
-        shown = prepared["image"]
-        if shown.dtype != jnp.uint8:
-            shown = denormalise(shown, config.data.mean, config.data.std)
-        pictures.append(np.asarray(shown))
-        for index, label in enumerate(batch["label"]):
-            names = images.class_names
-            if "target" in prepared:
-                captions.append(
-                    _caption(np.asarray(prepared["target"][index]), names, config.label_smoothing)
-                )
-            else:
-                captions.append(names[label] if names else "")
+        prepared = prepare(batch, batch_key(task.config.seed, jnp.int32(row)))
+        drawn, lines = task.sheet(batch, prepared)
+        pictures.append(drawn)
+        captions += lines
     return draw_sheet(np.concatenate(pictures), captions, COLUMNS)
-
-
-def _caption(target: np.ndarray, names: tuple[str, ...], smoothing: float) -> str:
-    """Returns the name of the class, or the names and shares of the two classes that were mixed."""
-    shares = (target - smoothing / len(target)) / (1 - smoothing)
-    first, second = np.argsort(-shares, kind="stable")[:2]
-    if shares[second] < 0.005:
-        return names[first]
-    return f"{names[first]} {shares[first]:.0%}, {names[second]} {shares[second]:.0%}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.cluster import processes
@@ -14,10 +15,11 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import neighbours, robustness
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import merge, split
-from cnx2_jax.observe.progress import say
-from cnx2_jax.tasks import make_task, models, weights
+from cnx2_jax.observe.progress import say, watched
+from cnx2_jax.tasks import Task, make_task, models, weights
 from cnx2_jax.train import sharding
 from cnx2_jax.train.loop import AVERAGED
+from cnx2_jax.types import Metrics
 
 TAKES_OVERRIDES = True
 
@@ -67,14 +69,18 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _on_run_images(args: argparse.Namespace, overrides: list[str]) -> dict:
     task, model, mesh, folder = _run_of(args, overrides, averaged=False)
     results: dict = {"checkpoint": str(folder)}
-    share = processes.share()
-    results |= task.evaluate(model, sharding.put_batches(task.images.eval_batches(**share), mesh))
+    results |= _metrics(task, model, mesh, "evaluating")
     if checkpoint.has_average(folder):
         graph, _ = split(model)
         model = merge(graph, sharding.put_params(checkpoint.read_params(folder), mesh))
-        metrics = task.evaluate(model, sharding.put_batches(task.images.eval_batches(**share), mesh))
+        metrics = _metrics(task, model, mesh, "evaluating the averaged weights")
         results |= {AVERAGED + name: value for name, value in metrics.items()}
     return results
+
+
+def _metrics(task: Task, model, mesh: Mesh, what: str) -> Metrics:
+    batches = sharding.put_batches(task.images.eval_batches(**processes.share()), mesh)
+    return task.evaluate(model, watched(batches, task.images.num_val, what))
 
 
 def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:

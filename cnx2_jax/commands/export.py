@@ -29,10 +29,10 @@ def _write_orbax(path: Path, job: Job) -> None:
 
 
 def _run_orbax(path: Path, images: np.ndarray) -> np.ndarray:
-    return _program(path, uint8=False).reference(images)
+    return _inference_model(path, uint8=False).reference(images)
 
 
-def _program(path: Path, *, uint8: bool) -> InferenceModel:
+def _inference_model(path: Path, *, uint8: bool) -> InferenceModel:
     model, config, _ = weights.load(path)
     data = config.data
     return InferenceModel(
@@ -40,11 +40,11 @@ def _program(path: Path, *, uint8: bool) -> InferenceModel:
     )
 
 
-def _facts(folder: Path, program: InferenceModel) -> Facts:
+def _facts(folder: Path, model: InferenceModel) -> Facts:
     metadata = checkpoint.read_metadata(folder)
-    size = program.shape[0], program.shape[1]
-    names = tuple(map(describe, metadata["class_names"])) if program.output == "logits" else ()
-    return Facts(names, size, metadata["config"]["data"]["eval_crop"], program.mean, program.std)
+    size = model.shape[0], model.shape[1]
+    names = tuple(map(describe, metadata["class_names"])) if model.output == "logits" else ()
+    return Facts(names, size, metadata["config"]["data"]["eval_crop"], model.mean, model.std)
 
 
 FORMATS = {
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     form = FORMATS[args.format] if args.naming is None else export.of_weights(args.naming)
     export.check_writable(form)
     folder = checkpoint.find(args.checkpoint)  # once: a running training may save a later one meanwhile
-    program = _program(folder, uint8=args.input == "uint8")
-    job = Job(folder, program, _facts(folder, program), args.dtype or "float32")
+    model = _inference_model(folder, uint8=args.input == "uint8")
+    job = Job(folder, model, _facts(folder, model), args.dtype or "float32")
     result = export.export(args.out, form, job)
     if result["runtime"] is None:
         say(f"not checked: '{form.runtime}' cannot be imported; pip install 'cnx2_jax[{form.extra}]'")

@@ -5,12 +5,10 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from cnx2_jax.data.imagenet import describe
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import feature_file
 from cnx2_jax.evaluation.features import predictions
@@ -56,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     # TensorFlow, which data needs, takes seconds to import; --help should not wait for it.
-    from cnx2_jax.data.pipeline import eval_batches
+    from cnx2_jax.data.images import eval_batches
     from cnx2_jax.data.sources.folder import open_files
 
     for name, value in (("--top", args.top), ("--batch-size", args.batch_size)):
@@ -65,7 +63,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.features is not None:
         feature_file.check(args.features)
     source = open_files(args.images)
-    model, config, class_names = weights.load(args.checkpoint)
+    model, task = weights.load_task(args.checkpoint)
+    config, class_names = task.config, task.class_names
     if not class_names and args.features is None:
         kind = "is of pretraining" if config.task == "pretrain" else "has no head"
         raise UserError(
@@ -77,11 +76,10 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     model = models.without_decoder(model)
     paths = [source.describe(index) for index in range(source.num_records)]
     batches = watched(eval_batches(source, config), source.num_records)
-    show = _json_line if args.json else _table(class_names)
     with contextlib.ExitStack() as stack:
         write = None
         if args.features is not None:
-            write = stack.enter_context(feature_file.writer(args.features, paths, model.dims[-1]))
+            write = stack.enter_context(feature_file.writer(args.features, paths, model.config.dims[-1]))
         rest = iter(paths)
         for vectors, probabilities in predictions(model, config, batches):
             if write is not None:
@@ -89,34 +87,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             if class_names:
                 # `rest` is the second argument, as zip takes one more item from the first before it stops.
                 for row, path in zip(probabilities, rest, strict=False):
-                    top = [(class_names[i], float(row[i])) for i in row.argsort()[::-1][: args.top]]
-                    tqdm.write(show(path, top))  # above a progress bar, if there is one
+                    prediction = task.prediction({"probability": row}, args.top)
+                    if args.json:
+                        text = json.dumps({"image": path, **prediction})
+                    else:
+                        shown = os.fsencode(path).decode(errors="replace")  # a path need not be valid text
+                        text = "\n".join([shown, *task.prediction_lines(prediction)])
+                    tqdm.write(text)  # above a progress bar, if there is one
                 sys.stdout.flush()
     if args.features is not None:
         say(f"wrote {args.features}, and the names of its rows to {feature_file.names_path(args.features)}")
-
-
-def _json_line(path: str, top: list[tuple[str, float]]) -> str:
-    predictions = [
-        {"class": name, "name": describe(name), "probability": probability} for name, probability in top
-    ]
-    return json.dumps({"image": path, "predictions": predictions})
-
-
-def _shown(name: str) -> str:
-    name = os.fsencode(name).decode(errors="replace")  # bytes that are not text cannot be printed
-    return name if name == describe(name) else f"{name} {describe(name)}"
-
-
-def _table(class_names: Sequence[str]) -> Callable[[str, list[tuple[str, float]]], str]:
-    """Returns a function that formats the path of an image and one row per class, in aligned columns."""
-    shown = {name: _shown(name) for name in class_names}
-    width = max(map(len, shown.values()), default=0)
-
-    def table(path: str, top: list[tuple[str, float]]) -> str:
-        path = os.fsencode(path).decode(errors="replace")  # bytes that are not text cannot be printed
-        return "\n".join(
-            [path, *(f"  {shown[name]:<{width}}  {probability:6.2%}" for name, probability in top)]
-        )
-
-    return table

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             f"'{args.workdir}' is a '{config.task}' run without a decoder; give a pretraining run"
         )
     if args.images:
-        from cnx2_jax.data.pipeline import preprocess_files  # loads TensorFlow, so not before it is needed
+        from cnx2_jax.data.images import preprocess_files  # loads TensorFlow, so not before it is needed
 
         images = preprocess_files(
             args.images,

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from cnx2_jax.cluster import processes
 from cnx2_jax.configuration import load_config
+from cnx2_jax.files import write_text
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train.loop import fit
 
@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="NAME:RECIPE",
-        help="a recipe of this package, such as pretrain:tiny, or of your own file, FILE.py:RECIPE; change its "
-        "keys with --config.KEY=VALUE",
+        help="a recipe that comes with the package, such as pretrain:tiny, or one in a file of your own, "
+        "FILE.py:RECIPE; change any key with --config.KEY=VALUE",
     )
     parser.add_argument(
         "--workdir",
@@ -36,7 +36,5 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         metrics = fit(make_task(load_config(args.config, overrides)), args.workdir)
         if metrics is not None and processes.is_first():
             line = json.dumps(metrics)
-            partial = args.workdir / "result.tmp"
-            partial.write_text(f"{line}\n")
-            os.replace(partial, args.workdir / "result.json")  # its presence marks the end of the run
+            write_text(args.workdir / "result.json", f"{line}\n")  # marks the run as finished
             print(line)

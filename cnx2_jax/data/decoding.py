@@ -1,10 +1,17 @@
-"""Bytes to pixels: what counts as a readable image, and which way up it is."""
+"""Bytes to pixels: which files are readable images, and which way up they are."""
+
+from collections.abc import Callable
+from typing import TypeAlias
 
 from cnx2_jax.data.operations import to_gray
 from cnx2_jax.data.tensorflow import tf
 
-# EXIF's place is at the start of a file, after JFIF's few bytes at most, and its orientation's in its first
-# directory.
+BoxOf: TypeAlias = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+# In the error of a map in another format; TensorFlow's error type alone does not tell it from damage.
+MAP_REFUSED = "not an 8-bit greyscale PNG"
+
+# EXIF data is at the start of a file, after a few bytes of JFIF; its first directory has the orientation.
 _EXIF_STARTS_WITHIN = 64
 _EXIF_WITHIN = 4096
 _EXIF = b"Exif\x00\x00"
@@ -12,11 +19,11 @@ _ORIENTATION = 0x0112
 
 
 def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
-    """Decodes a JPEG, PNG, WebP or GIF image, told apart by its content, not by its name.
+    """Decodes a JPEG, PNG, WebP or GIF image, recognised by its content, not by its name.
 
-    Alpha is dropped and the first frame taken, as Pillow's `convert("RGB")` does; an animated WebP
-    is refused. Of 16 bits the upper 8 are kept. A JPEG that its EXIF data calls rotated is turned
-    upright. One channel comes out as Pillow's `convert("L")` computes it.
+    Drops alpha and takes the first frame, as Pillow's `convert("RGB")` does; refuses an animated WebP.
+    Keeps the upper 8 of 16 bits. Turns a JPEG upright that its EXIF data calls rotated. Computes one
+    channel as Pillow's `convert("L")` does.
 
     Args:
       encoded: scalar string.
@@ -26,7 +33,7 @@ def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
       uint8 [height, width, channels].
 
     Raises:
-      tf.errors.OpError: when it runs, if the bytes are no image.
+      tf.errors.OpError: when it runs, if the bytes are not an image.
     """
     image = tf.case(
         [
@@ -38,44 +45,68 @@ def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     return _with_channels(image, channels)
 
 
-def decode_crop(encoded: tf.Tensor, channels: int, box_of) -> tf.Tensor:
+def decode_crop(encoded: tf.Tensor, channels: int, box_of: BoxOf) -> tuple[tf.Tensor, tf.Tensor]:
     """Decodes the part of an image that `box_of` chooses; of a JPEG, only that part.
 
-    So damage below the part goes unnoticed.
+    Damage in a JPEG below that part goes unnoticed.
 
     Args:
       encoded, channels: see `decode`.
       box_of: maps height and width (scalar int32) to a box, int32 [4]: top, left, height, width.
 
     Returns:
-      uint8 [height, width, channels] of the box, the same pixels as those of `decode`.
+      uint8 [height, width, channels] of the box, the same pixels as those of `decode`; and the height and
+      width of the whole image, int32 [2].
 
     Raises:
       tf.errors.OpError: see `decode`.
     """
 
-    def of_jpeg() -> tf.Tensor:
+    def from_jpeg() -> tuple[tf.Tensor, tf.Tensor]:
         shape = tf.io.extract_jpeg_shape(encoded)
         box = box_of(shape[0], shape[1])
-        # Colour is stored at half the resolution and interpolated, for which the decoder uses no
-        # pixel beyond the blocks it decodes: one more column on each side keeps the box's own exact.
+        # JPEG stores colour at half the resolution, and the decoder interpolates it without using pixels
+        # beyond the blocks it decodes: one more column on each side keeps those of the box exact.
         left = tf.maximum(box[1] - _MARGIN, 0)
         right = tf.minimum(box[1] + box[3] + _MARGIN, shape[1])
         wider = tf.stack([box[0], left, box[2], right - left])
         image = tf.image.decode_and_crop_jpeg(encoded, wider, channels=3, dct_method=_EXACT)
-        # Cut as rows of width x 3, which copies row by row instead of pixel by pixel.
+        # Sliced as rows of width x 3, which copies row by row instead of pixel by pixel.
         rows = tf.reshape(image, [box[2], (right - left) * 3])
         rows = rows[:, (box[1] - left) * 3 : (box[1] - left + box[3]) * 3]
-        return tf.reshape(rows, [box[2], box[3], 3])
+        return tf.reshape(rows, [box[2], box[3], 3]), shape[:2]
 
-    def of_any() -> tf.Tensor:
+    def from_any() -> tuple[tf.Tensor, tf.Tensor]:
         image = decode(encoded, 3)
         shape = tf.shape(image)
         top, left, height, width = tf.unstack(box_of(shape[0], shape[1]))
-        return image[top : top + height, left : left + width]
+        return image[top : top + height, left : left + width], shape[:2]
 
     upright_jpeg = tf.logical_and(tf.io.is_jpeg(encoded), _orientation(encoded) == 1)
-    return _with_channels(tf.cond(upright_jpeg, of_jpeg, of_any), channels)
+    image, size = tf.cond(upright_jpeg, from_jpeg, from_any)
+    return _with_channels(image, channels), size
+
+
+def decode_map(encoded: tf.Tensor) -> tf.Tensor:
+    """Decodes a map of class indices, a greyscale PNG of 8 bits.
+
+    TensorFlow turns the indices of a palette into colours and scales other depths to 8 bits, so such files
+    are refused.
+
+    Args:
+      encoded: scalar string.
+
+    Returns:
+      uint8 [height, width].
+
+    Raises:
+      tf.errors.OpError: when it runs, if the bytes are not such a PNG.
+    """
+    # Bit depth and colour type, in the header that every PNG starts with.
+    form = tf.strings.substr(encoded + bytes(26), 24, 2)
+    check = tf.debugging.Assert(form == b"\x08\x00", [MAP_REFUSED])
+    with tf.control_dependencies([check] if check is not None else []):
+        return tf.io.decode_png(encoded, channels=1)[..., 0]
 
 
 # TensorFlow's default is a fast, inexact inverse transform, off by up to 4 levels.
@@ -93,10 +124,10 @@ def _decode_jpeg(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_webp(encoded: tf.Tensor) -> tf.Tensor:
-    # Only with channels=0 does TensorFlow 2.21 read WebP both with and without alpha; but that
-    # overruns its buffer on an animation. With channels=3 an animation is a clean error. The flag is
+    # TensorFlow 2.21 reads WebP both with and without alpha only with channels=0, which overruns its
+    # buffer on an animation. With channels=3 an animation is a clean error. The flag for animations is
     # bit 1 of the byte after the VP8X chunk's header.
-    # Padded: an error about a file that is too short would quote its bytes, which Python cannot decode.
+    # Padded, because an error about a short file would quote its bytes, which Python cannot decode.
     header = tf.strings.substr(encoded + bytes(21), 0, 21)
     flags = tf.io.decode_raw(header, tf.uint8)[20]
     extended = tf.strings.substr(header, 12, 4) == b"VP8X"
@@ -108,7 +139,7 @@ def _decode_webp(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """The EXIF orientation of a JPEG, int32: 1 (upright) to 8; 1 where there is none to be found."""
+    """Returns the EXIF orientation of a JPEG, int32: 1 (upright) to 8; 1 if the file has none."""
     start = tf.strings.substr(encoded, 0, _EXIF_STARTS_WITHIN)
     has_exif = tf.strings.regex_full_match(start, rb"\C{4,}Exif\x00\x00\C{8,}")
     return tf.cond(
@@ -119,7 +150,7 @@ def _orientation(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _read_orientation(start: tf.Tensor) -> tf.Tensor:
-    """Looks the tag up in EXIF's first directory (TIFF 6.0: header, count, entries of 12 bytes)."""
+    """Looks up the tag in EXIF's first directory (TIFF 6.0: header, count, entries of 12 bytes)."""
     raw = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int32)
     last = tf.size(raw) - len(_EXIF)
     same = [raw[i : last + i] == byte for i, byte in enumerate(_EXIF)]

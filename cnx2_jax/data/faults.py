@@ -1,7 +1,9 @@
-"""What becomes of an image that cannot be read, and of the batch it was for."""
+"""Records that cannot be read: whether they end the run, and which examples stand in for them."""
 
+import dataclasses
 import zlib
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from cnx2_jax.cluster.store import shared_store
 from cnx2_jax.data.tensorflow import tf
@@ -9,49 +11,71 @@ from cnx2_jax.errors import UserError, nearest
 
 POLICIES = ("error", "skip")
 
-Example = Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
-StandIn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+Example: TypeAlias = Callable[[tf.Tensor, tf.Tensor], Any]
+StandIn: TypeAlias = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
-# With every second image unreadable, which is the most allowed, all of them fail once in 4e9 images.
+# With half of the records unreadable, the most that is allowed, all attempts fail once in 4e9 examples.
 _ATTEMPTS = 32
 
 
-def check(policy: str) -> None:
-    """Raises UserError unless `data.unreadable` is one of POLICIES."""
-    if policy not in POLICIES:
-        raise UserError(
-            f"unknown data.unreadable '{policy}'{nearest(policy, POLICIES)} (known: {', '.join(POLICIES)})"
-        )
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """What to do about records that cannot be read.
+
+    Attributes:
+      policy: "error" ends the run at the first one; "skip" puts another record in its place.
+      most: with "skip", the share of all records above which the run ends.
+
+    Raises:
+      UserError: `policy` is not one of POLICIES.
+    """
+
+    policy: str
+    most: float
+
+    def __post_init__(self):
+        if self.policy not in POLICIES:
+            raise UserError(
+                f"unknown data.unreadable '{self.policy}'{nearest(self.policy, POLICIES)} "
+                f"(known: {', '.join(POLICIES)})"
+            )
+
+    @property
+    def skips(self) -> bool:
+        return self.policy == "skip"
 
 
-def tolerate(example: Example, position: tf.Tensor, stand_in: StandIn | None) -> dict[str, tf.Tensor]:
+def tolerate(example: Example, position: tf.Tensor, stand_in: StandIn | None) -> tuple[Any, tf.Tensor]:
     """Makes an example, or in its place another one or a blank; in graph mode.
 
     Args:
-      example: (position, position to read from) -> {"image": ..., "label": ...}, which may fail.
+      example: maps a position and the position to read from to a structure of tensors; may fail.
       position: scalar int64.
-      stand_in: (position, attempt) -> the position to read from instead; None: a blank image, label 0.
+      stand_in: maps a position and the number of an attempt to the position to read from instead. None
+        makes a blank example: zeros, and nothing along the axes of unknown length.
 
     Returns:
-      The example with "unreadable" added, scalar bool: whether it is not the one asked for.
+      The example, and a scalar bool: whether another one stands in for it.
 
     Raises:
       tf.errors.OpError: when it runs, if all stand-ins fail too.
     """
 
-    # A data set of one element, as nothing else in a graph can go on after an error.
+    # A dataset of one element, because nothing else in a graph can continue after an error.
     @tf.autograph.experimental.do_not_convert
-    def attempted(attempt: tf.Tensor) -> dict[str, tf.Tensor]:
+    def attempted(attempt: tf.Tensor) -> tuple[Any, tf.Tensor]:
         read_from = stand_in(position, attempt) if stand_in else position
-        return {**example(position, read_from), "unreadable": attempt > 0}
+        return example(position, read_from), attempt > 0
 
     attempts = tf.data.Dataset.range(_ATTEMPTS if stand_in else 1).map(attempted).ignore_errors()
     if stand_in is None:
-        shapes = attempts.element_spec
-        blank = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()}
-        blank["unreadable"] = tf.constant(True)
-        attempts = attempts.concatenate(tf.data.Dataset.from_tensors(blank))
+        blank = tf.nest.map_structure(_zeros, attempts.element_spec[0])
+        attempts = attempts.concatenate(tf.data.Dataset.from_tensors((blank, tf.constant(True))))
     return attempts.take(1).get_single_element()
+
+
+def _zeros(spec: tf.TensorSpec) -> tf.Tensor:
+    return tf.zeros([side or 0 for side in spec.shape], spec.dtype)
 
 
 class Skipped:
@@ -62,19 +86,19 @@ class Skipped:
     """
 
     def __init__(self, source: str):
-        self._here: set[int] = set()
-        self._place = f"cnx2/unreadable/{zlib.crc32(source.encode())}"
+        self._local: set[int] = set()
+        self._folder = f"cnx2/unreadable/{zlib.crc32(source.encode())}"
 
     def add(self, record: int) -> bool:
-        """Takes in a record; says whether this process has not met it before."""
-        if record in self._here:
+        """Adds a record; returns whether it is new to this process."""
+        if record in self._local:
             return False
-        self._here.add(record)
+        self._local.add(record)
         store = shared_store()
         if store is not None:
-            store.key_value_set(f"{self._place}/{record}", "", allow_overwrite=True)
+            store.key_value_set(f"{self._folder}/{record}", "", allow_overwrite=True)
         return True
 
     def __len__(self) -> int:
         store = shared_store()
-        return len(self._here) if store is None else len(store.key_value_dir_get(self._place))
+        return len(self._local) if store is None else len(store.key_value_dir_get(self._folder))

@@ -1,9 +1,9 @@
-"""What the classes of ImageNet-1K are called."""
+"""The names of the classes of ImageNet-1K."""
 
 from importlib import resources
 
-# `ID NAME` a line, in the order of the labels. Names are WordNet's first lemma, but of four classes that
-# would share it with another: the two cranes, the tank suit (maillot) and the corgi (Cardigan).
+# One `ID NAME` per line, in the order of the labels. A name is WordNet's first lemma, except for the four
+# classes that would share it with another: the two cranes, the tank suit (maillot) and the corgi (Cardigan).
 _LINES = resources.files(__package__).joinpath("imagenet1k.txt").read_text().splitlines()
 _NAMES = dict(line.split(" ", 1) for line in _LINES)
 

@@ -1,4 +1,4 @@
-"""What a data set is like, and whether its order keeps its promises."""
+"""Statistics of a data set, and checks that its training order keeps its promises."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from cnx2_jax.data.decoding import decode
-from cnx2_jax.data.pipeline import PREFETCHED_BATCHES, Batch, epoch_order
+from cnx2_jax.data.order import epoch_order
+from cnx2_jax.data.pipeline import PREFETCHED_BATCHES, Batch
 from cnx2_jax.data.sources import Source
 from cnx2_jax.data.tensorflow import tf
 
@@ -18,7 +19,7 @@ _FAR_STEP = 1_000_000
 
 
 def class_counts(source: Source) -> np.ndarray | None:
-    """Counts the records of each class, int64 [classes]; None where labels are not known unread."""
+    """Counts the records of each class, int64 [classes]; None if labels are only known by reading."""
     if source.labels is None or not source.class_names:
         return None
     return np.bincount(source.labels, minlength=len(source.class_names))
@@ -32,8 +33,8 @@ def image_sizes(source: Source, most: int) -> np.ndarray:
 
     @tf.autograph.experimental.do_not_convert
     def size(index: tf.Tensor) -> tf.Tensor:
-        encoded = source.read(index)["bytes"]
-        # Of a JPEG, its header is enough.
+        encoded = source.read(index)["image"]
+        # The header of a JPEG is enough.
         return tf.cond(
             tf.io.is_jpeg(encoded),
             lambda: tf.io.extract_jpeg_shape(encoded)[:2],
@@ -46,12 +47,15 @@ def image_sizes(source: Source, most: int) -> np.ndarray:
 
 
 def order_checks(num_records: int, seed: int, stream: Stream) -> dict[str, bool]:
-    """Checks the training order on the data itself; what each check says is its name.
+    """Checks the training order on the data itself.
 
     Args:
       num_records: of an epoch.
-      seed: the run's.
-      stream: opens the training stream, of a batch that divides over 8 hosts.
+      seed: of the run.
+      stream: opens the training stream, in batches that divide over 8 hosts.
+
+    Returns:
+      Whether each check holds, by a sentence that states it.
     """
     one, two = (epoch_order(epoch, num_records, seed) for epoch in (0, 1))
     everything = np.arange(num_records)
@@ -61,21 +65,21 @@ def order_checks(num_records: int, seed: int, stream: Stream) -> dict[str, bool]
     first = stream(0, 0, 1)
     batches = [next(first) for _ in range(3)]
     resumed = _same(next(stream(2, 0, 1)), batches[2])
-    alike, whole = True, next(stream(_FAR_STEP, 0, 1))
+    partitioned, whole = True, next(stream(_FAR_STEP, 0, 1))
     for hosts in _HOST_COUNTS:
         shares = [next(stream(_FAR_STEP, host, hosts)) for host in range(hosts)]
-        joined = {key: np.concatenate([share[key] for share in shares]) for key in whole}
-        alike &= _same(joined, whole)
+        joined = tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *shares)
+        partitioned &= _same(joined, whole)
     return {
         "each epoch visits every record once": permuted,
         "epochs differ in order": differ,
         "starting at step 2 gives the batch that steps 0 and 1 lead to": resumed,
-        f"2, 4 and 8 hosts make the batch of one, at step {_FAR_STEP:,}": alike,
+        f"2, 4 and 8 hosts make the batch of one, at step {_FAR_STEP:,}": partitioned,
     }
 
 
 def images_per_second(batches: Iterator[Batch], seconds: float) -> float:
-    """Measures a stream for about so long, not counting its start and what is ready after it."""
+    """Measures a stream for about `seconds`, after its start and the batches that it had prefetched."""
     for _ in range(PREFETCHED_BATCHES + 2):
         next(batches)
     count, start = 0, time.perf_counter()
@@ -85,4 +89,4 @@ def images_per_second(batches: Iterator[Batch], seconds: float) -> float:
 
 
 def _same(one: Batch, other: Batch) -> bool:
-    return all(np.array_equal(one[key], other[key]) for key in other)
+    return all(map(np.array_equal, tf.nest.flatten(one), tf.nest.flatten(other)))

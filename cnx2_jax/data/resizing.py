@@ -1,12 +1,37 @@
-"""Bicubic, antialiased resizing that equals Pillow's, as two small matrix products."""
+"""Bicubic and bilinear resizing that equals Pillow's, as two small matrix products, and nearest-neighbour."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from cnx2_jax.data.tensorflow import tf
+
+
+class Kernel(NamedTuple):
+    """A filter of antialiased resizing.
+
+    Attributes:
+      radius: its reach in output pixels when shrinking, in input pixels when enlarging.
+      weight: maps distances >= 0 to weights, elementwise.
+    """
+
+    radius: float
+    weight: Callable[[tf.Tensor], tf.Tensor]
+
+
+def _cubic(x: tf.Tensor) -> tf.Tensor:
+    """Keys' cubic kernel with a = -0.5."""
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return tf.where(x < 1, near, tf.where(x < 2.0, far, 0.0))
+
+
+BICUBIC = Kernel(2.0, _cubic)
+BILINEAR = Kernel(1.0, lambda x: tf.maximum(1 - x, 0.0))
 
 # Outputs that share one dense block of weights: larger blocks multiply more zeros, smaller ones make
 # more and slower products.
 _BLOCK = 8
-_RADIUS = 2.0  # of the cubic kernel
-_NOWHERE = -1e9  # too far away from anything for a weight
+_NOWHERE = -1e9  # a distance that gives weight 0
 
 
 def resize(
@@ -15,24 +40,26 @@ def resize(
     *,
     window: tf.Tensor | None = None,
     mirrored: tf.Tensor | bool = False,
+    kernel: Kernel = BICUBIC,
 ) -> tf.Tensor:
-    """Resizes as Pillow's `Image.resize(size, BICUBIC)`: along one axis, then the other, rounded after each.
+    """Resizes as Pillow's `Image.resize` does: along one axis, then the other, rounded after each.
 
-    `tf.image.resize(antialias=True)` filters pixel by pixel; here blocks of outputs are matrix products
-    of weights with the inputs that they see, which take a third of its time.
+    `tf.image.resize(antialias=True)` filters pixel by pixel. Here blocks of outputs are matrix products of
+    weights with the inputs that they see, which takes a third of its time.
 
     Args:
       image: uint8 [h, w, C].
       size: height and width of the whole result.
-      window: int32 [4], top, left, height, width of the part to compute; all of it if None.
+      window: int32 [4]: top, left, height, width of the part to compute; all of the result if None.
       mirrored: scalar bool; whether to mirror the result left to right, at no cost.
+      kernel: BICUBIC or BILINEAR.
 
     Returns:
       uint8 [height, width, C], of the window.
     """
     shape, size = tf.shape(image), tf.convert_to_tensor(size, tf.int32)
     window = tf.concat([[0, 0], size], axis=0) if window is None else window
-    indices, weights = _filters(shape[:2], size, window, tf.convert_to_tensor(mirrored))
+    indices, weights = _filters(shape[:2], size, window, tf.convert_to_tensor(mirrored), kernel)
 
     def rows(pixels: tf.Tensor) -> tf.Tensor:
         height, width, channels = tf.unstack(tf.shape(pixels))
@@ -40,14 +67,14 @@ def resize(
         return tf.reshape(_filter(flat, indices[0], weights[0], window[2]), [window[2], width, channels])
 
     def columns(pixels: tf.Tensor) -> tf.Tensor:
-        # Turned as a matrix, pixels taken apart into channels: twice as fast as to turn whole pixels.
+        # Transposes a matrix of single values, which is twice as fast as transposing whole pixels.
         height, width, channels = tf.unstack(tf.shape(pixels))
         turned = tf.transpose(tf.reshape(pixels, [height, width * channels]))
         filtered = _filter(tf.reshape(turned, [width, channels * height]), indices[1], weights[1], window[3])
         turned = tf.transpose(tf.reshape(filtered, [window[3] * channels, height]))
         return tf.reshape(turned, [height, window[3], channels])
 
-    # Pillow 13's choice of what comes first (older versions: always the columns).
+    # The order of the passes in Pillow 13; older versions always start with the columns.
     shrinking = shape[:2] - size
     rows_first = shrinking[0] > 2 * tf.maximum(shrinking[1], 0)
     result = tf.cond(rows_first, lambda: columns(rows(image)), lambda: rows(columns(image)))
@@ -55,30 +82,60 @@ def resize(
     return result
 
 
+def resize_nearest(
+    values: tf.Tensor,
+    size: tuple[int, int] | tf.Tensor,
+    *,
+    window: tf.Tensor | None = None,
+    mirrored: tf.Tensor | bool = False,
+) -> tf.Tensor:
+    """Gives each pixel of the result the value of the input pixel that its centre lies in.
+
+    Args:
+      values: [..., h, w], any type.
+      size, window, mirrored: see `resize`.
+
+    Returns:
+      [..., height, width] of the window, of the same type.
+    """
+    inputs, size = tf.shape(values)[-2:], tf.convert_to_tensor(size, tf.int32)
+    window = tf.concat([[0, 0], size], axis=0) if window is None else window
+    scale = tf.cast(inputs, tf.float64) / tf.cast(size, tf.float64)
+
+    def nearest(axis: int, places: tf.Tensor) -> tf.Tensor:
+        centres = (tf.cast(window[axis] + places, tf.float64) + 0.5) * scale[axis]
+        return tf.minimum(tf.cast(centres, tf.int32), inputs[axis] - 1)
+
+    columns = tf.range(window[3])
+    columns = tf.where(mirrored, window[3] - 1 - columns, columns)
+    values = tf.gather(values, nearest(0, tf.range(window[2])), axis=-2)
+    return tf.gather(values, nearest(1, columns), axis=-1)
+
+
 def _filter(rows: tf.Tensor, indices: tf.Tensor, weights: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-    """Filters uint8 [n, m] to uint8 [count, m], by what `_filters` gives for one axis."""
+    """Filters uint8 [n, m] to uint8 [count, m] with what `_filters` returns for one axis."""
     inputs, others = tf.unstack(tf.shape(rows))
     seen = tf.cast(tf.gather(rows, tf.minimum(indices, inputs - 1)), tf.float32)
-    # Clips and rounds halves up in one operation: 256 levels from 0 to 255.
+    # One operation that clips and rounds halves up: 256 levels from 0 to 255.
     rounded = tf.quantization.fake_quant_with_min_max_args(tf.matmul(weights, seen), 0.0, 255.0)
     return tf.reshape(tf.cast(rounded, tf.uint8), [-1, others])[:count]
 
 
 def _filters(
-    inputs: tf.Tensor, size: tf.Tensor, window: tf.Tensor, mirrored: tf.Tensor
+    inputs: tf.Tensor, size: tf.Tensor, window: tf.Tensor, mirrored: tf.Tensor, kernel: Kernel
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Which inputs every block of outputs sees, and with which weights, for rows and for columns.
+    """Returns which inputs every block of outputs sees, and with which weights, for rows and for columns.
 
-    Both at once, as it is many operations on little data.
+    Rows and columns share the operations, which are many and small.
 
     Returns:
       Indices, int32 [2, blocks, seen], which may be beyond the last input where weights are 0; weights,
-      float32 [2, blocks, block, seen]. Outputs beyond the window are there to fill blocks.
+      float32 [2, blocks, block, seen]. Outputs beyond the window fill the last block.
     """
     # Float64 as in Pillow.
     scale = tf.cast(inputs, tf.float64) / tf.cast(size, tf.float64)
     stretch = tf.maximum(scale, 1.0)
-    reach = _RADIUS * stretch
+    reach = kernel.radius * stretch
     starts, counts = window[:2], window[2:]
     blocks = (tf.reduce_max(counts) + _BLOCK - 1) // _BLOCK
     places = tf.range(blocks * _BLOCK)
@@ -92,13 +149,6 @@ def _filters(
     inside = (indices >= 0) & (indices < inputs[:, None, None])
     middles = tf.where(inside, tf.cast(indices, tf.float64) + 0.5, _NOWHERE)
     distances = middles[:, :, None] - centres[..., None]
-    weights = _cubic(tf.abs(distances / stretch[:, None, None, None]))
+    weights = kernel.weight(tf.abs(distances / stretch[:, None, None, None]))
     weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, axis=3, keepdims=True))
     return tf.maximum(indices, 0), tf.cast(weights, tf.float32)
-
-
-def _cubic(x: tf.Tensor) -> tf.Tensor:
-    """Keys' cubic kernel with a = -0.5, for x >= 0."""
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return tf.where(x < 1, near, tf.where(x < _RADIUS, far, 0.0))

@@ -22,7 +22,7 @@ def evaluate(
     Args:
       model: maps normalised images `[B, H, W, C]` to logits.
       mean, std: that normalise the images.
-      batches: as `data.pipeline.eval_batches` gives them.
+      batches: as `data.images.eval_batches` gives them.
     """
     return metrics.evaluate(_Scorer(tuple(mean), tuple(std)), model, batches)
 

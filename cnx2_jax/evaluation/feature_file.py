@@ -1,8 +1,7 @@
-"""Writes feature vectors to a `.npy` file, with the names of the rows in a `.json` file beside it."""
+"""Feature vectors in a NumPy file, with the names of its rows in a JSON file beside it."""
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from cnx2_jax.errors import UserError
-from cnx2_jax.files import check_new
+from cnx2_jax.files import check_new, replacing
 
 Write = Callable[[Float32[np.ndarray, "n dim"]], None]
 
@@ -47,35 +46,31 @@ def writer(path: Path, names: Sequence[str], dim: int) -> Iterator[Write]:
     Raises:
       UserError: a file cannot be written.
     """
-    partials = {
-        whole: whole.with_name(f"{whole.name}.partial-{os.getpid()}") for whole in (names_path(path), path)
-    }
-    with _user_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        for partial in partials.values():
-            stack.callback(partial.unlink, missing_ok=True)
-        with _user_errors(path):
-            partials[names_path(path)].write_text(json.dumps(list(names)))
-            # Unbuffered: closing the file cannot fail then.
-            file = stack.enter_context(partials[path].open("wb", buffering=0))
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(replacing(path))
+            # Left first, so that the vectors never stand without their names.
+            partial_names = stack.enter_context(replacing(names_path(path)))
+            partial_names.write_text(json.dumps(list(names)))
+            # Unbuffered, so that nothing is left to fail when the file is closed.
+            file = stack.enter_context(partial.open("wb", buffering=0))
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(names), dim)}
             np.lib.format.write_array_header_1_0(file, header)
 
         def write(vectors: Float32[np.ndarray, "n dim"]) -> None:
             rest = memoryview(vectors.astype("<f4").tobytes())
-            with _user_errors(path):
+            with _writing(path):
                 while rest:
                     rest = rest[file.write(rest) :]
 
         yield write
-        with _user_errors(path):
-            for whole, partial in partials.items():
-                os.replace(partial, whole)
+        with _writing(path):
+            stack.close()
 
 
 @contextlib.contextmanager
-def _user_errors(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -33,7 +33,7 @@ def features(
     Args:
       model: a classifier, or a pretrained encoder (see `models.without_decoder`).
       config: the config of its run, for the normalisation.
-      batches: batches of `data.pipeline.eval_batches`; padding is left out.
+      batches: batches of `data.images.eval_batches`; padding is left out.
     """
     for batch, mask, vectors, _ in _outputs(model, config, batches):
         yield vectors[mask], np.asarray(batch["label"])[mask]
@@ -57,10 +57,10 @@ def all_features(
       source: the images; they are prepared as for evaluation, `config.batch_size` at a time.
       mesh: the devices.
     """
-    from cnx2_jax.data.pipeline import eval_batches
+    from cnx2_jax.data.images import eval_batches
 
     # Filled in place: a list of batches would hold the vectors of a million images twice.
-    vectors = np.empty((source.num_records, model.dims[-1]), np.float32)
+    vectors = np.empty((source.num_records, model.config.dims[-1]), np.float32)
     labels = np.empty(source.num_records, np.int32)
     count = 0
     batches = sharding.put_batches(watched(eval_batches(source, config), source.num_records), mesh)

@@ -16,7 +16,7 @@ from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.types import Metrics
 
 if TYPE_CHECKING:  # data needs TensorFlow
-    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.images import ImageData
 
 TEMPERATURE = 0.07  # of the votes (Wu et al. 2018, section 3.4; DINO, facebookresearch/dino eval_knn.py)
 MOST = 1000  # neighbours; every query keeps all of its k in memory

@@ -150,13 +150,13 @@ class _Restricted(nnx.Module):
 
 
 def _evaluate(model, config: ConfigDict, source: "Source", present_only: bool, mesh: Mesh) -> Metrics:
-    from cnx2_jax.data.pipeline import eval_batches
+    from cnx2_jax.data.images import eval_batches
 
     if present_only:
         classes = np.unique(source.all_labels())
         model = _Restricted(model, tuple(classes.tolist()))
         table = np.zeros(len(source.class_names), np.int32)
         table[classes] = np.arange(len(classes))
-        source = source.relabelled(table)
+        source = source.relabelled(table, tuple(source.class_names[label] for label in classes))
     batches = sharding.put_batches(eval_batches(source, config, **processes.share()), mesh)
     return evaluate(model, config.data.mean, config.data.std, batches)

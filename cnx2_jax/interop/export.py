@@ -3,19 +3,17 @@
 What stands under the asked name is whole and has been compared, or is not there.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cnx2_jax.errors import RunError, UserError
+from cnx2_jax.files import creating
 from cnx2_jax.interop import safetensors
 from cnx2_jax.interop.facts import Facts
 from cnx2_jax.interop.inference import InferenceModel
@@ -33,13 +31,13 @@ class Job:
 
     Attributes:
       checkpoint: the folder (see `train.checkpoint.find`), for formats that take more than the network.
-      program: the network.
+      model: the network.
       facts: what users of the network must know besides its weights.
       dtype: of the parameters, `float32` or `bfloat16`.
     """
 
     checkpoint: Path
-    program: InferenceModel
+    model: InferenceModel
     facts: Facts
     dtype: str = "float32"
 
@@ -65,7 +63,7 @@ class Format:
     extra: str = ""
 
 
-def of_program(summary: str, module: str, writer: str, runtime: str, extra: str = "") -> Format:
+def of_model(summary: str, module: str, writer: str, runtime: str, extra: str = "") -> Format:
     """Returns the format of a module of this room, which is imported when it is used."""
 
     def load() -> Any:
@@ -73,7 +71,7 @@ def of_program(summary: str, module: str, writer: str, runtime: str, extra: str 
 
     return Format(
         summary,
-        write=lambda path, job: load().write(path, job.program),
+        write=lambda path, job: load().write(path, job.model),
         run=lambda path, images: load().run(path, images),
         writer=writer,
         runtime=runtime,
@@ -89,7 +87,7 @@ def of_weights(naming: str) -> Format:
     }[naming]
     return Format(
         "a folder that transformers or timm loads",
-        write=lambda path, job: safetensors.write(path, job.program.params, job.facts, naming),
+        write=lambda path, job: safetensors.write(path, job.model.params, job.facts, naming),
         run=run,
         writer="safetensors",
         runtime=runtime,
@@ -99,9 +97,9 @@ def of_weights(naming: str) -> Format:
 
 FORMATS = {
     "safetensors": of_weights("huggingface"),
-    "stablehlo": of_program("a file that JAX alone runs, on CPU, GPU and TPU", "stablehlo", "jax", "jax"),
-    "savedmodel": of_program("a folder for TensorFlow", "savedmodel", "tensorflow", "tensorflow"),
-    "onnx": of_program("a file for ONNX runtimes", "onnx", "onnx", "onnxruntime", "onnx"),
+    "stablehlo": of_model("a file that JAX alone runs, on CPU, GPU and TPU", "stablehlo", "jax", "jax"),
+    "savedmodel": of_model("a folder for TensorFlow", "savedmodel", "tensorflow", "tensorflow"),
+    "onnx": of_model("a file for ONNX runtimes", "onnx", "onnx", "onnxruntime", "onnx"),
 }
 
 
@@ -122,43 +120,21 @@ def export(out: Path, form: Format, job: Job) -> dict[str, Any]:
       UserError: something is there already, or it cannot be written.
       RunError: the results differ by more than `BOUNDS`; nothing is left at `out`.
     """
-    with whole(out) as place:
+    with creating(out) as place:
         form.write(place, job)
         return _compare(place, form, job)
-
-
-@contextlib.contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """Gives a path of the same name to write to; what is there at the end, and beside it, moves to `out`.
-
-    Raises:
-      UserError: something is there already, or it cannot be written.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{out.name}.partial-", dir=out.parent) as folder:
-            yield Path(folder) / out.name
-            # `out` itself last: when it is there, so is everything it names.
-            made = sorted(Path(folder).iterdir(), key=lambda path: path.name == out.name)
-            for path in made:
-                if os.path.lexists(out.with_name(path.name)):
-                    raise UserError(f"'{out.with_name(path.name)}' exists already; nothing was overwritten")
-            for path in made:
-                os.replace(path, out.with_name(path.name))
-    except OSError as error:
-        raise UserError(f"cannot write '{out}': {error.strerror or error}") from None
 
 
 def _compare(path: Path, form: Format, job: Job) -> dict[str, Any]:
     package = form.runtime.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         return {"runtime": None, "max_difference": None, "largest": None}
-    images = job.program.some_images(IMAGES)
+    images = job.model.some_images(IMAGES)
     try:
         found = form.run(path, images)
     except safetensors.NoRuntimeError:  # there, but what it needs is not, or does not fit
         return {"runtime": None, "max_difference": None, "largest": None}
-    expected = job.program.reference(images)
+    expected = job.model.reference(images)
     if found.shape != expected.shape:
         raise RunError(f"{form.runtime} gives {found.shape} for {expected.shape}; nothing was exported")
     difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())

@@ -1,5 +1,6 @@
 """What is exported: a network, the size of its images, and whether they are normalised inside."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -46,24 +47,17 @@ class InferenceModel:
         uint8: bool,
     ):
         check_size(*size, model.stride)
-        self.depths = tuple(len(blocks) for blocks in model.stages)
-        self.shape = (*size, model.in_chans)
+        self.depths = model.config.depths
+        self.shape = (*size, model.config.in_chans)
         self.mean, self.std = tuple(mean), tuple(std)
         self.uint8 = uint8
         self.dtype = np.dtype(np.uint8 if uint8 else np.float32)
         self.output = "logits" if model.num_classes else "features"
-        self.width = model.num_classes or model.dims[-1]
+        self.width = model.num_classes or model.config.dims[-1]
         # Unrolled: a loop would stack the weights of its blocks anew at every call.
+        config = dataclasses.replace(model.config, drop_path=0.0, remat="none", scan=False, dtype=jnp.float32)
         self._empty = nnx.eval_shape(
-            lambda: ConvNeXtV2(
-                self.depths,
-                model.dims,
-                num_classes=model.num_classes,
-                in_chans=model.in_chans,
-                patch_size=model.patch_size,
-                scan=False,
-                rngs=nnx.Rngs(0),
-            )
+            lambda: ConvNeXtV2(config, num_classes=model.num_classes, rngs=nnx.Rngs(0))
         )
         leaves = nnx.to_flat_state(nnx.state(model))
         self.params = {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in leaves}
@@ -82,7 +76,7 @@ class InferenceModel:
         return nnx.merge(graph, nnx.from_flat_state(leaves))(images)
 
     def reference(self, images: Shaped[np.ndarray, "b height width c"]) -> Float[np.ndarray, "b width"]:
-        """Returns what the exported program is compared with: this network's result, on the CPU."""
+        """Returns the result of the network on the CPU, to which that of an exported one is compared."""
         with jax.default_device(cpu()):
             return np.asarray(jax.jit(self.apply)(self.params, images))
 

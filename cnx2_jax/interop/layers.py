@@ -11,7 +11,7 @@ class Layers(Protocol[T]):
     """A framework's layers on its own tensors `[B, h, w, C]`; `name` is that of a module of ours."""
 
     def normalise(self, images: T) -> T:
-        """Maps uint8 images to float32, as `program.normalise` does."""
+        """Maps uint8 images to float32, as `pixels.normalise` does."""
         ...
 
     def patch_conv(self, x: T, name: str) -> T:
@@ -41,10 +41,10 @@ class Layers(Protocol[T]):
         ...
 
 
-def compose(program: InferenceModel, layers: Layers[T], images: T) -> T:
-    """Composes the program of a framework's layers; returns its logits or features."""
-    x = layers.normalise(images) if program.uint8 else images
-    for stage, depth in enumerate(program.depths):
+def compose(model: InferenceModel, layers: Layers[T], images: T) -> T:
+    """Runs the network in a framework's layers and returns its logits or features."""
+    x = layers.normalise(images) if model.uint8 else images
+    for stage, depth in enumerate(model.depths):
         down = f"downsample_layers.{stage}"
         if stage == 0:
             x = layers.layer_norm(layers.patch_conv(x, f"{down}.0"), f"{down}.1")
@@ -57,4 +57,4 @@ def compose(program: InferenceModel, layers: Layers[T], images: T) -> T:
             y = layers.linear(layers.grn(y, f"{block}.grn"), f"{block}.pwconv2")
             x = layers.add(x, y)
     x = layers.layer_norm(layers.mean(x), "norm")
-    return layers.linear(x, "head") if program.output == "logits" else x
+    return layers.linear(x, "head") if model.output == "logits" else x

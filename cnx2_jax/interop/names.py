@@ -20,7 +20,7 @@ from cnx2_jax.interop.dialects import (
     renamer,
     their_layout,
 )
-from cnx2_jax.models import FCMAE, VARIANTS, ConvNeXtV2
+from cnx2_jax.models import FCMAE, VARIANTS, ConvNeXtV2, EncoderConfig
 from cnx2_jax.models.convnextv2 import STAGES
 
 _DECODER = ("decoder.", "proj.", "pred.", "mask_token")
@@ -189,14 +189,14 @@ def _count_blocks(names: Iterable[str], pattern: str) -> tuple[int, ...]:
 
 def _model_shapes(model: Imported) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of our parameters by name; the model itself is the list."""
-    options: dict = {"in_chans": model.in_chans, "patch_size": model.patch_size}
+    config = EncoderConfig(model.depths, model.dims, in_chans=model.in_chans, patch_size=model.patch_size)
 
     def build() -> ConvNeXtV2 | FCMAE:
         rngs = nnx.Rngs(0)
         if model.has_decoder:
             decoder: dict = {"decoder_dim": model.decoder_dim, "decoder_depth": model.decoder_depth}
-            return FCMAE(model.depths, model.dims, **decoder, **options, rngs=rngs)
-        return ConvNeXtV2(model.depths, model.dims, num_classes=model.num_classes, **options, rngs=rngs)
+            return FCMAE(config, **decoder, rngs=rngs)
+        return ConvNeXtV2(config, num_classes=model.num_classes, rngs=rngs)
 
     state = nnx.state(nnx.eval_shape(build), nnx.Param)
     return {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}

@@ -21,7 +21,7 @@ IR_VERSION = 9  # that opset's
 LIMIT = 2**31 - 2**20  # bytes of weights: protobuf takes no file of 2 GiB
 
 
-def write(path: Path, program: InferenceModel) -> None:
+def write(path: Path, model: InferenceModel) -> None:
     """Writes the graph for any batch size.
 
     Weights above `LIMIT` go into a second file beside it, `NAME.data`, that the first one names.
@@ -29,21 +29,21 @@ def write(path: Path, program: InferenceModel) -> None:
     Raises:
       OSError: it cannot be written.
     """
-    graph = _Graph(program)
-    result = compose(program, graph, "images")
-    graph.nodes[-1].output[0] = program.output
+    graph = _Graph(model)
+    result = compose(model, graph, "images")
+    graph.nodes[-1].output[0] = model.output
     assert graph.nodes[-1].name == result, "the last node makes the result"
-    kind = helper.np_dtype_to_tensor_dtype(program.dtype)
-    images = helper.make_tensor_value_info("images", kind, ["batch", *program.shape], _describe(program))
-    output = helper.make_tensor_value_info(program.output, onnx.TensorProto.FLOAT, ["batch", program.width])
-    model = helper.make_model(
+    kind = helper.np_dtype_to_tensor_dtype(model.dtype)
+    images = helper.make_tensor_value_info("images", kind, ["batch", *model.shape], _describe(model))
+    output = helper.make_tensor_value_info(model.output, onnx.TensorProto.FLOAT, ["batch", model.width])
+    proto = helper.make_model(
         helper.make_graph(graph.nodes, "ConvNeXtV2", [images], [output], graph.initializers),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="cnx2_jax",
     )
-    outside = sum(value.nbytes for value in program.params.values()) > LIMIT
-    onnx.save_model(model, path, save_as_external_data=outside, location=f"{path.name}.data")
+    outside = sum(value.nbytes for value in model.params.values()) > LIMIT
+    onnx.save_model(proto, path, save_as_external_data=outside, location=f"{path.name}.data")
     onnx.checker.check_model(path, full_check=True)
 
 
@@ -56,21 +56,21 @@ def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, 
     return result
 
 
-def _describe(program: InferenceModel) -> str:
-    height, width, channels = program.shape
-    if program.uint8:
+def _describe(model: InferenceModel) -> str:
+    height, width, channels = model.shape
+    if model.uint8:
         return f"[batch, {height}, {width}, {channels}], from 0 to 255"
     return (
-        f"[batch, {height}, {width}, {channels}], (x / 255 - mean) / std with mean {program.mean} "
-        f"and std {program.std}"
+        f"[batch, {height}, {width}, {channels}], (x / 255 - mean) / std with mean {model.mean} "
+        f"and std {model.std}"
     )
 
 
 class _Graph:
     """See `layers.Layers`; tensors are names of values, and each layer's value has the layer's name."""
 
-    def __init__(self, program: InferenceModel):
-        self.program = program
+    def __init__(self, model: InferenceModel):
+        self.model = model
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self._constant("epsilon", np.float32(EPSILON))
@@ -83,7 +83,7 @@ class _Graph:
         return name
 
     def _parameter(self, name: str) -> str:
-        value = self.program.params[name]
+        value = self.model.params[name]
         match value.ndim:
             case 3:  # depthwise [rows, columns, channels] -> [channels, 1, rows, columns]
                 value = value.transpose(2, 0, 1)[:, None]
@@ -104,16 +104,16 @@ class _Graph:
     def normalise(self, images: str) -> str:
         x = self._node("Cast", [images], "images.float", to=onnx.TensorProto.FLOAT)
         x = self._node("Div", [x, self._constant("full", np.float32(255))], "images.share")
-        mean = self._constant("mean", np.array(self.program.mean, np.float32))
-        std = self._constant("std", np.array(self.program.std, np.float32))
+        mean = self._constant("mean", np.array(self.model.mean, np.float32))
+        std = self._constant("std", np.array(self.model.std, np.float32))
         return self._node("Div", [self._node("Sub", [x, mean], "images.centred"), std], "images.normal")
 
     def patch_conv(self, x: str, name: str) -> str:
-        patch = self.program.params[f"{name}.kernel"].shape[0]
+        patch = self.model.params[f"{name}.kernel"].shape[0]
         return self._convolve(x, name, kernel_shape=[patch] * 2, strides=[patch] * 2)
 
     def depthwise(self, x: str, name: str) -> str:
-        size, _, channels = self.program.params[f"{name}.kernel"].shape
+        size, _, channels = self.model.params[f"{name}.kernel"].shape
         return self._convolve(x, name, kernel_shape=[size] * 2, pads=[size // 2] * 4, group=channels)
 
     def layer_norm(self, x: str, name: str) -> str:

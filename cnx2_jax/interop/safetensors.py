@@ -1,8 +1,6 @@
 """Folders that transformers and timm load: `model.safetensors`, and JSON that says what it is."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 import safetensors.numpy
 
 from cnx2_jax.errors import UserError
+from cnx2_jax.files import check_new, creating
 from cnx2_jax.interop import facts as said
 from cnx2_jax.interop.facts import Facts
 from cnx2_jax.interop.files import read_tensors
@@ -41,26 +40,19 @@ def write(folder: Path, params: Mapping[str, np.ndarray], facts: Facts, naming: 
       UserError: something is there already, it cannot be written, class names do not fit the head, or the
         library has no such model (see `to_torch` and `facts.timm_config`).
     """
-    if os.path.lexists(folder):
-        raise UserError(f"'{folder}' exists already; nothing was overwritten, choose another --out")
+    check_new(folder, "--out")
     classes = len(params["head.bias"]) if "head.bias" in params else 0
     if len(facts.class_names) != classes:
         raise UserError(f"{len(facts.class_names)} class names do not fit a head of {classes} classes")
     tensors = to_torch(params, naming)
     documents = _documents(params, facts, naming)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with creating(folder) as partial:
+        partial.mkdir()
         # PyTorch's mark: older transformers refuse a file without.
         safetensors.numpy.save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         for name, document in documents.items():
             (partial / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         _check_same(params, partial / WEIGHTS)
-        os.replace(partial, folder)
-    except OSError as error:
-        raise UserError(f"cannot write '{folder}': {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def run_huggingface(folder: Path, images: np.ndarray) -> np.ndarray:

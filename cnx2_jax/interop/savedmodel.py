@@ -15,7 +15,7 @@ from cnx2_jax.interop.layers import compose
 from cnx2_jax.kernels.pointwise import EPSILON
 
 
-def write(path: Path, program: InferenceModel) -> None:
+def write(path: Path, model: InferenceModel) -> None:
     """Writes the signature `serving_default`, `images -> logits` (or features), for any batch size.
 
     The weights are variables, named as our parameters.
@@ -23,12 +23,12 @@ def write(path: Path, program: InferenceModel) -> None:
     Raises:
       OSError: it cannot be written.
     """
-    layers = _Layers(program)
+    layers = _Layers(model)
 
     def forward(images):
-        return {program.output: compose(program, layers, images)}
+        return {model.output: compose(model, layers, images)}
 
-    images = tf.TensorSpec([None, *program.shape], program.dtype, name="images")
+    images = tf.TensorSpec([None, *model.shape], model.dtype, name="images")
     layers.forward = tf.function(forward, input_signature=[images], autograph=False)
     try:
         tf.saved_model.save(layers, str(path), signatures={"serving_default": layers.forward})
@@ -46,12 +46,10 @@ def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, 
 class _Layers(tf.Module):
     """See `layers.Layers`. Kernels are laid out as ours."""
 
-    def __init__(self, program: InferenceModel):
+    def __init__(self, model: InferenceModel):
         super().__init__()
-        self.mean_of_pixels, self.deviation = program.mean, program.std
-        self.variables_by_name = {
-            name: tf.Variable(value, name=name) for name, value in program.params.items()
-        }
+        self.mean_of_pixels, self.deviation = model.mean, model.std
+        self.variables_by_name = {name: tf.Variable(value, name=name) for name, value in model.params.items()}
 
     def _parameters(self, name: str, *leaves: str) -> list[tf.Variable]:
         return [self.variables_by_name[f"{name}.{leaf}"] for leaf in leaves]

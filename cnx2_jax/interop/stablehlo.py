@@ -17,22 +17,22 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 LIMIT = 2**31 - 2**26  # bytes of weights: the file is a FlatBuffer, of at most 2 GiB
 
 
-def write(path: Path, program: InferenceModel) -> None:
+def write(path: Path, model: InferenceModel) -> None:
     """Writes `images -> logits` (or features) with a symbolic batch and the weights inside.
 
     Raises:
       UserError: the weights are too large for one such file.
       OSError: it cannot be written.
     """
-    size = sum(value.nbytes for value in program.params.values())
+    size = sum(value.nbytes for value in model.params.values())
     if size > LIMIT:
         raise UserError(
             f"the weights take {size / 2**30:.1f} GiB, a stablehlo file holds less than 2; "
             "export as savedmodel or onnx"
         )
     (batch,) = export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, *program.shape), program.dtype)
-    forward = jax.jit(lambda images: program.apply(program.params, images))
+    images = jax.ShapeDtypeStruct((batch, *model.shape), model.dtype)
+    forward = jax.jit(lambda images: model.apply(model.params, images))
     path.write_bytes(export.export(forward, platforms=PLATFORMS)(images).serialize())
 
 

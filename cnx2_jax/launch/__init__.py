@@ -1,6 +1,6 @@
-"""Where experiments/launch.py runs a command: one module per backend, and what they share.
+"""Run a command on hosts, start it again when a host dies, and sweep over configs.
 
-A backend has `LINE` (what it is), `SUBMITS` (whether `run` ends once a queue has the job),
-`add_arguments(parser)`, `plan(job)`, and the shell lines of `status(job)`, `logs(job)` and `stop(job)` beyond
-what this machine knows itself.
+`backends.py` lists the backends and says what each must provide. `request.py` checks a new job and `job.py`
+records it; `plan.py` is one attempt and `supervise.py` runs attempts until one succeeds; `control.py` has the
+user's actions: run, status, logs, stop. `runs.py` and `results.py` are the runs of a sweep.
 """

@@ -1,37 +1,37 @@
-"""The record of a job: `FOLDER/NAME/job.json`, `logs/` and `pids/`."""
+"""The record of a job on this machine: `FOLDER/NAME/job.json`, with `logs/` and `pids/` beside it."""
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from cnx2_jax.errors import UserError
+from cnx2_jax.files import write_text
 from cnx2_jax.launch import pid_files
 
-LAUNCHER = "launcher"  # the process that started the others and watches them
+LAUNCHER = "launcher"  # the process that starts the others and watches them
 
 
 @dataclasses.dataclass
 class Job:
-    """What `run` was asked for, and how it went.
+    """A command to run on hosts, and how far it has come.
 
     Attributes:
-      folder: where its record is, absolute.
-      name: of the job, on this machine and wherever it runs.
-      backend: a key of `launch.BACKENDS`.
-      command: the words to run on every host.
+      folder: the folder of its record, absolute.
+      name: its name, on this machine and wherever it runs.
+      backend: a key of `backends.BACKENDS`.
+      command: the arguments to run on every host.
       commit: the git commit whose tree is shipped.
-      repository: where that commit is.
-      env: names of environment variables that the command needs; their values are nowhere here.
-      options: the backend's.
-      retries: how often a failed attempt is followed by another.
+      repository: the git repository with that commit.
+      env: names of environment variables that the command needs; their values are never recorded.
+      options: the options of the backend, by name.
+      retries: how many attempts may follow the first.
       backoff: seconds before the first retry.
       grace: seconds from SIGTERM to SIGKILL.
       state: new, running, submitted, finished, failed or stopped.
-      attempt: the latest one, from 1 on.
-      status: the exit status of the latest attempt, where it has ended.
+      attempt: the number of the latest attempt, counted from 1.
+      status: the exit status of the latest attempt; None until it has ended.
     """
 
     folder: Path
@@ -51,43 +51,42 @@ class Job:
 
     @property
     def source(self) -> Path:
-        """Where the shipped tree lies on this machine."""
+        """The folder on this machine that the commit's tree is unpacked into."""
         return self.folder / "source"
 
     def log(self, process: str) -> Path:
-        """Where a process's output goes."""
+        """Returns the file that a process's output is appended to."""
         return self.folder / "logs" / f"{process}.log"
 
     def pid_file(self, process: str) -> Path:
-        """The file that a process holds while it lives; see `pid_files`."""
+        """Returns the file that a process locks while it runs; see `pid_files`."""
         return self.folder / "pids" / process
 
     def alive(self) -> dict[str, int]:
-        """Returns the process ids of what runs on this machine, the launcher among them, by name."""
+        """Returns the ids of the processes that run on this machine, by name; the launcher is one of them."""
         found = {path.name: pid_files.holder(path) for path in sorted((self.folder / "pids").glob("*"))}
         return {name: pid for name, pid in found.items() if pid is not None}
 
     def write(self) -> None:
-        """Writes `job.json`, whole or not at all."""
+        """Writes `job.json` atomically."""
         values = {**dataclasses.asdict(self), "folder": str(self.folder), "repository": str(self.repository)}
-        partial = self.folder / "job.tmp"
-        partial.write_text(json.dumps(values, indent=2) + "\n")
-        os.replace(partial, self.folder / "job.json")
+        write_text(self.folder / "job.json", json.dumps(values, indent=2) + "\n")
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a name that some backend would refuse."""
+    """Raises UserError unless every backend accepts this name for a job."""
     if len(name) > 40 or not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise UserError(
-            f"job name '{name}' must be at most 40 of a-z, 0-9 and -, from a letter to a letter or digit"
+            f"job name '{name}' must be at most 40 characters of a-z, 0-9 and -, "
+            "starting with a letter and ending with a letter or digit"
         )
 
 
 def read(folder: Path) -> Job | None:
-    """Returns the job whose record `folder` is, if it is one.
+    """Returns the job recorded in a folder, or None if there is no record.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the record is damaged.
     """
     path = folder / "job.json"
     try:
@@ -96,4 +95,4 @@ def read(folder: Path) -> Job | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"'{path}' is damaged: {error}; remove '{folder}' to begin anew") from None
+        raise UserError(f"'{path}' is damaged: {error}; remove '{folder}' to start over") from None

@@ -1,4 +1,4 @@
-"""N processes on this machine, as N hosts are elsewhere."""
+"""Processes on this machine that stand in for hosts."""
 
 import argparse
 import os
@@ -11,30 +11,32 @@ from cnx2_jax.commandline import count
 from cnx2_jax.launch.job import Job
 from cnx2_jax.launch.plan import Plan
 
-LINE = "processes on this machine, as hosts"
+LINE = "processes on this machine that stand in for hosts"
 SUBMITS = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hosts", type=count, default=1, metavar="N", help="processes; %(default)s")
+    parser.add_argument(
+        "--hosts", type=count, default=1, metavar="N", help="processes; %(default)s by default"
+    )
 
 
 def plan(job: Job) -> Plan:
-    """Returns the attempt: the commit's tree, and in it the command once per host.
+    """Returns an attempt: unpack the commit's tree and run the command in it, once per host.
 
-    Several are told `--coordinator`, `--num-processes` and `--process-id`, as `cnx2 train` takes them.
+    With several hosts the command gets `--coordinator`, `--num-processes` and `--process-id` of `cnx2 train`.
     """
     hosts = job.options["hosts"]
     address = f"127.0.0.1:{free_port()}"
 
-    def together(host: int) -> list[str]:
+    def process_arguments(host: int) -> list[str]:
         if hosts == 1:
             return []
         return ["--coordinator", address, "--num-processes", str(hosts), "--process-id", str(host)]
 
     return Plan(
         prepare=tree(job),
-        processes={f"host{host}": [*job.command, *together(host)] for host in range(hosts)},
+        processes={f"host{host}": [*job.command, *process_arguments(host)] for host in range(hosts)},
         directory=job.source,
         exports=exports(job),
     )
@@ -53,7 +55,7 @@ def stop(job: Job) -> list[str]:
 
 
 def tree(job: Job) -> list[str]:
-    """Shell lines that unpack the commit's tree into `job.source`."""
+    """Returns shell lines that unpack the commit's tree into `job.source`."""
     source, repository = shlex.quote(str(job.source)), shlex.quote(str(job.repository))
     return [
         f"rm -rf {source}",
@@ -63,18 +65,18 @@ def tree(job: Job) -> list[str]:
 
 
 def exports(job: Job) -> dict[str, str]:
-    """Variables by which the tree's package is imported, and this Python's programs are found."""
+    """Returns variables that make the shipped package importable and put this Python's `cnx2` on the PATH."""
     path = [str(job.source), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(path), "PATH": programs()}
+    return {"PYTHONPATH": os.pathsep.join(path), "PATH": search_path()}
 
 
-def programs() -> str:
-    """Returns a PATH on which this Python's programs come first, `cnx2` among them."""
+def search_path() -> str:
+    """Returns a PATH that starts with the folder of this Python, where its `cnx2` is."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def free_port() -> int:
-    """Returns a port of this machine that nothing listens on."""
+    """Returns a free port of this machine."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]

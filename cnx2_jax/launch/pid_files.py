@@ -1,7 +1,7 @@
-"""Processes that outlive whoever looks at them: who runs is seen by who holds a file, not by a number alone.
+"""Files that show whether a process still runs, across restarts of the launcher.
 
-A process holds an exclusive lock on its pid file from before it starts until it and its children have ended,
-however that happens. So a process id in such a file is never another process's.
+A process and its children hold an exclusive lock on its pid file until the last of them has ended, however
+that happens. So a locked file names a process that runs, and a reused process id is never mistaken for it.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 POLL_SECONDS = 0.1
-CLAIM_SECONDS = 1.0  # `holder` takes the lock for a moment to look
+CLAIM_SECONDS = 1.0  # a concurrent `holder` takes a shared lock for a moment
 
 
 def claim(path: Path) -> int:
-    """Locks a pid file, made if need be, and returns the descriptor that holds it.
+    """Creates a pid file if necessary, locks it and returns the descriptor that holds the lock.
 
     Raises:
-      BlockingIOError: another process holds it.
+      BlockingIOError: another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -29,7 +29,7 @@ def claim(path: Path) -> int:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)  # who held it before has ended, and its number may be another's
+            os.ftruncate(descriptor, 0)  # the id of the earlier process may be reused by now
             return descriptor
         except BlockingIOError:
             if time.monotonic() > deadline:
@@ -44,25 +44,30 @@ def sign(descriptor: int, pid: int) -> None:
 
 
 def holder(path: Path) -> int | None:
-    """Returns the id of the process that holds a pid file, if one does."""
+    """Returns the id of the process that holds a pid file, or None."""
     with path.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None
         except BlockingIOError:
-            return int(file.read() or 0) or None  # empty: it is about to start
+            return int(file.read() or 0) or None  # empty: claimed, and the process is about to start
 
 
 def start(
-    words: Sequence[str], log: Path, pid_file: Path, directory: Path, environment: Mapping[str, str]
+    command: Sequence[str], log: Path, pid_file: Path, directory: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen:
-    """Starts a process in a group of its own, its output appended to `log`."""
+    """Starts a process in a new process group and appends its output to `log`.
+
+    Raises:
+      BlockingIOError: another process holds the pid file.
+      OSError: the program cannot be run.
+    """
     descriptor = claim(pid_file)
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
         with log.open("a") as output:
             process = subprocess.Popen(
-                words,
+                command,
                 cwd=directory,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -78,7 +83,10 @@ def start(
 
 
 def end_groups(pid_files: Iterable[Path], grace: float) -> None:
-    """Ends what holds these pid files with its children: SIGTERM, and after `grace` seconds SIGKILL."""
+    """Ends the processes that hold these pid files, and their children.
+
+    Sends SIGTERM, and SIGKILL to those that still run after `grace` seconds.
+    """
     held = list(pid_files)
     for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, grace)):
         deadline = time.monotonic() + seconds

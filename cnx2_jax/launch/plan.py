@@ -1,4 +1,4 @@
-"""What one attempt at a job runs, and the same as a shell script."""
+"""One attempt at a job: what it runs, and the same as a shell script."""
 
 import dataclasses
 import shlex
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cnx2_jax.launch.job import Job
 
-LONGEST_DELAY = 600.0  # seconds: a machine that comes back is noticed within ten minutes
+LONGEST_DELAY = 600.0  # seconds, so that we notice within ten minutes when a machine is back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +15,11 @@ class Plan:
     """One attempt at a job.
 
     Attributes:
-      prepare: shell lines that run first; where they fail, so does the attempt.
-      processes: words by name, started at once; all of them together are the job.
-      directory: where they start.
-      exports: environment variables that they get besides this process's own; nothing secret.
-      clear: shell lines that end what an attempt that failed or was stopped may have left elsewhere.
+      prepare: shell lines that run first; if one fails, the attempt has failed.
+      processes: arguments by process name. All start at once, and the attempt succeeds if all of them do.
+      directory: the working directory of the processes.
+      exports: environment variables to add to those of the launcher; nothing secret.
+      clear: shell lines that end processes which a failed or stopped attempt may have left on other machines.
     """
 
     prepare: Sequence[str]
@@ -30,9 +30,9 @@ class Plan:
 
 
 def delays(retries: int, backoff: float) -> list[float]:
-    """Returns the seconds to wait before each retry: doubling, at most `LONGEST_DELAY`, without jitter.
+    """Returns the seconds to wait before each retry: `backoff`, then doubling up to `LONGEST_DELAY`.
 
-    Jitter keeps many clients from coming back at once; here there is one.
+    There is no jitter, because one client retries and not many at once.
     """
     return [min(backoff * 2**retry, LONGEST_DELAY) for retry in range(retries)]
 
@@ -48,18 +48,18 @@ def written(path: Path, text: str) -> list[str]:
 
 
 def render(job: Job, plan: Plan) -> str:
-    """Returns the script of one attempt; what launch.py runs has these very words."""
+    """Returns one attempt as a bash script, with the same commands that `supervise` runs."""
     lines = [f"# {job.backend} job '{job.name}', commit {job.commit}.", ""]
     lines += [f"mkdir -p {shlex.quote(str(job.log('').parent))}", "", "# Prepare.", *plan.prepare]
     lines += [
         "",
-        "# The processes, at once. Where one fails, launch.py ends the others; this waits for them.",
+        "# All processes at once. This script waits for all; `cnx2 launch` ends the others when one fails.",
     ]
     lines.append(f"cd {shlex.quote(str(plan.directory))}")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in plan.exports.items()]
     lines.append("processes=() status=0")
-    for name, words in plan.processes.items():
-        lines.append(f"{shlex.join(words)} >>{shlex.quote(str(job.log(name)))} 2>&1 & processes+=($!)")
+    for name, command in plan.processes.items():
+        lines.append(f"{shlex.join(command)} >>{shlex.quote(str(job.log(name)))} 2>&1 & processes+=($!)")
     lines.append('for process in "${processes[@]}"; do wait "$process" || status=$?; done')
     if plan.clear:
         lines += ['if [ "$status" != 0 ]; then', *plan.clear, "fi"]

@@ -1,8 +1,7 @@
-"""What the runs of a sweep came to: a table, files and a picture, best first."""
+"""The results of a sweep's runs, best first: a table, files and a picture."""
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,27 +9,30 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.files import replacing, write_text
 from cnx2_jax.launch.runs import Run
+from cnx2_jax.observe.plots import draw_into
 from cnx2_jax.observe.report import read_metrics
+from cnx2_jax.observe.tables import markdown_table
 
 Row = dict[str, Any]
 
 
 def default_metric(config: ConfigDict) -> str:
-    """Returns the metric of a task's runs: that of the averaged weights, where there are any."""
+    """Returns the metric that ranks a task's runs; that of the averaged weights if the config keeps them."""
     metric = "loss" if config.task == "pretrain" else "accuracy"
     return f"ema_{metric}" if config.ema_decay else metric
 
 
 def collect(runs: Sequence[Run], metric: str) -> list[Row]:
-    """Returns a row per run: its latest evaluation, best first; those without one last.
+    """Returns a row per run with its latest evaluation, best first; runs without an evaluation come last.
 
     Args:
-      runs: of a sweep.
-      metric: of `metrics.jsonl`, split val; less is better of a loss, more of anything else.
+      runs: the runs of a sweep.
+      metric: a metric of `metrics.jsonl`, split val; lower is better for a loss, higher for anything else.
 
     Raises:
-      UserError: there are evaluations, and none has this metric.
+      UserError: there are evaluations, but none has this metric.
     """
     keys = dict.fromkeys(key for run in runs for key in run.overrides)
     rows: list[Row] = []
@@ -59,13 +61,7 @@ def collect(runs: Sequence[Run], metric: str) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the rows as a table in Markdown."""
-    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return markdown_table(list(rows[0]), [[_shown(value) for value in row.values()] for row in rows])
 
 
 def _shown(value: Any) -> str:
@@ -75,19 +71,27 @@ def _shown(value: Any) -> str:
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
-    """Writes `results.json` and `results.csv`, each whole, in the place of older ones."""
-    partial = folder / "results.tmp"
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(partial, folder / "results.json")
-    with partial.open("w", newline="") as file:
+    """Writes `results.json` and `results.csv` atomically, replacing older ones."""
+    write_text(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+    with replacing(folder / "results.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, folder / "results.csv")
 
 
-def draw(figure, rows: Sequence[Row], keys: Sequence[str], metric: str) -> None:
-    """Draws the metric over each key that is swept, the best run marked."""
+def draw(rows: Sequence[Row], runs: Sequence[Run], metric: str, path: Path) -> str | None:
+    """Draws the metric over every key whose value differs between runs, and returns a line about it.
+
+    Returns None without drawing if no run has been evaluated or no key differs.
+    """
+    swept = dict.fromkeys(key for run in runs for key in run.overrides)
+    keys = [key for key in swept if len({str(row[key]) for row in rows}) > 1]
+    if rows[0][metric] is None or not keys:
+        return None
+    return draw_into(path, lambda figure: _draw(figure, rows, keys, metric))
+
+
+def _draw(figure, rows: Sequence[Row], keys: Sequence[str], metric: str) -> None:
     figure.set_size_inches(4 * len(keys), 3.2)
     scored = [row for row in rows if row[metric] is not None]
     panels = figure.subplots(1, len(keys), squeeze=False, sharey=True)[0]

@@ -1,4 +1,4 @@
-"""A Slurm batch job: one process per node, retried inside the job."""
+"""A Slurm batch job with one process per node, retried inside the job."""
 
 import argparse
 import shlex
@@ -8,14 +8,14 @@ from cnx2_jax.launch.job import Job
 from cnx2_jax.launch.local import exports, tree
 from cnx2_jax.launch.plan import Plan, delays, written
 
-LINE = "a Slurm batch job; this folder must be on a file system that the nodes share"
+LINE = "a Slurm batch job; the current folder must be on a file system that the nodes share"
 SUBMITS = True
 
-SAVING_SECONDS = 120  # before the time limit
+SAVING_SECONDS = 120  # from SIGTERM to the time limit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=count, default=1, metavar="N", help="%(default)s")
+    parser.add_argument("--nodes", type=count, default=1, metavar="N", help="%(default)s by default")
     parser.add_argument("--time", required=True, metavar="LIMIT", help="such as 24:00:00")
     parser.add_argument("--gpus-per-node", type=count, metavar="N")
     parser.add_argument("--partition")
@@ -23,18 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(job: Job) -> Plan:
-    """Returns the submission: the commit's tree beside the record, and the batch script to sbatch."""
+    """Returns the submission: unpack the commit's tree beside the record, then sbatch the batch script."""
     batch = job.folder / "batch.sh"
     return Plan(
         prepare=[
-            # Slurm allows two jobs of one name.
+            # Slurm allows two jobs with the same name.
             f'if [ -n "$(squeue --me --noheader --format=%i --name={job.name})" ]; then',
             f"  echo 'job {job.name} is in the queue already' >&2 && exit 1",
             "fi",
             *tree(job),
             *written(batch, batch_script(job)),
         ],
-        # The job gets the environment of sbatch, secrets with it, without a word on a command line.
+        # The job inherits the environment of sbatch, so no secret appears on a command line.
         processes={"submit": ["sbatch", "--export=ALL", str(batch)]},
         directory=job.source,
         exports=exports(job),
@@ -42,9 +42,9 @@ def plan(job: Job) -> Plan:
 
 
 def batch_script(job: Job) -> str:
-    """Returns the script for sbatch: srun, and again after a failure that is not the user's."""
+    """Returns the script for sbatch: srun, repeated after a failure other than a user error."""
     given = {key: job.options[key] for key in ("gpus_per_node", "partition", "account")}
-    wishes = [f"#SBATCH --{key.replace('_', '-')}={value}" for key, value in given.items() if value]
+    limits = [f"#SBATCH --{key.replace('_', '-')}={value}" for key, value in given.items() if value]
     waits = " ".join(f"{delay:g}" for delay in delays(job.retries, job.backoff))
     steps = [
         "srun",
@@ -63,16 +63,16 @@ def batch_script(job: Job) -> str:
             f"#SBATCH --nodes={job.options['nodes']}",
             "#SBATCH --ntasks-per-node=1",
             f"#SBATCH --time={job.options['time']}",
-            "# Again on other nodes where one fails; time to save before the limit.",
+            "# Requeue on other nodes when one fails; leave time to save before the limit.",
             "#SBATCH --requeue",
             f"#SBATCH --signal=TERM@{SAVING_SECONDS}",
-            *wishes,
+            *limits,
             "set -uo pipefail",
             f"for wait in {waits} never; do",
             f"  {shlex.join(steps)}",
             "  status=$?",
             '  if [ "$status" = 0 ] || [ "$status" = 2 ] || [ "$wait" = never ]; then exit "$status"; fi',
-            '  echo "failed with status $status, again in $wait s" >&2',
+            '  echo "failed with status $status, trying again in $wait s" >&2',
             '  sleep "$wait"',
             "done",
             "",

@@ -1,4 +1,4 @@
-"""The working tree as a commit: what is shipped is what git knows."""
+"""The commit to ship: the one that is checked out, if the working tree has no other changes."""
 
 import subprocess
 from pathlib import Path
@@ -9,10 +9,10 @@ SHOWN = 5
 
 
 def commit_of(directory: Path) -> tuple[Path, str]:
-    """Returns the root of the git repository around `directory`, and the commit that is its working tree.
+    """Returns the root of the git repository that contains `directory`, and the commit checked out in it.
 
     Raises:
-      UserError: there is no repository, or its tree has changes that no commit holds.
+      UserError: there is no repository, no commit, or the working tree has uncommitted changes.
     """
     root = Path(_git(directory, "rev-parse", "--show-toplevel"))
     commit = _git(root, "rev-parse", "--verify", "HEAD")
@@ -21,14 +21,14 @@ def commit_of(directory: Path) -> tuple[Path, str]:
         names = ", ".join(line.split(maxsplit=1)[1] for line in changed[:SHOWN])
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise UserError(
-            f"the working tree has changes that no commit holds ({names}{more}); a job runs a commit, so "
-            "that it can be told later what ran: commit them, or put them aside with `git stash -u`"
+            f"the working tree has uncommitted changes ({names}{more}); a job runs a commit, so that its "
+            "source stays known: commit them, or set them aside with `git stash -u`"
         )
     return root, commit
 
 
-def _git(directory: Path, *words: str) -> str:
-    done = subprocess.run(["git", "-C", directory, *words], capture_output=True, text=True)
+def _git(directory: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", directory, *arguments], capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "git failed"
         raise UserError(f"'{directory}' is not in a git repository with a commit ({reason}); launch from one")

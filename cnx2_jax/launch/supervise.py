@@ -1,4 +1,4 @@
-"""Attempts at a job until one succeeds, none may follow, or somebody stops it."""
+"""Runs attempts at a job until one succeeds, no retries are left, or the user stops it."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from cnx2_jax.launch import pid_files
 from cnx2_jax.launch.job import LAUNCHER, Job
 from cnx2_jax.launch.plan import Plan, delays, script
 
-USER_ERROR = 2  # the exit status of a command that was asked wrongly: asked again, it would fail again
+USER_ERROR = 2  # the exit status after a mistake of the user's, which a retry would only repeat
 
 
 def say(text: str) -> None:
@@ -23,7 +23,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[threading.Event]:
-    """Turns SIGINT and SIGTERM into an event while it lasts."""
+    """Yields an event that SIGINT and SIGTERM set, instead of ending this process."""
     asked = threading.Event()
     old = {
         number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)
@@ -37,20 +37,20 @@ def stop_request() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def held(job: Job) -> Iterator[None]:
-    """Holds a job for this process.
+    """Makes this process the launcher of a job.
 
     Raises:
-      UserError: the job runs.
+      UserError: the job has a launcher, or processes that outlived one.
     """
     try:
         descriptor = pid_files.claim(job.pid_file(LAUNCHER))
     except BlockingIOError:
-        raise UserError(f"job '{job.name}' runs already; look at it with status, end it with stop") from None
+        raise UserError(f"job '{job.name}' runs already; see its status, or end it with stop") from None
     try:
         orphans = job.alive().keys() - {LAUNCHER}
         if orphans:
             raise UserError(
-                f"{', '.join(sorted(orphans))} of job '{job.name}' still run, though their launcher is gone; "
+                f"{', '.join(sorted(orphans))} of job '{job.name}' still run, but their launcher is gone; "
                 "end them with stop"
             )
         pid_files.sign(descriptor, os.getpid())
@@ -60,19 +60,19 @@ def held(job: Job) -> Iterator[None]:
 
 
 def supervise(job: Job, plan: Callable[[Job], Plan], *, submits: bool) -> None:
-    """Runs attempts at a job that is `held`; `job.state` and `job.status` say how it went.
+    """Runs attempts at a job that this process holds, and leaves the outcome in `job.state` and `job.status`.
 
-    A process that fails ends the others, and the attempt. Another follows after the next of
-    `plan.delays`, unless the status was `USER_ERROR`. The command goes on by itself where the last one
-    came to, as `cnx2 train` does.
+    When a process fails, the others are ended and the attempt has failed. The next one starts after a delay
+    of `plan.delays`, unless the status was `USER_ERROR`. The command itself must resume from its last
+    checkpoint, as `cnx2 train` does.
 
     Args:
-      job: its record is kept up to date.
-      plan: makes an attempt of it.
-      submits: the processes hand the job over to a queue, which does the retries.
+      job: a job that is `held`; its record is updated.
+      plan: returns the next attempt at it.
+      submits: whether the processes hand the job to a queue, which then does the retries.
 
     Raises:
-      UserError: a program is not there.
+      UserError: a program does not exist.
     """
     waits = [] if submits else delays(job.retries, job.backoff)
     with stop_request() as asked:
@@ -88,7 +88,7 @@ def supervise(job: Job, plan: Callable[[Job], Plan], *, submits: bool) -> None:
                 raise UserError(f"cannot run '{error.filename}': {error.strerror}") from None
             if job.status == 0 or asked.is_set() or job.status == USER_ERROR or attempt > len(waits):
                 break
-            say(f"{job.name}: failed with status {job.status}, again in {waits[attempt - 1]:g} s")
+            say(f"{job.name}: failed with status {job.status}, trying again in {waits[attempt - 1]:g} s")
             if asked.wait(waits[attempt - 1]):
                 break
     if asked.is_set():
@@ -101,15 +101,15 @@ def supervise(job: Job, plan: Callable[[Job], Plan], *, submits: bool) -> None:
 
 
 def _attempt(job: Job, plan: Plan, asked: threading.Event) -> int:
-    """Runs one attempt, and returns the first exit status that is not 0, if there is one."""
+    """Runs one attempt and returns its first exit status other than 0, or 0."""
     for log in job.log("*").parent.glob("*.log"):
         with log.open("a") as file:
             file.write(f"--- attempt {job.attempt}\n")
     if _shell(job, "prepare", plan.prepare, asked) or asked.is_set():
-        return 1  # whatever its tools mean by their status
+        return 1  # gcloud and git may end with 2, which would read as a user error
     status = _run(job, plan.processes, plan.directory, plan.exports, asked)
     if plan.clear and status:
-        _shell(job, "clear", plan.clear, threading.Event())  # to its end, whoever asks to stop
+        _shell(job, "clear", plan.clear, threading.Event())  # not interrupted by a second request to stop
     return status
 
 
@@ -126,12 +126,14 @@ def _run(
     exports: Mapping[str, str],
     asked: threading.Event,
 ) -> int:
-    """Runs processes side by side until all have ended, one failed or a stop is asked; then ends the rest."""
+    """Runs processes until all have ended, one fails or a stop is requested; then ends the rest."""
     environment = {**os.environ, **exports}
     running = {}
     try:
-        for name, words in commands.items():
-            running[name] = pid_files.start(words, job.log(name), job.pid_file(name), directory, environment)
+        for name, command in commands.items():
+            running[name] = pid_files.start(
+                command, job.log(name), job.pid_file(name), directory, environment
+            )
         while True:
             statuses = {name: process.poll() for name, process in running.items()}
             for name, status in statuses.items():

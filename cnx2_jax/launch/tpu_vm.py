@@ -1,4 +1,4 @@
-"""A Cloud TPU slice by a queued resource, and the command on all its hosts by ssh."""
+"""A Cloud TPU slice, requested as a queued resource, with the command run on all its hosts by ssh."""
 
 import argparse
 import shlex
@@ -6,12 +6,12 @@ import shlex
 from cnx2_jax.launch.job import Job
 from cnx2_jax.launch.plan import Plan, written
 
-LINE = "a Cloud TPU slice: queued resource, then ssh to all its hosts"
+LINE = "a Cloud TPU slice: a queued resource, then ssh to all its hosts"
 SUBMITS = False
 
 POLL_SECONDS = 30
 SHOWN_LINES = 50  # of a failed host's output
-# The images bring Python 3.10, and cnx2 needs 3.11: uv fetches one.
+# The TPU images have Python 3.10, but cnx2 needs 3.11; uv downloads it.
 SETUP = (
     "python3 -m pip install --quiet --user uv"
     " && python3 -m uv venv --quiet --allow-existing --python 3.11 ../venv"
@@ -25,16 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runtime-version", required=True, metavar="VERSION", help="such as v2-alpha-tpuv5-lite"
     )
-    parser.add_argument("--spot", action="store_true", help="cheaper, and taken away at any time")
+    parser.add_argument("--spot", action="store_true", help="cheaper, but can be preempted at any time")
     parser.add_argument(
         "--setup",
         default=SETUP,
-        help="shell line that installs the tree on a host; cnx2 into ../venv by default",
+        help="shell line that installs the source tree on a host; by default cnx2 into ../venv",
     )
 
 
 def plan(job: Job) -> Plan:
-    """Returns the attempt: the slice if it is not there, the tree on every host, then the command on all."""
+    """Returns an attempt: request the slice if necessary, copy the tree to its hosts, run the command."""
     zone = shlex.quote(f"--zone={job.options['zone']}")
     queued = "gcloud compute tpus queued-resources"
     create = [
@@ -63,7 +63,8 @@ def plan(job: Job) -> Plan:
         *clear(job),
         f"git -C {shlex.quote(str(job.repository))} archive --format=tar.gz --output={archive} {job.commit}",
         *written(job.folder / "run.sh", run_script(job)),
-        # Values travel in a file that its owner alone reads; printf is the shell's: it makes no process.
+        # Values go into a file that only its owner can read. printf is a shell builtin: no process shows
+        # them.
         f"trap {shlex.quote(f'rm -f {environment}')} EXIT",
         f"(umask 077 && {{ {'; '.join(['true', *values])}; }} >{environment})",
         shlex.join(_ssh(job, f"mkdir -p cnx2/{job.name}")),
@@ -79,13 +80,13 @@ def plan(job: Job) -> Plan:
 
 
 def run_script(job: Job) -> str:
-    """Returns the script that every host runs; its output stays there, so that it outlives the connection."""
+    """Returns the script that every host runs; it logs on the host, so the log survives a lost connection."""
     return "\n".join(
         [
             "#!/usr/bin/env bash",
             "set -euo pipefail",
             f'cd "$HOME/cnx2/{job.name}"',
-            "# Held while anything of this script runs.",
+            "# Locked while any process of this script runs.",
             "exec 9>lock",
             "flock --nonblock 9",
             "# shellcheck disable=SC1091",
@@ -106,14 +107,14 @@ def run_script(job: Job) -> str:
 
 
 def clear(job: Job) -> list[str]:
-    """Shell lines that end the command on every host: SIGTERM, and after the grace SIGKILL."""
-    held = f"cnx2/{job.name}/lock"
+    """Returns shell lines that end the command on every host: SIGTERM, then SIGKILL after the grace."""
+    lock = f"cnx2/{job.name}/lock"
     return [
         shlex.join(
             _ssh(
                 job,
-                f"test ! -e {held} || ! fuser -s -k -TERM {held} || flock --wait {job.grace:g} {held} true"
-                f" || fuser -s -k -KILL {held} || true",
+                f"test ! -e {lock} || ! fuser -s -k -TERM {lock} || flock --wait {job.grace:g} {lock} true"
+                f" || fuser -s -k -KILL {lock} || true",
             )
         )
     ]
@@ -121,8 +122,8 @@ def clear(job: Job) -> list[str]:
 
 def status(job: Job) -> list[str]:
     zone = f"--zone={job.options['zone']}"
-    words = ["gcloud", "compute", "tpus", "queued-resources", "describe", job.name, zone]
-    return [shlex.join([*words, "--format=value(state.state)"])]
+    command = ["gcloud", "compute", "tpus", "queued-resources", "describe", job.name, zone]
+    return [shlex.join([*command, "--format=value(state.state)"])]
 
 
 def logs(job: Job) -> list[str]:
@@ -131,10 +132,20 @@ def logs(job: Job) -> list[str]:
 
 def stop(job: Job) -> list[str]:
     zone = f"--zone={job.options['zone']}"
-    words = ["gcloud", "compute", "tpus", "queued-resources", "delete", job.name, zone, "--force", "--quiet"]
-    return [shlex.join(words)]
+    command = [
+        "gcloud",
+        "compute",
+        "tpus",
+        "queued-resources",
+        "delete",
+        job.name,
+        zone,
+        "--force",
+        "--quiet",
+    ]
+    return [shlex.join(command)]
 
 
 def _ssh(job: Job, command: str) -> list[str]:
-    words = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", job.name, f"--zone={job.options['zone']}"]
-    return [*words, "--worker=all", "--quiet", f"--command={command}"]
+    ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", job.name, f"--zone={job.options['zone']}"]
+    return [*ssh, "--worker=all", "--quiet", f"--command={command}"]

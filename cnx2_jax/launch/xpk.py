@@ -1,4 +1,4 @@
-"""A workload of a GKE cluster, by xpk; the cluster retries it."""
+"""A workload on a GKE cluster, created by xpk; the cluster does the retries."""
 
 import argparse
 import shlex
@@ -8,7 +8,7 @@ from cnx2_jax.launch.job import Job
 from cnx2_jax.launch.local import tree
 from cnx2_jax.launch.plan import Plan, written
 
-LINE = "a GKE workload by xpk"
+LINE = "a GKE workload, created by xpk"
 SUBMITS = True
 
 SETUP = "pip install --quiet --constraint constraints.txt '.[tpu]'"
@@ -19,17 +19,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zone", required=True)
     parser.add_argument("--project", required=True)
     parser.add_argument("--tpu-type", required=True, metavar="TYPE", help="such as v5litepod-16")
-    parser.add_argument("--num-slices", type=count, default=1, metavar="N", help="%(default)s")
+    parser.add_argument("--num-slices", type=count, default=1, metavar="N", help="%(default)s by default")
     parser.add_argument(
-        "--base-docker-image", default="python:3.11", metavar="IMAGE", help="to add the tree to; %(default)s"
+        "--base-docker-image",
+        default="python:3.11",
+        metavar="IMAGE",
+        help="image to add the source tree to; %(default)s by default",
     )
-    parser.add_argument("--setup", default=SETUP, help="shell line that installs the tree; %(default)s")
+    parser.add_argument(
+        "--setup", default=SETUP, help="shell line that installs the source tree; %(default)s"
+    )
 
 
 def plan(job: Job) -> Plan:
     """Returns the submission: xpk adds the commit's tree to an image and creates the workload.
 
-    xpk reads the values of the variables that the file `environment` names from its own environment.
+    The file `environment` holds names only; xpk takes their values from its environment.
     """
     names = job.folder / "environment"
     create = [
@@ -57,13 +62,13 @@ def status(job: Job) -> list[str]:
 
 
 def logs(job: Job) -> list[str]:
-    wanted = (
+    query = (
         f'resource.type="k8s_container" AND resource.labels.cluster_name="{job.options["cluster"]}"'
         f' AND resource.labels.pod_name:"{job.name}-slice-job-"'
     )
     form = "--format=value(resource.labels.pod_name,textPayload)"
-    words = ["gcloud", "logging", "read", wanted, f"--project={job.options['project']}", "--order=asc", form]
-    return [shlex.join(words)]
+    command = ["gcloud", "logging", "read", query, f"--project={job.options['project']}", "--order=asc", form]
+    return [shlex.join(command)]
 
 
 def stop(job: Job) -> list[str]:

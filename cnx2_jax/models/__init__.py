@@ -1,12 +1,14 @@
 """ConvNeXt V2 and FCMAE as flax.nnx modules."""
 
+import dataclasses
+
 from flax import nnx
 
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.models.convnextv2 import VARIANTS, ConvNeXtV2, Encoder, variant
+from cnx2_jax.models.convnextv2 import VARIANTS, ConvNeXtV2, Encoder, EncoderConfig, variant
 from cnx2_jax.models.fcmae import FCMAE
 
-__all__ = ["FCMAE", "VARIANTS", "ConvNeXtV2", "Encoder", "create_model", "variant"]
+__all__ = ["FCMAE", "VARIANTS", "ConvNeXtV2", "Encoder", "EncoderConfig", "create_model", "variant"]
 
 FAMILIES = {"convnextv2": ConvNeXtV2, "fcmae": FCMAE}
 
@@ -17,14 +19,18 @@ def create_model(name: str, *, rngs: nnx.Rngs, **options) -> ConvNeXtV2 | FCMAE:
     Args:
       name: `convnextv2_VARIANT` or `fcmae_VARIANT`; the variants are the keys of `VARIANTS`.
       rngs: the `params` stream initialises.
-      **options: keyword arguments of ConvNeXtV2 or FCMAE, such as `num_classes` or `in_chans`.
+      **options: fields of EncoderConfig, such as `in_chans`, and keyword arguments of ConvNeXtV2 or FCMAE,
+        such as `num_classes`.
 
     Raises:
-      UserError: there is no such model.
+      UserError: the name is unknown, or an option is out of range.
     """
     family, _, size = name.partition("_")
     if family not in FAMILIES or size not in VARIANTS:
         known = [f"{kind}_{v}" for kind in FAMILIES for v in VARIANTS]
         raise UserError(f"unknown model '{name}'{nearest(name, known)} (known: {', '.join(known)})")
     chosen = VARIANTS[size]
-    return FAMILIES[family](chosen.depths, chosen.dims, rngs=rngs, **options)
+    fields = {field.name for field in dataclasses.fields(EncoderConfig)}
+    encoder = {key: value for key, value in options.items() if key in fields}
+    others = {key: value for key, value in options.items() if key not in fields}
+    return FAMILIES[family](EncoderConfig(chosen.depths, chosen.dims, **encoder), rngs=rngs, **others)

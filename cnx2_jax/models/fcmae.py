@@ -1,29 +1,29 @@
 """FCMAE: masking, masked encoder, decoder and reconstruction loss (paper, section 3; official `fcmae.py`)."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import repeat
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.models.convnextv2 import STAGES, Block, Encoder, check_size
+from cnx2_jax.models.convnextv2 import STAGES, Block, Encoder, EncoderConfig, check_size
 from cnx2_jax.models.layers import Linear, normal_init
 from cnx2_jax.models.layouts import Dense, Gathered, Masked, from_patches, to_patches
 from cnx2_jax.models.stack import run_blocks
 
-MASK_STREAM = 0x6D61736B  # folded into a sample's key for its mask; far from any block's index
+MASK_STREAM = 0x6D61736B  # folded into a sample's key to draw its mask; no block has this index
 LAYOUTS: dict[str, tuple[type[Masked] | type[Gathered], ...]] = {
     "masked": (Masked,) * STAGES,
     "gathered": (Gathered,) * STAGES,
 }
 AUTO = "auto"
 
-# What `auto` goes by: the largest share of visible patches at which each stage is gathered; above it, masked.
-# Gathered work grows with the share, and at high resolution the borders of the visible cells are added to it.
+# `auto` gathers a stage up to this share of visible patches, and masks it above. The cost of gathering grows
+# with the share, and at high resolution the borders of the visible cells add to it.
 # CPU: measured times; TPU: the compiler's estimated cycles (docs/performance.md); GPU: as TPU, not yet timed.
 GATHERED_UP_TO = {
     "cpu": (0.95, 0.95, 0.95, 0.95),
@@ -33,7 +33,13 @@ GATHERED_UP_TO = {
 
 
 def stage_kinds(layout: str, platform: str, share: float) -> tuple[type[Masked] | type[Gathered], ...]:
-    """Returns how a key of `LAYOUTS`, or `auto` at this share of visible patches, holds each stage."""
+    """Returns the layout class of each stage.
+
+    Args:
+      layout: a key of `LAYOUTS`, or `auto`.
+      platform: where `auto` expects to run; platforms other than `cpu` and `tpu` use the `gpu` settings.
+      share: share of patches that are visible.
+    """
     if layout != AUTO:
         return LAYOUTS[layout]
     limits = GATHERED_UP_TO.get(platform, GATHERED_UP_TO["gpu"])
@@ -41,12 +47,12 @@ def stage_kinds(layout: str, platform: str, share: float) -> tuple[type[Masked] 
 
 
 class Output(NamedTuple):
-    """What a forward pass of FCMAE gives.
+    """The result of a forward pass of FCMAE.
 
     Attributes:
       loss: `[B]` float32, each sample's mean squared error over its masked patches.
-      prediction: `[B, H/s, W/s, s*s*C]` float32, normalised pixels of every patch of the stride s.
-      masked: `[B, H/s, W/s]`, True where the encoder saw nothing.
+      prediction: `[B, H/s, W/s, s*s*C]` float32, the normalised pixels of every patch, s being the stride.
+      masked: `[B, H/s, W/s]` bool, True where the patch was hidden from the encoder.
     """
 
     loss: Float[Array, " b"]
@@ -55,18 +61,20 @@ class Output(NamedTuple):
 
 
 def visible_count(patches: int, ratio: float) -> int:
-    """Returns how many of `patches` stay visible: int(L * (1 - ratio)), the official rule.
+    """Returns how many of `patches` stay visible: L * (1 - ratio), rounded down.
 
-    The small term keeps a product such as 5 * (1 - 0.8) = 0.9999... from losing its patch.
+    The small term makes up for rounding errors. The official code lacks it and loses a patch where 1 - ratio
+    is rounded down: at ratio 0.8 it leaves 4 of 25 patches visible and none of 5, where this leaves 5 and 1.
+    At the paper's ratio 0.6, and at 0.5, 0.7 and 0.75, both leave the same number.
     """
     return int(patches * (1 - ratio) + 1e-6)
 
 
 def random_mask(keys: Key[Array, " b"], grid: tuple[int, int], ratio: float) -> Bool[Array, "b rows columns"]:
-    """Draws one mask `[B, rows, columns]` per key; every mask hides the same number of cells.
+    """Draws one mask `[B, rows, columns]` per key (True = hidden); all hide the same number of cells.
 
     Raises:
-      UserError: the ratio leaves no cell visible.
+      UserError: the ratio leaves no cell visible, is negative, or is not below 1.
     """
     cells = grid[0] * grid[1]
     visible = visible_count(cells, ratio) if 0 <= ratio < 1 else 0
@@ -86,7 +94,7 @@ def patch_statistics(
 ) -> tuple[Float[Array, "b h w p"], Float[Array, "b h w 1"], Float[Array, "b h w 1"]]:
     """Returns patches `[B, H/p, W/p, p*p*C]`, their mean and standard deviation, in float32 at least.
 
-    Variance is unbiased (N - 1), with 1e-6 inside the root, as the official loss has it.
+    The variance is unbiased (N - 1), with 1e-6 added inside the root, as in the official loss.
     """
     images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     patches = to_patches(images, patch)
@@ -100,10 +108,11 @@ def paste(
     prediction: Float[Array, "b h w p"],
     masked: Bool[Array, "b h w"],
 ) -> tuple[Float[Array, "b height width c"], Float[Array, "b height width c"]]:
-    """Brings a prediction back to image space with the true mean and deviation of each patch.
+    """Maps a prediction back to image space with the true mean and deviation of each patch.
 
     Returns:
-      The reconstruction of every patch, and the images with it pasted into the masked patches.
+      The images `[B, H, W, C]` reconstructed from every patch, and the given images with the reconstruction
+      pasted into the masked patches.
     """
     patch = images.shape[1] // masked.shape[1]
     _, mean, deviation = patch_statistics(images, patch)
@@ -113,25 +122,28 @@ def paste(
 
 
 class FCMAE(nnx.Module):
-    """Fully convolutional masked autoencoder: a sparse encoder and a one-block dense decoder.
+    """Fully convolutional masked autoencoder: a sparse encoder and a dense decoder of few blocks.
 
     Args:
-      depths, dims, in_chans, patch_size, drop_path, remat, scan, dtype, rngs: see Encoder.
-      mask_ratio: share of patches hidden.
+      config: the encoder's options; the decoder shares `remat`, `scan` and `dtype`.
+      mask_ratio: share of patches that are hidden.
       mask_patch: side of the hidden squares in pixels, a multiple of the total stride; 0 = the stride.
-      decoder_dim, decoder_depth: channels and blocks of the decoder.
+      decoder_dim: channels of the decoder.
+      decoder_depth: blocks of the decoder.
       layout: how the encoder holds its masked map: a key of `LAYOUTS`, or `auto`.
-      platform: what `auto` chooses for: `cpu`, `tpu` or `gpu`, as which others count; by default JAX's
-        default backend.
+      platform: where `auto` expects to run: `cpu`, `tpu` or `gpu` (other platforms use the `gpu` settings);
+        by default JAX's default backend.
+      rngs: the `params` stream initialises.
 
     Raises:
-      UserError: `mask_patch` is no multiple of the stride, or the layout is unknown.
+      UserError: `mask_patch` is not a multiple of the stride, or the layout is unknown.
     """
+
+    encoder_prefix = "encoder."
 
     def __init__(
         self,
-        depths: Sequence[int],
-        dims: Sequence[int],
+        config: EncoderConfig,
         *,
         mask_ratio: float = 0.6,
         mask_patch: int = 0,
@@ -139,28 +151,12 @@ class FCMAE(nnx.Module):
         decoder_depth: int = 1,
         layout: str = AUTO,
         platform: str | None = None,
-        in_chans: int = 3,
-        patch_size: int = 4,
-        drop_path: float = 0.0,
-        remat: str = "none",
-        scan: bool = True,
-        dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         known = [*LAYOUTS, AUTO]
         if layout not in known:
             raise UserError(f"unknown layout '{layout}'{nearest(layout, known)} (known: {', '.join(known)})")
-        self.encoder = Encoder(
-            depths,
-            dims,
-            in_chans=in_chans,
-            patch_size=patch_size,
-            drop_path=drop_path,
-            remat=remat,
-            scan=scan,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.encoder = Encoder(config, rngs=rngs)
         stride = self.encoder.stride
         if mask_patch < 0 or mask_patch % stride:
             raise UserError(f"mask_patch {mask_patch} is not a multiple of the stride {stride}")
@@ -168,16 +164,17 @@ class FCMAE(nnx.Module):
         self.mask_ratio = mask_ratio
         self.layout = layout
         self.platform = platform or jax.default_backend()
-        self.proj = Linear(dims[-1], decoder_dim, dtype=dtype, rngs=rngs)
+        dtype = config.dtype
+        self.proj = Linear(config.dims[-1], decoder_dim, dtype=dtype, rngs=rngs)
         self.mask_token = nnx.Param(normal_init()(rngs.params(), (decoder_dim,)))
         self.decoder = nnx.List([Block(decoder_dim, dtype=dtype, rngs=rngs) for _ in range(decoder_depth)])
-        self.pred = Linear(decoder_dim, stride * stride * in_chans, dtype=dtype, rngs=rngs)
+        self.pred = Linear(decoder_dim, stride * stride * config.in_chans, dtype=dtype, rngs=rngs)
 
     def mask(self, keys: Key[Array, " b"], height: int, width: int) -> Bool[Array, "b rows columns"]:
-        """Draws masks for images of this size on the grid of the last stage (True = hidden).
+        """Draws masks on the grid of the last stage (True = hidden), for images of this size.
 
         Raises:
-          UserError: the sides are not multiples of `mask_patch`, or no patch would stay visible.
+          UserError: a side is not a multiple of `mask_patch`, or no patch would stay visible.
         """
         patch = self.mask_patch
         check_size(height, width, patch, "mask_patch" if patch != self.encoder.stride else "stride")
@@ -191,14 +188,15 @@ class FCMAE(nnx.Module):
         """Returns the layout of every stage.
 
         Args:
-          masked: masks on the grid of the last stage.
-          drawn: whether they are as `mask` draws them: every sample hides the same number of whole squares of
-            `mask_patch` pixels. Gathered stages have room for just the visible ones; for masks from
-            elsewhere `auto` therefore holds every stage masked.
+          masked: masks on the grid of the last stage (True = hidden).
+          drawn: whether `mask` drew them, so that every sample hides the same number of whole squares of
+            `mask_patch` pixels. Gathered stages have room for exactly the squares that stay visible;
+            with other masks `auto` therefore holds every stage masked.
 
         Raises:
-          UserError: masks from elsewhere do not fit layout `gathered`. Under jit, where they have no values,
-            that cannot be seen, and the result is wrong.
+          UserError: masks that `mask` did not draw do not fit layout `gathered`. Masks that are traced, as
+            arguments of a jitted function are, have no values to check: if they do not fit, the result is
+            wrong.
         """
         cells = self.mask_patch // self.encoder.stride
         coarse = masked[:, ::cells, ::cells]
@@ -206,12 +204,7 @@ class FCMAE(nnx.Module):
         layout = "masked" if self.layout == AUTO and not drawn else self.layout
         kinds = stage_kinds(layout, self.platform, visible / coarse[0].size)
         if Gathered in kinds and not drawn and not isinstance(masked, jax.core.Tracer):
-            whole = (repeat(coarse, "b h w -> b (h p) (w q)", p=cells, q=cells) == masked).all()
-            if not whole or ((~coarse).sum(axis=(1, 2)) != visible).any():
-                raise UserError(
-                    f"layout 'gathered' takes masks that leave {visible} of {coarse[0].size} squares of "
-                    f"{self.mask_patch} pixels visible in every image; use layout 'masked' for others"
-                )
+            self._check_fit(np.asarray(masked), visible)
         scales = [2 ** (STAGES - 1 - stage) for stage in range(STAGES)]
         return [
             Gathered.from_mask(coarse, visible, cells * scale)
@@ -219,6 +212,20 @@ class FCMAE(nnx.Module):
             else Masked.from_mask(masked, scale)
             for kind, scale in zip(kinds, scales, strict=True)
         ]
+
+    def _check_fit(self, masked: np.ndarray, visible: int) -> None:
+        """Raises UserError unless every mask hides whole squares and leaves `visible` of them.
+
+        In NumPy, because within a jitted function even an operation of JAX on constants has no value yet.
+        """
+        cells = self.mask_patch // self.encoder.stride
+        coarse = masked[:, ::cells, ::cells]
+        whole = (coarse.repeat(cells, axis=1).repeat(cells, axis=2) == masked).all()
+        if not whole or ((~coarse).sum(axis=(1, 2)) != visible).any():
+            raise UserError(
+                f"layout 'gathered' takes masks that leave {visible} of {coarse[0].size} squares of "
+                f"{self.mask_patch} pixels visible in every image; use layout 'masked' for others"
+            )
 
     def __call__(
         self,
@@ -233,8 +240,11 @@ class FCMAE(nnx.Module):
         Args:
           images: normalised images `[B, H, W, in_chans]`.
           keys: one random key per sample, for its mask and its stochastic depth.
-          masked: masks on the grid of the last stage to use instead of drawing them; see `layouts`.
+          masked: masks on the grid of the last stage, used instead of drawn ones; see `layouts`.
           train: False switches stochastic depth off.
+
+        Raises:
+          UserError: see `mask`, `layouts` and `Encoder.features`.
         """
         _, height, width, _ = images.shape
         drawn = masked is None
@@ -245,7 +255,8 @@ class FCMAE(nnx.Module):
 
         x = self.proj(x)
         x = jnp.where(masked[..., None], self.mask_token[...].astype(x.dtype), x)
-        x = run_blocks(self.decoder, x, Dense(), remat=self.encoder.remat, scan=self.encoder.scan)
+        config = self.encoder.config
+        x = run_blocks(self.decoder, x, Dense(), remat=config.remat, scan=config.scan)
         prediction = self.pred(x)
         prediction = prediction.astype(jnp.promote_types(prediction.dtype, jnp.float32))
 

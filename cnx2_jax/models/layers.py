@@ -1,9 +1,10 @@
-"""The layers of a ConvNeXt V2 block.
+"""The layers that models are made of.
 
-Parameters are float32. Every layer computes in its `dtype`; statistics and sums are taken in float32 at
-least. Kernels are `[..., in, out]` and follow the official modules' names.
+Parameters are float32. Every layer computes in its `dtype`; statistics and sums are computed in float32 or
+wider. Kernels are `[..., in, out]`; parameter names follow the official modules.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +17,7 @@ from cnx2_jax.models.layouts import Layout
 
 
 def normal_init(stddev: float = 0.02) -> nnx.initializers.Initializer:
-    """Normal cut at +-2 in absolute units, as `torch.nn.init.trunc_normal_` does; not at 2 stddev."""
+    """Returns a normal initialiser cut at +-2, like `torch.nn.init.trunc_normal_`; not at 2 `stddev`."""
     return nnx.initializers.truncated_normal(stddev, lower=-2 / stddev, upper=2 / stddev)
 
 
@@ -34,9 +35,9 @@ class Linear(nnx.Module):
 
 
 class PatchConv(nnx.Module):
-    """A convolution whose stride is its kernel size, over patches that a layout has cut.
+    """A convolution whose stride equals its kernel size, over patches that a layout has cut.
 
-    The kernel is `[size, size, in, out]`, so a matrix product over the flattened patch is the convolution.
+    The kernel is `[size, size, in, out]`, so the convolution is a matrix product over the flattened patch.
     """
 
     def __init__(self, size: int, features_in: int, features_out: int, *, dtype, rngs: nnx.Rngs):
@@ -81,9 +82,9 @@ class GRN(nnx.Module):
     """Global response normalisation (paper, section 4 and algorithm 1), per sample.
 
     G = sqrt(sum over visible positions of x^2); N = G / mean over channels of G;
-    out = gamma * (x * N) + beta + x. The epsilon inside the root is ours: without it the gradient of a
-    channel that is zero everywhere is NaN. A Block takes this layer's parameters and computes it together
-    with its neighbours (kernels/bottleneck.py).
+    out = gamma * (x * N) + beta + x. An epsilon is added inside the root, as in the authors' JAX code
+    (TRAINING.md); their PyTorch code has none, and there the gradient of a channel that is zero everywhere is
+    NaN. A Block fuses this layer with its neighbours (kernels/bottleneck.py) and only takes its parameters.
     """
 
     def __init__(self, features: int, *, dtype):
@@ -94,7 +95,7 @@ class GRN(nnx.Module):
     def __call__(
         self, x: Float[Array, "b *positions c"], visible: Bool[Array, "b *positions 1"] | None = None
     ) -> Float[Array, "b *positions c"]:
-        """Normalises; `visible` says which positions the sums are taken over, all by default."""
+        """Normalises `x`, summing over the positions that are True in `visible`; by default over all."""
         wide = widened(x.astype(self.dtype))
         squares = jnp.square(wide) if visible is None else jnp.where(visible, jnp.square(wide), 0)
         norm = jnp.sqrt(squares.sum(axis=tuple(range(1, x.ndim - 1)), keepdims=True) + EPSILON)
@@ -102,10 +103,66 @@ class GRN(nnx.Module):
         return (wide * (1 + self.gamma[...] * norm) + self.beta[...]).astype(self.dtype)
 
 
-def stochastic_depth(keys: Key[Array, " b"], rates: Sequence[float]) -> Float[Array, "blocks b"]:
-    """Draws the factor on each block's residual branch, 0 or 1 / (1 - rate), per sample.
+class BatchNorm(nnx.Module):
+    """Normalises each channel over the batch and all positions, with the semantics of `torch.nn.BatchNorm2d`.
 
-    A draw depends on the sample's key and the block's index alone, so one key per sample serves the network.
+    Training normalises with the statistics of the global batch: inside `shard_map` they are reduced over all
+    manual mesh axes, over which the batch is assumed to be split; elsewhere arrays are global already. The
+    variance is biased (divided by N) for normalising and unbiased (N - 1) in the running average.
+    With gradient accumulation the statistics are those of each part of the batch.
+
+    Args:
+      features: channels.
+      dtype: of the result; statistics are float32 or wider.
+      momentum: weight of the new batch in the running averages.
+      epsilon: added to the variance inside the root.
+
+    Attributes:
+      scale, bias: trainable parameters.
+      mean, var: running averages, updated in place by a call with `train=True`.
+    """
+
+    def __init__(self, features: int, *, dtype, momentum: float = 0.1, epsilon: float = 1e-5):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.mean = nnx.BatchStat(jnp.zeros(features))
+        self.var = nnx.BatchStat(jnp.ones(features))
+        self.dtype = dtype
+        self.momentum = momentum
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "b *positions c"], train: bool) -> Float[Array, "b *positions c"]:
+        """Returns `x` normalised: by its own statistics in training, else by the running averages.
+
+        Raises:
+          ValueError: in training, a channel has one value in the global batch, whose variance is undefined.
+        """
+        wide = widened(x)
+        mean, var = self._batch_statistics(wide) if train else (self.mean[...], self.var[...])
+        normal = (wide - mean) * jax.lax.rsqrt(var + self.epsilon)
+        return (normal * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+    def _batch_statistics(self, wide: Array) -> tuple[Array, Array]:
+        """Returns mean and biased variance of the global batch, and updates the running averages."""
+        shards = jax.sharding.get_abstract_mesh().manual_axes  # empty outside of shard_map
+        axes = tuple(range(wide.ndim - 1))
+        count = math.prod(wide.shape[:-1]) * jax.lax.axis_size(shards)
+        if count < 2:
+            raise ValueError(
+                "BatchNorm needs more than one value per channel in training: use a larger batch or image"
+            )
+        mean = jax.lax.psum(wide.sum(axis=axes), shards) / count
+        var = jax.lax.psum(jnp.square(wide - mean).sum(axis=axes), shards) / count
+        for average, new in ((self.mean, mean), (self.var, var * (count / (count - 1)))):
+            new = jax.lax.stop_gradient(new).astype(average.dtype)
+            average[...] = (1 - self.momentum) * average[...] + self.momentum * new
+        return mean, var
+
+
+def stochastic_depth(keys: Key[Array, " b"], rates: Sequence[float]) -> Float[Array, "blocks b"]:
+    """Draws the factor on each block's residual branch per sample, 0 or 1 / (1 - rate).
+
+    Each draw depends on the sample's key and the block's index only, so one key per sample is enough.
     """
     keep = 1 - jnp.asarray(rates, jnp.float32)
 

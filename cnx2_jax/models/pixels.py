@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 
 def normalise(
-    images: UInt8[Array, "b height width c"], mean: Sequence[float], std: Sequence[float]
+    images: UInt8[Array | np.ndarray, "b height width c"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Array, "b height width c"]:
     """Maps uint8 images to float32: (x / 255 - mean) / std per channel."""
-    return (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+    return (jnp.asarray(images).astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
 
 
 def denormalise(
-    images: Float[Array, "b height width c"], mean: Sequence[float], std: Sequence[float]
+    images: Float[Array | np.ndarray, "b height width c"], mean: Sequence[float], std: Sequence[float]
 ) -> UInt8[Array, "b height width c"]:
     """Inverse of `normalise`, rounded and clipped to uint8."""
     images = (images * jnp.array(std) + jnp.array(mean)) * 255

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from jax.extend import core
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 # Peak FLOP/s in bfloat16 of one JAX device, by `device_kind`. TPUs: Google Cloud's architecture pages, per
@@ -30,12 +31,18 @@ def matrix_flops(jaxpr: Any) -> int:
     A multiply-add is two FLOPs. Padding counts; the zeros that a stride inserts between inputs do not. The
     body of a `scan` counts once per iteration, that of a `while` once. Rematerialised operations count again.
     Where platforms take different branches, the branch for GPUs counts: TPUs move pixels by products with
-    one-hot matrices, which would count as useful work.
+    one-hot matrices, which would count as useful work. Unused results do not count: compilers drop them.
 
     Args:
       jaxpr: such as `jax.jit(f).trace(*args).jaxpr`. Inside `shard_map`, shapes are those of one device, and
         the count is multiplied by the size of the mesh.
     """
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(used)
+
+
+def _count(jaxpr: core.Jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -47,9 +54,9 @@ def matrix_flops(jaxpr: Any) -> int:
             branches = params["branches"]
             if platforms := params.get("branches_platforms"):
                 branches = [branches[_on_gpus(platforms)]]
-            total += max(matrix_flops(branch.jaxpr) for branch in branches)
+            total += max(_count(branch.jaxpr) for branch in branches)
         else:
-            inner = sum(matrix_flops(program) for program in _programs(params))
+            inner = sum(_count(program) for program in _programs(params))
             if name == "scan":
                 inner *= params["length"]
             elif name == "shard_map":

@@ -1,0 +1,1 @@
+"""Compile a run's train step for accelerators that are not there, and read the compiled program."""

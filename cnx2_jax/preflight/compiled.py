@@ -1,7 +1,7 @@
-"""Reading compiled programs: what runs how often, which collectives move how much, estimated cycles.
+"""Reads the text of compiled programs: collectives, the bytes they send, and estimated cycles.
 
-XLA prints a program as computations, one instruction a line. Loops count times their trips, and an operation
-in flight, which several lines tell of, counts once.
+XLA prints a program as computations with one instruction per line. Loops count times their trips. An
+asynchronous operation, which takes several lines, counts once.
 """
 
 import collections
@@ -10,17 +10,24 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-BYTES = {"pred": 1, "bf16": 2, "f16": 2}  # of other types, by the bits in their name
+BYTES = {"pred": 1, "bf16": 2, "f16": 2}  # the names of other types contain their number of bits
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _KIND = "|".join(COLLECTIVES)
-# The shape can be a tuple, with notes such as `/*index=5*/` in it.
+# The shape can be a tuple with comments such as `/*index=5*/` in it.
 _COLLECTIVE = re.compile(rf" = (?P<shape>.*?) (?P<kind>{_KIND})(?P<start>-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 Tally = collections.Counter
 
 
 def cycles_by_kind(text: str) -> dict[str, int]:
-    """Sums the `estimated_cycles` in a compiled TPU program's text by kind of operation, greatest first."""
+    """Returns the estimated cycles in a compiled TPU program's text by kind of operation, most first.
+
+    They are the TPU compiler's own cost model, which knows no overlap and leaves some operations out. Use
+    them to compare two forms of one program, not as times.
+
+    Raises:
+      ValueError: the number of trips of a loop cannot be read.
+    """
 
     def cycles(line: str, _: str) -> Tally:
         if not (found := re.search(r'"estimated_cycles":"(\d+)"', line)):
@@ -32,32 +39,36 @@ def cycles_by_kind(text: str) -> dict[str, int]:
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """Counts a compiled program's collectives and the bytes that each device sends for them, by kind.
+    """Returns a compiled program's collectives and the bytes that each device sends for them, by kind.
 
-    Bytes are those of a ring of n devices: (n - 1) / n of what is gathered, scattered or exchanged, twice
-    that of what is all-reduced, and what is permuted.
+    Bytes are those of a ring of n devices: (n - 1) / n of an array that is gathered, scattered or exchanged,
+    twice that of one that is all-reduced, and all of one that is permuted.
 
     Returns:
-      `{kind: {"count": operations, "bytes": bytes}}`, of one device and one run of the program.
+      `{kind: {"count": operations, "bytes": bytes}}` for one device and one run of the program.
+
+    Raises:
+      ValueError: the groups of a collective, or the number of trips of a loop, cannot be read.
     """
 
     def collective(line: str, computation: str) -> Tally:
         found = _COLLECTIVE.search(line)
-        # A TPU's operation in flight is part of several fusions; its first has no flags to wait for.
+        # On TPUs an asynchronous operation is part of several fusions; only the first has no start flag.
         if not found or re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', line):
             return Tally()
         kind, size = found["kind"], _bytes(found["shape"])
-        if kind == "collective-permute":  # in flight, operand and result are printed
+        if kind == "collective-permute":  # the shape of an asynchronous one has operand and result
             return Tally({(kind, "count"): 1, (kind, "bytes"): size // 2 if found["start"] else size})
         group = _group_size(line)
         if group == 1:
             return Tally()  # nothing leaves the device
         if kind in ("all-gather", "reduce-scatter") and found["start"]:
-            size = size * group // (group + 1)  # operand and result, of which one is an n-th of the other
+            # The shape has operand and result, one of which is an n-th of the other.
+            size = size * group // (group + 1)
         elif kind == "reduce-scatter":
             size *= group
         elif kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # as TPUs' compiler writes it
+            kind = "reduce-scatter"  # the TPU compiler's form of it
         trips = 2 if kind == "all-reduce" else 1
         return Tally({(kind, "count"): 1, (kind, "bytes"): trips * size * (group - 1) // group})
 
@@ -70,12 +81,12 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
 
 def has_loops(text: str) -> bool:
-    """Says whether a compiled program loops; XLA's own counts take every loop's body once."""
+    """Returns whether a compiled program has loops; XLA's cost analysis counts every loop's body once."""
     return " while(" in text
 
 
 def _bytes(shape: str) -> int:
-    """Returns the bytes of a shape as XLA prints it, such as `(f32[8,2]{1,0}, u32[])`; lone u32 are flags."""
+    """Returns the bytes of a shape such as `(f32[8,2]{1,0}, u32[])`; scalars of type u32 are flags."""
     return sum(
         _item_bytes(kind) * math.prod(int(n) for n in sizes.split(",") if n)
         for kind, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}|u32\[\]", "", shape))
@@ -88,7 +99,7 @@ def _item_bytes(kind: str) -> int:
 
 
 def _group_size(line: str) -> int:
-    """Reads how many devices take part in each group of a collective, in any of XLA's three notations."""
+    """Returns the number of devices in each group of a collective, from any of XLA's three notations."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return listed[1].count(",") + 1
     if table := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
@@ -96,11 +107,11 @@ def _group_size(line: str) -> int:
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{('[^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    raise ValueError(f"a collective whose groups are not plain: {line.strip()[:200]}")
+    raise ValueError(f"cannot read the groups of the collective: {line.strip()[:200]}")
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Returns the instructions of every computation, and which one is run."""
+    """Returns the instructions of every computation, and the name of the one that is the program."""
     computations: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -114,7 +125,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _sum(text: str, of: Callable[[str, str], Tally], *, inside_fusions: bool = False) -> Tally:
-    """Sums `of(instruction, its computation)` over all that a program runs."""
+    """Sums `of(instruction, its computation)` over all instructions that a program runs."""
     computations, entry = _computations(text)
 
     def called(line: str) -> Iterator[str]:
@@ -143,10 +154,10 @@ def _sum(text: str, of: Callable[[str, str], Tally], *, inside_fusions: bool = F
 
 
 def _trips(loop: str, condition: list[str]) -> int:
-    """Returns how often a loop runs: as XLA says, or that its counter, from 0, is compared with."""
+    """Returns a loop's trips: XLA's own count, or the constant that its counter, from 0, is compared with."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
         return int(known[1])
     constants = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
     if len(constants) != 1:
-        raise ValueError(f"a loop whose number of trips is not plain: {condition}")
+        raise ValueError(f"cannot read the number of trips of the loop with the condition: {condition}")
     return int(constants[0])

@@ -1,9 +1,8 @@
-"""Accelerators that are not there: their devices and memory, and compiling for them.
+"""TPU slices and GPUs that this machine does not have: their devices and memory, to compile for.
 
-XLA's TPU and GPU compilers run on any host: the `tpu` extra brings the one, the `cuda` extra the other.
-Import this module before anything that starts a JAX backend. Memory is exact. Estimated cycles are the TPU
-compiler's own cost model: no overlap, and some operations carry none. They compare two forms of one program
-and are no times.
+XLA's TPU and GPU compilers run on any host; the extra `tpu` installs the one, `cuda` the other. Import this
+module before any other that imports JAX, because it sets environment variables that JAX reads when it is
+imported.
 """
 
 import dataclasses
@@ -12,26 +11,18 @@ import os
 import re
 from typing import Any
 
-# libtpu asks a metadata server otherwise, and JAX would start the backends themselves.
+# Without these, JAX would start TPU and GPU backends, and libtpu would query a metadata server.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held, so there is none to fight over
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # safe, because no process uses a chip
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.models import create_model
-from cnx2_jax.models.state import merge, split
-from cnx2_jax.preflight.compiled import cycles_by_kind
 
-# What XLA needs to know of an H100 SXM (NVIDIA's H100 data sheet and CUDA programming guide, compute 9.0).
+# XLA's description of an H100 SXM (NVIDIA's H100 data sheet and CUDA programming guide, compute 9.0).
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -50,20 +41,20 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What the compilers do not say of a chip.
+    """Properties of a TPU chip that its compiler does not report.
 
     Attributes:
-      gigabytes: its memory, in GiB.
-      clock: of its tensor cores, in Hz; None where it is not published.
+      gigabytes: memory in GiB.
+      clock: clock rate of its tensor cores in Hz; None if it is not published.
     """
 
     gigabytes: int
     clock: float | None
 
 
-# Memory: Google Cloud's TPU architecture pages, by version; v2's and v3's is given by core, here for both.
-# Clocks: v2 to v4, Jouppi et al. 2023 (arXiv 2304.01433), table 4; v5e, v5p and v6e, the published peak in
-# bfloat16 over their matrix units' multiply-adds.
+# Memory: Google Cloud's TPU architecture pages, given there per core for v2 and v3, here per chip.
+# Clocks: Jouppi et al. 2023 (arXiv 2304.01433), table 4, for v2 to v4; the published bfloat16 peak divided by
+# the multiply-adds of the matrix units per cycle for v5e, v5p and v6e.
 CHIPS = {
     "v2": Chip(16, 0.70e9),
     "v3": Chip(32, 0.94e9),
@@ -73,7 +64,7 @@ CHIPS = {
     "v6e": Chip(32, 1.75e9),
     "tpu7x": Chip(192, None),
 }
-# Of a GPU's memory JAX takes this share, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# JAX allocates this share of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 GPU_SHARE = 0.75
 
 
@@ -82,11 +73,11 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-      name: as it was asked for, such as `v5e:16x16`.
+      name: such as `v5e:16x16`.
       platform: `tpu` or `gpu`.
-      devices: abstract ones; on v2, v3 and tpu7x a chip is two of them.
-      usable_bytes: memory per device that a program can have.
-      clock: in Hz, or None.
+      devices: abstract devices; on v2, v3 and tpu7x a chip is two of them.
+      usable_bytes: memory per device that a program can use.
+      clock: clock rate of the tensor cores in Hz; None if it is not known.
     """
 
     name: str
@@ -104,7 +95,8 @@ def topology(name: str) -> Topology:
     """Returns the TPU slice `VERSION:SHAPE`, such as `v5e:16x16`, or the GPUs `h100:NODESxGPUS`.
 
     Raises:
-      UserError: it is neither, or the compiler is not installed.
+      UserError: the name is malformed, the chip is unknown or has no such shape, or the compiler is not
+        installed.
     """
     kind, _, shape = name.partition(":")
     if kind == "h100":
@@ -126,16 +118,16 @@ def tpu_devices(topology: str) -> list:
     """Returns the devices of a TPU topology such as `v5e:2x2`.
 
     Raises:
-      UserError: the TPU compiler is not installed, or there is no such topology.
+      UserError: the TPU compiler is not installed, or it has no such topology.
     """
     options = {"topology_name": topology}
     if topology.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # both cores as one device, as JAX runs them
+        options["chip_config_name"] = "megacore"  # both cores as one device, as at run time
     return _devices("tpu", "libtpu", "tpu", topology, **options)
 
 
 def h100_devices(shape: str = "1x1") -> list:
-    """Returns NODESxGPUS H100s.
+    """Returns the devices of NODESxGPUS H100s.
 
     Raises:
       UserError: the CUDA plugin is not installed.
@@ -153,76 +145,14 @@ def _devices(platform: str, wheel: str, extra: str, name: str, **options: str) -
         )
     try:
         return list(topologies.get_topology_desc(platform=platform, **options).devices)
-    except Exception as error:  # whatever a plugin that does not know the topology raises
+    except Exception as error:  # each plugin raises another kind for an unknown topology
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot compile for {name}: {reason[:200]}") from None
 
 
 def compiler_options(platform: str) -> dict[str, Any] | None:
-    """Returns what compiling without the device needs.
+    """Returns compiler options that let XLA compile without the device.
 
-    Triton's tile sizes are found by trying them on the GPU; without one, matrix products go to cuBLAS.
+    XLA finds Triton's tile sizes by timing them on the GPU. Without one, matrix products must use cuBLAS.
     """
     return {"xla_gpu_enable_triton_gemm": False} if platform == "gpu" else None
-
-
-def compile_gradient(
-    variant: str, layout: str, devices: list, *, platform: str, batch: int, image_size: int = 224, **options
-):
-    """Compiles FCMAE's loss and gradient, the batch spread over the devices.
-
-    Args:
-      variant: such as `base`.
-      layout: `masked`, `gathered` or `auto`.
-      devices: where it would run.
-      platform: what `auto` chooses for.
-      batch: images per device.
-      image_size: pixels along both sides.
-      **options: of FCMAE, such as `dtype`, `remat` and `scan`.
-    """
-
-    def create():
-        return create_model(f"fcmae_{variant}", rngs=nnx.Rngs(0), layout=layout, platform=platform, **options)
-
-    graph, params = split(nnx.eval_shape(create))
-    mesh = Mesh(np.array(devices), ("data",))
-    whole, parts = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    count = batch * len(devices)
-
-    def place(shape, sharding):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    params = {name: place(leaf, whole) for name, leaf in params.items()}
-    images = jax.ShapeDtypeStruct((count, image_size, image_size, 3), jnp.float32, sharding=parts)
-    keys = place(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)), parts)
-
-    def loss(params, images, keys):
-        return merge(graph, params)(images, keys).loss.mean()
-
-    return jax.jit(jax.value_and_grad(loss)).lower(params, images, keys).compile(compiler_options(platform))
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a compiler says of a program, per device.
-
-    Attributes:
-      temp_bytes: memory besides arguments and results.
-      flops, bytes_accessed: XLA's count; a loop's body counts once, so compile with `scan=False` for these.
-      cycles: estimated, by kind of operation (the last part of its name), loops times their trips.
-    """
-
-    temp_bytes: int
-    flops: float
-    bytes_accessed: float
-    cycles: dict[str, int]
-
-
-def report(compiled) -> Report:
-    """Reads a compiled program."""
-    costs = compiled.cost_analysis() or {}
-    memory = compiled.memory_analysis()
-    cycles = cycles_by_kind(compiled.as_text())
-    return Report(
-        memory.temp_size_in_bytes, costs.get("flops", 0.0), costs.get("bytes accessed", 0.0), cycles
-    )

@@ -24,7 +24,7 @@ from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.models.state import Params
 from cnx2_jax.train.task import Data
 from cnx2_jax.train.terms import Terms
-from cnx2_jax.types import Batch, Metrics
+from cnx2_jax.types import Batch, HostBatch, Metrics
 
 TASKS: dict[str, type["Task"]] = {}
 
@@ -54,7 +54,7 @@ class Task:
     Args:
       config: the run's.
       platform: what the model is built for: `cpu`, `tpu` or `gpu`; JAX's default backend by default.
-      data: used instead of opening the config's data, such as `Described`.
+      data: used instead of opening the config's data, and not checked, such as `Described`.
 
     Raises:
       UserError: keys that do not fit each other; see `check`.
@@ -80,9 +80,10 @@ class Task:
         self.config = config
         self.platform = platform or jax.default_backend()
         self.check()
-        if data is not None:
+        if data is None:
+            self.check_data()
+        else:
             self.data = data
-        self.check_data()
 
     def check(self) -> None:
         """Checks keys against each other, before anything is opened.
@@ -108,7 +109,7 @@ class Task:
           UserError: it cannot be opened, or there is nothing to evaluate on.
         """
         # TensorFlow is needed for reading images alone.
-        from cnx2_jax.data.pipeline import ImageData
+        from cnx2_jax.data.images import ImageData
 
         data = ImageData(self.config)
         if not data.num_val:
@@ -181,6 +182,31 @@ class Task:
     def evaluate(self, model: Any, batches: Iterable[Batch]) -> Metrics:
         """Returns the metrics over one pass of padded batches."""
         return evaluate(self, model, batches)
+
+    def prediction(self, outputs: Mapping[str, np.ndarray], top: int) -> dict:
+        """Returns what `cnx2 predict --json` prints of one image, as JSON.
+
+        Args:
+          outputs: of the model for this image: `features`, and `probability` where it has a head.
+          top: how many alternatives to name.
+        """
+        return {}
+
+    def prediction_lines(self, prediction: dict) -> list[str]:
+        """Returns a prediction as lines for people."""
+        return [f"{name}: {value}" for name, value in prediction.items()]
+
+    def sheet(self, batch: HostBatch, prepared: Batch) -> tuple[np.ndarray, list[str]]:
+        """Returns training images as `cnx2 data` draws them, uint8 `[B, H, W, C]`, and a caption for each.
+
+        Args:
+          batch: as it was read.
+          prepared: the same after `prepare`.
+        """
+        images = prepared["image"]
+        pictures = images if images.dtype == jnp.uint8 else self.denormalise(images)
+        names = self.class_names
+        return np.asarray(pictures), [names[label] if names else "" for label in batch["label"]]
 
     def pictures(self, model: Any) -> dict[str, np.ndarray]:
         """Returns named uint8 pictures `[H, W, 3]` that show how the model does; often none."""

@@ -1,15 +1,18 @@
 """Classification: fine-tuning, training from scratch, evaluation."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import image_hw
+from cnx2_jax.data.imagenet import describe
 from cnx2_jax.data.mixing import draw_mix, mix_images, mix_targets
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import classification
@@ -18,7 +21,7 @@ from cnx2_jax.models.state import Params
 from cnx2_jax.tasks import models, weights
 from cnx2_jax.tasks.base import Task
 from cnx2_jax.train.terms import Terms, mean_of
-from cnx2_jax.types import Batch, Metrics
+from cnx2_jax.types import Batch, HostBatch, Metrics
 
 
 class Classify(Task, name="classify"):
@@ -82,6 +85,43 @@ class Classify(Task, name="classify"):
     def score(self, model: ConvNeXtV2, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
         return classification.class_scores(model(self.normalise(batch["image"])), batch["label"])
 
+    def prediction(self, outputs: Mapping[str, np.ndarray], top: int) -> dict:
+        shares = outputs["probability"]
+        best = [(self.class_names[place], float(shares[place])) for place in shares.argsort()[::-1][:top]]
+        return {
+            "predictions": [
+                {"class": name, "name": describe(name), "probability": share} for name, share in best
+            ]
+        }
+
+    def prediction_lines(self, prediction: dict) -> list[str]:
+        width = max(map(len, map(_shown, self.class_names)))
+        return [
+            f"  {_shown(each['class']):<{width}}  {each['probability']:6.2%}"
+            for each in prediction["predictions"]
+        ]
+
+    def sheet(self, batch: HostBatch, prepared: Batch) -> tuple[np.ndarray, list[str]]:
+        """Names one class, or the two that were mixed with their shares."""
+        pictures, captions = super().sheet(batch, prepared)
+        if "target" in prepared:
+            captions = [self._caption(target) for target in np.asarray(prepared["target"])]
+        return pictures, captions
+
+    def _caption(self, target: np.ndarray) -> str:
+        smoothing = self.config.label_smoothing
+        shares = (target - smoothing / len(target)) / (1 - smoothing)
+        first, second = np.argsort(-shares, kind="stable")[:2]
+        if shares[second] < 0.005:
+            return self.class_names[first]
+        names = self.class_names
+        return f"{names[first]} {shares[first]:.0%}, {names[second]} {shares[second]:.0%}"
+
     def evaluate(self, model: ConvNeXtV2, batches: Iterable[Batch]) -> Metrics:
         # The same as by `score`, but compiled once for all tasks that normalise alike.
         return classification.evaluate(model, self.config.data.mean, self.config.data.std, batches)
+
+
+def _shown(name: str) -> str:
+    name = os.fsencode(name).decode(errors="replace")  # a name that is not valid text cannot be printed
+    return name if name == describe(name) else f"{name} {describe(name)}"

@@ -29,7 +29,7 @@ from cnx2_jax.train.optimizer import trainable
 from cnx2_jax.train.sharding import AXES, put_params
 
 if TYPE_CHECKING:
-    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.images import ImageData
     from cnx2_jax.data.sources import Source
 from cnx2_jax.train.terms import Terms, mean_of
 from cnx2_jax.types import Batch, Metrics
@@ -120,7 +120,7 @@ class FeatureData:
         self, start_step: int, *, process_index: int = 0, process_count: int = 1
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields this host's share of the batches from `start_step` on, in the order that images have."""
-        from cnx2_jax.data.pipeline import epoch_order
+        from cnx2_jax.data.order import epoch_order
 
         vectors, labels = self._train
         order = functools.lru_cache(2)(lambda epoch: epoch_order(epoch, len(labels), self._config.seed))
@@ -172,7 +172,7 @@ def _name(encoder: str, source: "Source", config: ConfigDict) -> str:
         digest.update(np.asarray(source.labels).tobytes())
     for index in np.unique(np.linspace(0, source.num_records - 1, 100).astype(int)):
         record = source.read(np.int64(index))
-        digest.update(record["bytes"].numpy() + str(int(record["label"])).encode())
+        digest.update(record["image"].numpy() + str(int(record["label"])).encode())
     return digest.hexdigest()[:32]
 
 

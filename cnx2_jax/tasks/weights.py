@@ -1,6 +1,7 @@
 """Models from checkpoints, and what a run starts from."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -9,13 +10,22 @@ from ml_collections import ConfigDict
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.configuration import from_json
 from cnx2_jax.errors import UserError
-from cnx2_jax.models import FCMAE, ConvNeXtV2
 from cnx2_jax.models.state import Params, merge, split
-from cnx2_jax.tasks.models import build
+from cnx2_jax.tasks.base import TASKS, Described, Task
 
 
-def load(path: Path) -> tuple[ConvNeXtV2 | FCMAE, ConfigDict, tuple[str, ...]]:
+def load(path: Path) -> tuple[Any, ConfigDict, tuple[str, ...]]:
     """Loads a model with its config and class names from a checkpoint (see `checkpoint.find`).
+
+    Raises:
+      UserError: there is no checkpoint, or it cannot be read.
+    """
+    model, task = load_task(path)
+    return model, task.config, task.class_names
+
+
+def load_task(path: Path) -> tuple[Any, Task]:
+    """Loads a model from a checkpoint, with the task that it was trained for, whose data stays closed.
 
     Raises:
       UserError: there is no checkpoint, or it cannot be read.
@@ -26,11 +36,11 @@ def load(path: Path) -> tuple[ConvNeXtV2 | FCMAE, ConfigDict, tuple[str, ...]]:
         config, class_names = from_json(metadata["config"]), tuple(metadata["class_names"])
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"checkpoint '{path}' is damaged: its config cannot be read ({error})") from None
-    empty = nnx.eval_shape(lambda: build(config, len(class_names), nnx.Rngs(0)))
-    graph, like = split(empty)
+    task = TASKS[config.task](config, data=Described(class_names=class_names))
+    graph, like = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
     params = checkpoint.read_params(folder)
     check_params(params, like, str(path))
-    return merge(graph, params), config, class_names
+    return merge(graph, params), task
 
 
 def check_params(params: Params, like: Params, source: str) -> None:

@@ -1,4 +1,4 @@
-"""Updates that are computed but not yet looked at, and what becomes of one that is not finite."""
+"""Updates that were started but not yet checked, and what happens to one that is not finite."""
 
 import collections
 import math
@@ -14,7 +14,7 @@ STEPS_AHEAD = 2  # updates in flight: enough to hide the host's work, few enough
 
 
 class Flight:
-    """The updates in flight. Nothing is saved or logged before all of them have landed.
+    """Keeps track of the updates in flight. Nothing is saved or logged before all of them have landed.
 
     Args:
       max_nonfinite: skipped updates in a row at which the run stops.
@@ -27,7 +27,7 @@ class Flight:
         self._flying: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
 
     def start(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes in the update that made `step`, and waits for one if too many are in flight.
+        """Adds the update that leads to `step`, and waits for the oldest one if too many are in flight.
 
         Raises:
           RunError: see `land`.
@@ -39,7 +39,7 @@ class Flight:
         """Waits until no update is in flight.
 
         Raises:
-          RunError: one that landed was not finite and not skipped, or too many in a row were.
+          RunError: an update that landed was not finite and not skipped, or too many in a row were skipped.
         """
         self._wait(0)
 
@@ -55,13 +55,13 @@ class Flight:
                     break
 
     def _not_finite(self, step: int, what: str, metrics: dict[str, jax.Array]) -> None:
-        advice = "lower optimizer.base_learning_rate or set optimizer.clip_norm, and start again elsewhere"
+        advice = "lower optimizer.base_learning_rate or set optimizer.clip_norm, and use another --workdir"
         if "skipped" not in metrics:
-            raise RunError(f"{what}; stopped, and no checkpoint holds that update: {advice}")
+            raise RunError(f"{what}; stopped before any checkpoint holds that update: {advice}")
         row = int(metrics["skipped_in_a_row"])
         if row >= self._max_nonfinite:
             raise RunError(
-                f"{what}; stopped, as {row} updates in a row were not finite (max_nonfinite "
+                f"{what}; stopped because {row} updates in a row were not finite (max_nonfinite "
                 f"{self._max_nonfinite}): {advice}"
             )
-        say(f"{what}: this update is skipped, {row} in a row, {int(metrics['skipped'])} in all")
+        say(f"{what}: this update is skipped, {row} in a row, {int(metrics['skipped'])} in total")

@@ -71,7 +71,9 @@ def make_gradient(task: Task, graph: nnx.GraphDef, like: TrainState, mesh: Mesh)
         weights = {name: jax.lax.stop_gradient(term.weight) for name, term in loss.items()}
         return {n: term.sum for n, term in loss.items()}, _Aux(weights, dict(metrics), variables(model))
 
-    def of_part(trained: Params, params: Params, state: Params, batch: Batch, keys: jax.Array, weights):
+    def of_part(
+        trained: Params, params: Params, state: Params, batch: Batch, keys: jax.Array, *, weights=None
+    ):
         """Returns sums, aux, gradients and weights; the latter are taken from this part if they are None."""
         total, pullback, aux = jax.vjp(
             lambda trained: sums(trained, params, state, batch, keys), trained, has_aux=True
@@ -84,30 +86,32 @@ def make_gradient(task: Task, graph: nnx.GraphDef, like: TrainState, mesh: Mesh)
         def divide(x: jax.Array) -> jax.Array:
             return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
-        divided = jax.tree.map(divide, (batch, keys))
+        in_parts = jax.tree.map(divide, (batch, keys))
 
         def weigh(_, part):
             return None, sums(trained, params, state, *part)[1].weights
 
-        _, each = jax.lax.scan(weigh, None, divided)
+        _, each = jax.lax.scan(weigh, None, in_parts)
         weights = _over_devices(jax.tree.map(lambda x: x.sum(axis=0), each))
 
         def add(carry, part):
             state, before = carry
-            total, aux, gradients, _ = of_part(trained, params, state, *part, weights)
+            total, aux, gradients, _ = of_part(trained, params, state, *part, weights=weights)
             return (aux.variables, jax.tree.map(jnp.add, before, (total, aux.metrics, gradients))), None
 
-        first = jax.tree.map(lambda x: x[0], divided)
-        total, aux, gradients, _ = jax.eval_shape(of_part, trained, params, state, *first, weights)
+        first = jax.tree.map(lambda x: x[0], in_parts)
+        total, aux, gradients, _ = jax.eval_shape(
+            lambda part: of_part(trained, params, state, *part, weights=weights), first
+        )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, aux.metrics, gradients))
-        (state, (total, metrics, gradients)), _ = jax.lax.scan(add, (state, zeros), divided)
+        (state, (total, metrics, gradients)), _ = jax.lax.scan(add, (state, zeros), in_parts)
         return total, _Aux({}, metrics, state), gradients, weights
 
     def on_one_device(params: Params, state: Params, batch: Batch, keys: jax.Array):
         whole = {name: _gathered(leaf, specs[name]) for name, leaf in params.items()}
         trained = trainable(whole, config.optimizer.trainable)
         if parts == 1:
-            total, aux, gradients, weights = of_part(trained, whole, state, batch, keys, None)
+            total, aux, gradients, weights = of_part(trained, whole, state, batch, keys)
         else:
             total, aux, gradients, weights = accumulated(trained, whole, state, batch, keys)
         total, metrics = _over_devices((total, aux.metrics))
@@ -115,7 +119,7 @@ def make_gradient(task: Task, graph: nnx.GraphDef, like: TrainState, mesh: Mesh)
         scores = {name: terms.value(term) for name, term in metrics.items()}
         if len(values) > 1:
             scores |= values
-        return Gradient(
+        return (
             sum(values.values(), jnp.float32(0)),
             scores,
             {name: _scattered(leaf, specs[name]) for name, leaf in gradients.items()},
@@ -124,14 +128,15 @@ def make_gradient(task: Task, graph: nnx.GraphDef, like: TrainState, mesh: Mesh)
 
     trained_specs = trainable(specs, config.optimizer.trainable)
     replicated = PartitionSpec()
-    return jax.shard_map(
+    on_all = jax.shard_map(
         on_one_device,
         mesh=mesh,
         in_specs=(specs, replicated, BATCH, BATCH),
-        out_specs=Gradient(replicated, replicated, trained_specs, replicated),
+        out_specs=(replicated, replicated, trained_specs, replicated),
         # The check wants every loop inside a model to say over which devices its carry varies.
         check_vma=False,
     )
+    return lambda *arguments: Gradient(*on_all(*arguments))
 
 
 def _over_devices(values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The one training loop; every task runs in it."""
+"""The training loop, the same for every task."""
 
 import contextlib
 import fcntl
@@ -37,12 +37,11 @@ AVERAGED = "ema_"  # before the metrics of averaged parameters
 def fit(task: Task, workdir: Path) -> Metrics | None:
     """Trains to the end of the run in `workdir`, from its latest checkpoint if it has one.
 
-    All processes of a run call it; the workdir is the same folder for all, and process 0 writes what is not a
-    checkpoint.
+    All processes of a run call it with the same workdir. Process 0 writes everything but checkpoints.
 
     Returns:
       The metrics of the last evaluation with its `step`, or None if a signal stopped the run before its
-      end; then everything is saved and the same call goes on.
+      end; then everything is saved and the same call resumes it.
 
     Raises:
       UserError: see `configuration.make_workdir`, `only_run_in`, `sharding.make_mesh`,
@@ -73,7 +72,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         evaluated = from_first(read_evaluation(workdir / "metrics.jsonl", step))
         report = NoReport()
         if processes.is_first():
-            # Not before: a run that could not start, for a wrong init_from, leaves the workdir to the next.
+            # Not earlier: after a wrong init_from, the workdir is still free for the corrected command.
             configuration.record_config(config, workdir)
             report = Report(workdir, start_step=step, total_steps=total, batch_size=config.batch_size)
         say(_headline(task, mesh, total, step, like))
@@ -96,7 +95,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     asked = stop.reached()
                 due = last or due or asked
                 if step > max(saved, 0) and (due or step % config.checkpoint_steps == 0):
-                    # Nothing is saved before every update in it is known to be finite.
+                    # A checkpoint must not hold an update that is not known to be finite.
                     flight.land()
                     with observer.paused():
                         checkpoints.save(step, saved_items(state), task.metadata(), evaluated)
@@ -122,7 +121,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     values = {name: float(value) for name, value in metrics.items()}
                     # JSON has no NaN, so the metrics of a skipped update are left out.
                     values = {name: value for name, value in values.items() if math.isfinite(value)}
-                    # Of the last update that was made: the schedule does not follow those that were skipped.
+                    # The rate of the last update that was applied: the schedule does not count skipped ones.
                     made = updates_made(state.opt_state)
                     values["learning_rate"] = float(program.schedule(max(made - 1, 0)))
                     values |= observer.values()
@@ -149,12 +148,12 @@ def _headline(task: Task, mesh: Mesh, total: int, step: int, like: TrainState) -
 
 @contextlib.contextmanager
 def only_run_in(workdir: Path) -> Iterator[None]:
-    """Holds a workdir for this run; the lock ends with the process, however that ends.
+    """Locks a workdir for this run; the lock is released when the process ends, however it ends.
 
     Raises:
       UserError: another process trains in it.
     """
-    if not processes.is_first():  # one host of a run holds it for all
+    if not processes.is_first():  # process 0 locks it for all
         yield
         return
     folder = os.open(workdir, os.O_RDONLY)
@@ -162,17 +161,18 @@ def only_run_in(workdir: Path) -> Iterator[None]:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UserError(f"another process trains in workdir '{workdir}'; stop it or use another") from None
+        raise UserError(
+            f"workdir '{workdir}' is in use by another training process; stop it or choose another --workdir"
+        ) from None
     finally:
         os.close(folder)
 
 
 @contextlib.contextmanager
 def _closing(report: NoReport, checkpoints: Checkpoints, profile: Profile) -> Iterator[None]:
-    """Closes all three, and so finishes what is being saved.
+    """Closes all three on leaving, which waits for checkpoints that are being saved.
 
-    But not where the computation fails on several processes: one of them may be gone, and saving would wait
-    for it.
+    Not after a failure of a run of several processes: one of them may be gone, and saving would wait for it.
     """
     finish = True
     try:
@@ -202,13 +202,13 @@ def _evaluate(
         batches = sharding.put_batches(task.data.eval_batches(**processes.share()), mesh)
         return task.evaluate(merge(graph, arrays), stop.check(watched(batches, count, what)))
 
-    # XLA would otherwise gather activations of every layer and batch, as it shards them like kernels.
-    replicated = sharding.everywhere(state.arrays, mesh)
-    metrics = pass_with(replicated)
-    pictures = task.pictures(merge(graph, replicated)) if processes.is_first() else {}
-    del replicated
+    # Replicated first: XLA would shard activations like kernels, and gather them in every layer and batch.
+    whole = sharding.replicated(state.arrays, mesh)
+    metrics = pass_with(whole)
+    pictures = task.pictures(merge(graph, whole)) if processes.is_first() else {}
+    del whole
     if state.ema is not None:
-        averaged = pass_with(sharding.everywhere(state.ema, mesh), "the averaged weights ")
+        averaged = pass_with(sharding.replicated(state.ema, mesh), "the averaged weights ")
         metrics |= {AVERAGED + name: value for name, value in averaged.items()}
     report.log(step, "val", metrics)
     for name, picture in pictures.items():

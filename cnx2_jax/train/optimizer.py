@@ -1,5 +1,6 @@
 """AdamW as the paper uses it: schedule, weight-decay mask, layer-wise learning rates, clipping."""
 
+import functools
 import math
 import re
 from collections.abc import Iterable
@@ -10,29 +11,42 @@ from ml_collections import ConfigDict
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models.state import Params
 
-BASE_BATCH = 256  # recipes give the learning rate for this batch; it grows linearly with the batch
-_PLACE = re.compile(r"(encoder\.)?(downsample_layers\.(?P<down>\d)|stages\.(?P<stage>\d)\.(?P<block>\d+))\.")
+BASE_BATCH = 256  # recipes give the learning rate for this batch size; it grows linearly with the batch size
+LAYER_KINDS = ("single", "group")
+_LAYER = re.compile(r"(downsample_layers\.(?P<down>\d)|stages\.(?P<stage>\d)\.(?P<block>\d+))\.")
 
 
-def decay_mask(params: Params) -> dict[str, bool]:
-    """Says of each parameter whether weight decay applies: to kernels only.
+def decay_mask(params: Params, decay_grn: bool = False) -> dict[str, bool]:
+    """Returns for each parameter whether weight decay applies to it: by default to kernels only.
 
-    Not to biases, norms, GRN's gamma and beta, nor the mask token; the official fine-tuning code has come
-    to the same rule.
+    That excludes biases, norms, GRN's gamma and beta, and the mask token. The official code has two rules:
+    - Fine-tuning (`optim_factory.py`, `get_parameter_groups`) excludes one-dimensional tensors and names
+      ending in `.bias`, `.gamma` or `.beta`: the rule here.
+    - Pretraining (`main_pretrain.py` with timm 0.3.2's `add_weight_decay`) excludes one-dimensional tensors
+      and `.bias` only. Its GRN parameters are stored as [1, C] and its mask token as [1, C, 1, 1], so these
+      decay. `decay_grn=True` does the same. In the authors' JAX code (TRAINING.md), which trained the
+      paper's models, GRN's parameters are one-dimensional, so the same rule would exclude them.
+
+    Args:
+      params: by dotted name.
+      decay_grn: whether GRN's gamma and beta and the mask token decay as well.
     """
-    return {name: name.endswith("kernel") for name in params}
+    endings = ("kernel", "gamma", "beta", "mask_token") if decay_grn else ("kernel",)
+    return {name: name.endswith(endings) for name in params}
 
 
 def trainable(params: Params, pattern: str) -> Params:
-    """Returns the parameters in whose names the regular expression is found; the others stay as they are.
+    """Returns the parameters whose names contain a match of the regular expression; the others are frozen.
 
     Raises:
-      UserError: it is none, or is found nowhere.
+      UserError: the expression is invalid, or matches no name.
     """
     try:
         chosen = {name: leaf for name, leaf in params.items() if re.search(pattern, name)}
     except re.error as error:
-        raise UserError(f"optimizer.trainable '{pattern}' is no regular expression: {error}") from None
+        raise UserError(
+            f"optimizer.trainable '{pattern}' is not a valid regular expression: {error}"
+        ) from None
     if not chosen:
         raise UserError(
             f"optimizer.trainable '{pattern}' is found in no parameter's name; they are such as "
@@ -41,32 +55,44 @@ def trainable(params: Params, pattern: str) -> Params:
     return chosen
 
 
-def layers(names: Iterable[str], kind: str) -> tuple[dict[str, int], int]:
-    """Numbers the layers by which learning rates decay, from the stem's on.
+def layers(names: Iterable[str], kind: str, encoder_prefix: str) -> tuple[dict[str, int], int]:
+    """Numbers the layers for layer-wise learning rates, from the stem upwards.
 
-    `single`: every block is a layer. `group`: blocks of stages 1 and 2 are one each, those of stage 3 in
-    threes, stage 4 is the last (official `optim_factory.py`). What is behind the encoder comes after.
+    `single`: every block is a layer. `group`: the first two stages are one layer each, the blocks of the
+    third are grouped in threes, the fourth is the last layer (official `optim_factory.py`). Everything
+    outside the encoder, such as norm, head or decoder, gets the number after the last layer.
 
     Args:
-      names: of the parameters.
+      names: dotted names of the parameters.
       kind: `single` or `group`.
+      encoder_prefix: what precedes the encoder's names, as the model's class declares it: `""` for a
+        classifier, `encoder.` for an FCMAE.
 
     Returns:
-      Each name's layer, and the number of what comes after the last one.
+      Each name's layer, and the number of everything outside the encoder.
 
     Raises:
-      UserError: another kind, or a third stage that is too long for it.
+      UserError: the kind is unknown, or `group` meets more than 27 blocks in the third stage.
+      ValueError: there is no stem or no block under the prefix.
     """
-    known = ("single", "group")
-    if kind not in known:
-        raise UserError(
-            f"unknown optimizer.layer_decay_type '{kind}'{nearest(kind, known)} (known: {', '.join(known)})"
-        )
-    places = {name: _PLACE.match(name) for name in names}
+    _check_kind(kind)
+    names = list(names)
+    places = {
+        name: _LAYER.match(name.removeprefix(encoder_prefix)) if name.startswith(encoder_prefix) else None
+        for name in names
+    }
     depths = [0] * 4
+    has_stem = False
     for match in places.values():
         if match and match["stage"]:
             depths[int(match["stage"])] = max(depths[int(match["stage"])], int(match["block"]) + 1)
+        has_stem |= bool(match and match["down"] == "0")
+    if not has_stem or not any(depths):
+        raise ValueError(
+            f"the model declares its encoder under '{encoder_prefix}', but has no "
+            f"'{encoder_prefix}downsample_layers.0.' or no '{encoder_prefix}stages.' there; its first "
+            f"parameter is '{min(names, default='')}'. Correct encoder_prefix of its class"
+        )
     if kind == "group" and depths[2] > 27:
         raise UserError(
             f"optimizer.layer_decay_type=group takes at most 27 blocks in stage 3, "
@@ -88,31 +114,41 @@ def layers(names: Iterable[str], kind: str) -> tuple[dict[str, int], int]:
     return {name: number(match) for name, match in places.items()}, last + 1
 
 
+def _check_kind(kind: str) -> None:
+    if kind not in LAYER_KINDS:
+        raise UserError(
+            f"unknown optimizer.layer_decay_type '{kind}'{nearest(kind, LAYER_KINDS)} "
+            f"(known: {', '.join(LAYER_KINDS)})"
+        )
+
+
 def updates_made(opt_state: optax.OptState) -> int:
-    """Returns how many updates an optimizer's state has seen; the schedule follows them."""
+    """Returns the number of updates that an optimizer's state has counted; the schedule depends on it."""
     counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
     return max(int(count) for _, count in counts)
 
 
-def learning_rate_scales(names: Iterable[str], decay: float, kind: str) -> dict[str, float]:
-    """Returns the factor on each parameter's learning rate: `decay` to the number of layers behind its own.
+def learning_rate_scales(
+    names: Iterable[str], decay: float, kind: str, encoder_prefix: str
+) -> dict[str, float]:
+    """Returns the factor on each parameter's learning rate: `decay` to the number of layers above its own.
 
     Raises:
-      UserError: see `layers`.
+      UserError, ValueError: see `layers`.
     """
-    numbers, after = layers(names, kind)
+    numbers, after = layers(names, kind, encoder_prefix)
     return {name: decay ** (after - number) for name, number in numbers.items()}
 
 
 def learning_rate_schedule(
     optimizer: ConfigDict, batch_size: int, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """Returns step -> learning rate: linear warmup from 0, then half a cosine down to the minimum.
+    """Returns step -> learning rate: linear warm-up from 0, then half a cosine down to the minimum.
 
-    Both are set per step. The peak is `base_learning_rate * batch_size / 256`.
+    The rate changes at every step. The peak is `base_learning_rate * batch_size / 256`.
 
     Raises:
-      UserError: the base learning rate is not positive, or infinite.
+      UserError: the base learning rate is not positive and finite.
     """
     if not 0 < optimizer.base_learning_rate < math.inf:
         raise UserError(
@@ -131,21 +167,26 @@ def learning_rate_schedule(
 
 
 def make_optimizer(
-    optimizer: ConfigDict, schedule: optax.Schedule, names: Iterable[str]
+    optimizer: ConfigDict, schedule: optax.Schedule, names: Iterable[str], encoder_prefix: str | None
 ) -> optax.GradientTransformation:
-    """Returns AdamW with decoupled decay on kernels, for a dict of parameters by name.
+    """Returns AdamW with decoupled weight decay (see `decay_mask`), for a dict of parameters by name.
 
-    Gradients are clipped to `clip_norm` where that is not 0. `layer_decay` scales whole updates, weight
-    decay's part included, as parameter groups of that learning rate have it in PyTorch.
+    Gradients are clipped to `clip_norm` unless it is 0. `layer_decay` scales the whole update, its weight
+    decay included, as a parameter group with a smaller learning rate does in PyTorch.
 
     Args:
       optimizer: the config's keys.
-      schedule: gives the learning rate.
-      names: of all parameters of the model, those that do not train included.
+      schedule: step -> learning rate.
+      names: of all parameters of the model, frozen ones included.
+      encoder_prefix: where the model's encoder is, see `layers`; None for a model without one.
 
     Raises:
-      UserError: see `layers`.
+      UserError: an unknown `layer_decay_type`, or `layer_decay` is not 1 for a model without an encoder;
+        also see `layers`.
+      ValueError: see `layers`.
     """
+    kind = optimizer.layer_decay_type
+    _check_kind(kind)
     parts = []
     if optimizer.clip_norm:
         parts.append(optax.clip_by_global_norm(optimizer.clip_norm))
@@ -154,11 +195,16 @@ def make_optimizer(
         b1=optimizer.b1,
         b2=optimizer.b2,
         weight_decay=optimizer.weight_decay,
-        mask=decay_mask,
+        mask=functools.partial(decay_mask, decay_grn=optimizer.decay_grn),
     )
     parts.append(adamw)
-    scales = learning_rate_scales(names, optimizer.layer_decay, optimizer.layer_decay_type)
     if optimizer.layer_decay != 1:
+        if encoder_prefix is None:
+            raise UserError(
+                f"optimizer.layer_decay {optimizer.layer_decay} needs an encoder, and this model "
+                "has none; set optimizer.layer_decay=1"
+            )
+        scales = learning_rate_scales(names, optimizer.layer_decay, kind, encoder_prefix)
         parts.append(
             optax.stateless(lambda updates, _: {name: u * scales[name] for name, u in updates.items()})
         )

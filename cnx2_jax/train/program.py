@@ -1,4 +1,4 @@
-"""The program of a run: made of its task and mesh alone, so that it can be compiled for any device."""
+"""The program of a run, from its task and mesh alone, so that it can be compiled for any device."""
 
 import dataclasses
 
@@ -16,13 +16,13 @@ from cnx2_jax.train.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a run executes.
+    """Everything that a run compiles and executes.
 
     Attributes:
       total_steps: the length of the run in updates.
       schedule: step -> learning rate.
       graph: the model's structure.
-      transform: makes updates of gradients.
+      transform: turns gradients into updates.
       like: the state's shapes.
       step: the jitted (state, batch) -> (state, metrics); see `make_train_step`.
     """
@@ -36,7 +36,7 @@ class Program:
 
 
 def make_program(task: Task, mesh: Mesh) -> Program:
-    """Makes the program of a run, without making an array.
+    """Returns the program of a run; no array is made.
 
     Raises:
       UserError: see `sharding.check_batch`, the optimizer and the task.
@@ -51,8 +51,10 @@ def make_program(task: Task, mesh: Mesh) -> Program:
         configuration.in_steps(config.optimizer.warmup_epochs, config, num_train),
         total,
     )
-    graph, params, others = starting.describe(task)
-    transform = optimizer.make_optimizer(config.optimizer, schedule, params)
-    like = jax.eval_shape(lambda *arrays: starting.begin(config, transform, *arrays), params, others)
-    step = make_train_step(task, graph, transform, like, mesh)
-    return Program(total, schedule, graph, transform, like, step)
+    model = starting.describe(task)
+    transform = optimizer.make_optimizer(config.optimizer, schedule, model.params, model.encoder_prefix)
+    like = jax.eval_shape(
+        lambda *arrays: starting.begin(config, transform, *arrays), model.params, model.variables
+    )
+    step = make_train_step(task, model.graph, transform, like, mesh)
+    return Program(total, schedule, model.graph, transform, like, step)

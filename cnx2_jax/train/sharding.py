@@ -1,7 +1,8 @@
-"""The device mesh, and where parameters and batches live on it."""
+"""The device mesh, and how parameters and batches are sharded over it."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,26 +12,27 @@ from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import Params
+from cnx2_jax.types import HOST
 
 AXES = ("data", "fsdp")
-BATCH = PartitionSpec(AXES)  # a batch is spread over both axes
+BATCH = PartitionSpec(AXES)  # a batch is sharded over both axes
 
-# First match wins. Where the device count does not divide the axis, the one before it is tried, and so on.
+# The first match wins. An axis that the devices do not divide is passed over for the one before it.
 PARTITION_RULES = (
-    (r"\.kernel$", -1),  # over fsdp: the output channels, else the input channels
-    (r"", None),  # biases, norms and the like are small: everywhere
+    (r"\.kernel$", -1),  # over fsdp: the output channels, or else the input channels
+    (r"", None),  # biases, norms and the like are small: replicated
 )
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh that `config.data` by `config.fsdp` asks for; -1 takes what is left.
+    """Returns the mesh of `config.data` x `config.fsdp` devices; -1 takes the devices that are left.
 
     Args:
       config: the config's `mesh`.
-      devices: all devices of the default backend, if not given.
+      devices: the devices to use; all of the default backend by default.
 
     Raises:
-      UserError: the product is not the number of devices, or a TPU's torus cannot be divided so.
+      UserError: the product is not the number of devices, or a TPU's torus cannot be divided that way.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -64,7 +66,7 @@ def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
 
 
 def param_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Returns where the parameter of this dotted name lives, by `PARTITION_RULES`."""
+    """Returns the sharding of the parameter of this dotted name, by `PARTITION_RULES`."""
     axis = next(axis for pattern, axis in PARTITION_RULES if re.search(pattern, name))
     spec: list[str | None] = [None] * len(shape)
     places = [] if axis is None else range(len(shape) + axis, -1, -1)
@@ -78,7 +80,7 @@ def param_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShardi
 def state_sharding(state, mesh: Mesh):
     """Returns the shardings of a TrainState of arrays or shapes.
 
-    Whatever hangs under a parameter's name (the optimizer's moments) lives where the parameter does.
+    Arrays under a parameter's name, such as the optimizer's moments, are sharded as the parameter.
     """
 
     def place(path, leaf):
@@ -89,14 +91,14 @@ def state_sharding(state, mesh: Mesh):
 
 
 def put_params(params: Mapping[str, ArrayLike], mesh: Mesh) -> Params:
-    """Moves parameters, of which each process has all, to every device of the mesh."""
-    # From the host: arrays on a device of one process do not go to a mesh of several.
+    """Replicates parameters, of which each process holds all, on the mesh."""
+    # From the host: arrays on one process's device cannot be put on a mesh of several processes.
     host = {name: np.asarray(leaf) for name, leaf in params.items()}
     return jax.device_put(host, NamedSharding(mesh, PartitionSpec()))
 
 
-def everywhere(params: Params, mesh: Mesh) -> Params:
-    """Returns parameters of which every device has all; all processes call it."""
+def replicated(params: Params, mesh: Mesh) -> Params:
+    """Returns parameters replicated on every device; all processes must call it."""
     if mesh.shape["fsdp"] == 1:
         return params
     return jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
@@ -107,8 +109,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def put_batches(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
-    """Moves this host's share of each batch to the devices, as parts of global arrays."""
+def put_batches(
+    batches: Iterable[Mapping[str, Any]], mesh: Mesh, *, keep_host: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Moves this host's share of each batch to the devices, as parts of global arrays.
+
+    Args:
+      batches: NumPy arrays by name; those under `types.HOST` never go to a device.
+      mesh: the devices.
+      keep_host: whether batches keep `types.HOST` as it is, for metrics on the host; a jitted function
+        does not take such batches.
+    """
     sharding = batch_sharding(mesh)
     for batch in batches:
-        yield {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+        arrays = {name: value for name, value in batch.items() if name != HOST}
+        placed = {name: jax.make_array_from_process_local_data(sharding, x) for name, x in arrays.items()}
+        yield {**placed, HOST: batch[HOST]} if keep_host and HOST in batch else placed

@@ -1,4 +1,6 @@
-"""Where a run begins: at its latest whole checkpoint, at what the task starts from, or fresh."""
+"""The first state of a run: its latest complete checkpoint, the weights it starts from, or fresh ones."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +23,27 @@ from cnx2_jax.train.task import Task
 ON_NONFINITE = ("stop", "skip")
 
 
-def describe(task: Task) -> tuple[nnx.GraphDef, Params, Params]:
-    """Returns the model's structure and the shapes of its parameters and variables; no array is made."""
-    graph = None
+class Description(NamedTuple):
+    """A task's model without its arrays.
 
-    def build(key):
-        nonlocal graph
-        model = task.init(nnx.Rngs(key))
-        graph, _ = split(model)
-        return parameters(model), variables(model)
+    Attributes:
+      graph: the model's structure.
+      params, variables: shapes of its parameters, and of its other arrays.
+      encoder_prefix: what the names of the encoder's parameters start with; None if it declares no encoder.
+    """
 
-    params, others = jax.eval_shape(build, jax.random.key(0))
-    assert graph is not None
-    return graph, params, others
+    graph: nnx.GraphDef
+    params: Params
+    variables: Params
+    encoder_prefix: str | None
+
+
+def describe(task: Task) -> Description:
+    """Returns what a task's model is like; no array is made."""
+    model = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))
+    graph, _ = split(model)
+    prefix = getattr(model, "encoder_prefix", None)
+    return Description(graph, parameters(model), variables(model), prefix)
 
 
 def begin(
@@ -57,9 +67,9 @@ def begin(
 
 
 def latest_step(checkpoints: Checkpoints, like: TrainState) -> int | None:
-    """Returns the step that the run goes on from, None for a new one; damaged checkpoints are set aside.
+    """Returns the step that the run resumes from, None for a new run; damaged checkpoints are set aside.
 
-    Process 0 looks and tells the others: what each of them saw of a shared folder could differ.
+    Process 0 decides for all: processes may see a shared folder in different states.
 
     Raises:
       UserError: see `damage.latest_whole`.
@@ -78,9 +88,9 @@ def first_state(
     like: TrainState,
     mesh: Mesh,
 ) -> TrainState:
-    """Returns the state that the run begins with, on the mesh.
+    """Returns the first state of the run, on the mesh.
 
-    In this order: the run's latest checkpoint that is whole; else what the task starts from; else fresh.
+    It is the run's latest complete checkpoint, or else what the task starts from, or else fresh.
 
     Raises:
       UserError: see `latest_step` and the task.
@@ -96,7 +106,7 @@ def first_state(
     def fresh(key) -> Params:
         return split(task.init(nnx.Rngs(key)))[1]
 
-    # On a CPU, to make fast code of what runs once takes several times as long as to make and run slow code.
+    # This runs once. On CPUs, optimising it takes several times as long as compiling and running it plainly.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     whole = {**places.params, **places.variables}

@@ -16,19 +16,19 @@ from cnx2_jax.train.state import Skipped, TrainState
 from cnx2_jax.train.task import Task
 from cnx2_jax.types import Batch
 
-BATCH_DRAWS = 2**31  # no sample has this number
-FINITE = ("loss", "grad_norm", "update_norm")  # the metrics that are finite exactly if an update is
+BATCH_DRAWS = 2**31  # more than the number of any sample
+FINITE = ("loss", "grad_norm", "update_norm")  # an update is finite if and only if these metrics are
 
 
 def batch_key(seed: int, step: jax.Array) -> jax.Array:
-    """Returns the random key of what is drawn once for a whole batch."""
+    """Returns the random key for everything that is drawn once per batch."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), BATCH_DRAWS)
 
 
 def sample_keys(seed: int, step: jax.Array, batch_size: int) -> jax.Array:
     """Returns one random key per sample, a function of the seed, the step and the position in the batch.
 
-    So what is drawn depends neither on the device count nor on accumulation, nor on what came before.
+    So draws do not depend on the device count, on accumulation, or on earlier draws.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))

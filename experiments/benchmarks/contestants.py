@@ -1,6 +1,7 @@
-"""What experiments/benchmark.py times: each contestant in a process of its own, taking turns.
+"""Times contestants in turns, each in a process of its own.
 
-Processes keep thread pools and memory apart; turns let every contestant see the same noise.
+Separate processes keep thread pools and memory apart; taking turns exposes every contestant to the same
+noise.
 """
 
 import contextlib
@@ -21,15 +22,15 @@ WARMUP = 2
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A way to run a model.
+    """One way to run a model.
 
     Attributes:
       library: `jax` or `torch`.
       variant: such as `atto`.
-      mode: in jax the layout, `dense` to classify; in torch `eager` or `compile`.
+      mode: for jax the layout, or `dense` to classify; for torch `eager` or `compile`.
       batch: images.
       image_size: pixels along both sides.
-      programs: of TRAIN (loss, gradient, AdamW), FORWARD (loss) and CLASSIFY.
+      programs: some of TRAIN (loss, gradient, AdamW), FORWARD (loss) and CLASSIFY.
     """
 
     library: str
@@ -46,7 +47,7 @@ class Contestant:
 
 @dataclasses.dataclass
 class Measurement:
-    """Seconds of every round of one program, and what compiling it took and says (JAX only)."""
+    """Seconds of every round of one program, and for JAX the compiler's time and figures."""
 
     contestant: Contestant
     program: str
@@ -60,7 +61,7 @@ class Measurement:
         return statistics.median(self.seconds)
 
     def record(self) -> dict:
-        """Returns all of it as JSON."""
+        """Returns the measurement as JSON, with its median and quartiles."""
         low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
         values = dataclasses.asdict(self) | {"median": self.median, "quartiles": [low, high]}
         return {key: value for key, value in values.items() if value is not None}
@@ -70,9 +71,12 @@ def measure(contestants: Iterable[Contestant], rounds: int, notice: Callable) ->
     """Runs all contestants' programs in turns.
 
     Args:
-      contestants: who takes part; whoever cannot start is left out, with a notice.
-      rounds: turns of each program after warming up.
-      notice: takes a line about what happens.
+      contestants: the contestants; one that cannot start is skipped with a notice.
+      rounds: turns of each program after warm-up.
+      notice: called with lines of progress.
+
+    Raises:
+      RunError: the process of a contestant ended early.
     """
     with contextlib.ExitStack() as stack:
         measurements, connections = [], []
@@ -114,7 +118,7 @@ def _receive(connection: Connection, contestant: Contestant):
 
 
 def _serve(contestant: Contestant, connection: Connection) -> None:
-    """Builds the programs, says what there is to say of them, then runs one whenever asked."""
+    """Builds the programs and sends their figures, then runs a program per request and sends its time."""
     try:
         build = _build_jax if contestant.library == "jax" else _build_torch
         programs, facts = build(contestant)
@@ -122,7 +126,7 @@ def _serve(contestant: Contestant, connection: Connection) -> None:
             for _ in range(WARMUP):
                 run()
     except ImportError as error:
-        connection.send(f"{error}; the extra `parity` brings PyTorch")
+        connection.send(f"{error}; the extra `parity` installs PyTorch")
         return
     except Exception:
         connection.send(traceback.format_exc().strip().splitlines()[-1])
@@ -137,14 +141,14 @@ def _serve(contestant: Contestant, connection: Connection) -> None:
 
 
 def pretraining_loss(graph) -> Callable:
-    """Returns (parameters, images, keys) -> the mean loss."""
+    """Returns a function of parameters, images and keys that returns the mean loss."""
     from cnx2_jax.models.state import merge
 
     return lambda params, images, keys: merge(graph, params)(images, keys).loss.mean()
 
 
 def train_step(graph) -> tuple:
-    """Returns AdamW, and (parameters, its state, images, keys) -> the new ones and the loss."""
+    """Returns AdamW and a train step, which returns the new parameters, the new state and the loss."""
     import jax
     import optax
 

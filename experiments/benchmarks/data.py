@@ -1,17 +1,17 @@
-"""How fast the input pipeline is, against Pillow in a PyTorch DataLoader; what it keeps; how it starts.
+"""The input pipeline: speed against Pillow in a PyTorch DataLoader, memory over time, and start-up time.
 
-  python experiments/benchmark_data.py                   # everything: about half an hour on 2 cores
-  python experiments/benchmark_data.py speed start       # some sections
-  python experiments/benchmark_data.py speed --rounds 3 --batches 2    # a quick look
+  python -m experiments.benchmarks.data                  # everything: about half an hour on 2 cores
+  python -m experiments.benchmarks.data speed start      # some sections
+  python -m experiments.benchmarks.data speed --rounds 3 --batches 2    # a quick look
 
 Sections:
   speed    images/s from 500x375 JPEGs in memory to 224 pixels, on one core and on all: decoding, random
-           resized crop and mirroring; and the fine-tuning recipe, RandAugment and random erasing besides.
-           In turns with the peer, which needs the extra `parity`
+           resized crop and mirroring; then the same with the fine-tuning recipe's RandAugment and random
+           erasing. In turns with the peers, which need the extra `parity`
   memory   resident memory over thousands of batches of 256, with the recipe
-  start    time to the first batch at step 1,000,000 of an ImageNet-sized set, over that at step 0
+  start    time to the first batch at step 1,000,000 of an ImageNet-sized set, relative to that at step 0
 
-Each section is written into the folder --out as SECTION.json with a table SECTION.md.
+Each section writes SECTION.json and a table SECTION.md into the folder --out.
 """
 
 import argparse
@@ -30,30 +30,51 @@ import numpy as np
 
 from cnx2_jax.commandline import Parser, count, run
 from cnx2_jax.errors import RunError, UserError, nearest
+from cnx2_jax.observe.tables import markdown_table
 from cnx2_jax.tasks import defaults
 
 HEIGHT, WIDTH = 375, 500
 PHOTOGRAPHS = 64
 RECIPE = {"augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
 KINDS = ("crop", "recipe")
-CONTESTANTS = ("cnx2", "official", "uint8")  # the peers: see pil_peer.py
+CONTESTANTS = ("cnx2", "official", "uint8")  # the last two are the peers of pil_peer.py
 FAR_STEP = 1_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run(lambda: _run(_parse(argv)), "benchmark_data")
+    return run(lambda: _run(_parse(argv)), "data")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_data"), help="folder; %(default)s")
-    parser.add_argument("--rounds", type=count, default=9, help="speed, start: turns; %(default)s")
-    parser.add_argument("--batches", type=count, default=16, help="speed: of 64 images a turn; %(default)s")
-    parser.add_argument("--warm-up", type=count, default=200, help="memory: batches before; %(default)s")
-    parser.add_argument("--measured", type=count, default=2000, help="memory: batches after; %(default)s")
-    parser.add_argument("--image-size", type=count, default=224, help="pixels; %(default)s")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # a contestant's process, started by `speed`
+    parser = Parser(
+        prog="python -m experiments.benchmarks.data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all by default"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/benchmark_data"), help="folder; %(default)s by default"
+    )
+    parser.add_argument("--rounds", type=count, default=9, help="speed, start: turns; %(default)s by default")
+    parser.add_argument(
+        "--batches",
+        type=count,
+        default=16,
+        help="speed: batches of 64 images per turn; %(default)s by default",
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=count,
+        default=200,
+        help="memory: batches before the first measurement; %(default)s by default",
+    )
+    parser.add_argument(
+        "--measured", type=count, default=2000, help="memory: batches after it; %(default)s by default"
+    )
+    parser.add_argument("--image-size", type=count, default=224, help="pixels; %(default)s by default")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # run one contestant; used by `speed`
     args = parser.parse_args(argv)
     for section in args.sections:
         if section not in SECTIONS:
@@ -77,7 +98,7 @@ def _run(args: argparse.Namespace) -> None:
             "records": records,
         }
         (args.out / f"{section}.json").write_text(json.dumps(content, indent=1) + "\n")
-        (args.out / f"{section}.md").write_text(table)
+        (args.out / f"{section}.md").write_text(table + "\n")
         print(table)
 
 
@@ -98,7 +119,7 @@ def _config(source: str, root: Path | None, batch: int, size: int, recipe: bool)
 
 
 def _photographs() -> list[bytes]:
-    """Parts of scikit-learn's two photographs, as JPEGs of the usual size of ImageNet's."""
+    """Returns parts of scikit-learn's two photographs as JPEGs of the most common size in ImageNet."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -120,7 +141,7 @@ def _photographs() -> list[bytes]:
 def _stream(contestant: str, kind: str, args: argparse.Namespace, root: Path, cores: int) -> Iterator:
     recipe = kind == "recipe"
     if contestant == "cnx2":
-        from cnx2_jax.data.pipeline import ImageData
+        from cnx2_jax.data.images import ImageData
 
         return ImageData(_config("folder", root, 64, args.image_size, recipe)).train_batches(0)
     import torch
@@ -129,13 +150,13 @@ def _stream(contestant: str, kind: str, args: argparse.Namespace, root: Path, co
 
     torch.set_num_threads(1)
     contents = [path.read_bytes() for path in sorted(root.glob("*/*.jpg"))]
-    # On one core, in the process itself: a worker would only add copies.
+    # On one core we load in the process itself, because a worker would only add copies.
     workers, normalised = cores if cores > 1 else 0, contestant == "official"
     return iter(loader(contents, args.image_size, 64, recipe=recipe, normalised=normalised, workers=workers))
 
 
 def _work(args: argparse.Namespace) -> None:
-    """A contestant: for each line on standard input makes batches, and prints their images/s."""
+    """Runs a contestant: for each line on standard input, makes batches and prints their images/s."""
     contestant, kind, root = args.worker.split(",", 2)
     stream = _stream(contestant, kind, args, Path(root), len(_cores()))
     for _ in range(3):
@@ -149,13 +170,13 @@ def _work(args: argparse.Namespace) -> None:
 
 
 class _Contestant:
-    """Processes of its own on some of the cores, stopped while it is not their turn.
+    """A contestant in processes of its own on some of the cores, suspended between its turns.
 
-    Both contestants work ahead: without a stop, they would do so on the other's time.
+    Contestants prefetch; without suspension they would do so during the turns of the others.
     """
 
     def __init__(self, name: str, args: argparse.Namespace, root: Path, cores: list[int]):
-        command = [sys.executable, __file__, "--worker", f"{name},{root}"]
+        command = [sys.executable, "-m", "experiments.benchmarks.data", "--worker", f"{name},{root}"]
         command += ["--batches", str(args.batches), "--image-size", str(args.image_size)]
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
@@ -202,8 +223,8 @@ def _speed(args: argparse.Namespace) -> tuple[list[dict], str]:
         path = root / ("china", "flower")[index % 2] / f"{index:03}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    records = []
-    lines = ["| | cores | over the official way | over timm's uint8 |", "|---|---|---|---|"]
+    records: list[dict] = []
+    rows = []
     for kind in KINDS:
         for cores in dict.fromkeys(((_cores()[-1],), tuple(_cores()))):
             contestants = [_Contestant(f"{name},{kind}", args, root, list(cores)) for name in CONTESTANTS]
@@ -217,12 +238,12 @@ def _speed(args: argparse.Namespace) -> tuple[list[dict], str]:
                 for place in range(1, len(CONTESTANTS))
             ]
             records.append({"kind": kind, "cores": len(cores), "ratios": ratios, "turns": turns})
-            lines.append(f"| {kind} | {len(cores)} | {ratios[0]:.2f}x | {ratios[1]:.2f}x |")
-    return records, "\n".join(lines) + "\n"
+            rows.append([kind, len(cores), *(f"{ratio:.2f}x" for ratio in ratios)])
+    return records, markdown_table(["", "cores", "over the official way", "over timm's uint8"], rows)
 
 
 def _memory(args: argparse.Namespace) -> tuple[list[dict], str]:
-    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.images import ImageData
 
     stream = ImageData(_config("synthetic", None, 256, args.image_size, True)).train_batches(0)
     every = max(1, args.measured // 20)
@@ -233,13 +254,12 @@ def _memory(args: argparse.Namespace) -> tuple[list[dict], str]:
             records.append({"batches": step, "mib": _resident_mib()})
     first, last = records[0], records[-1]
     peak = max(record["mib"] for record in records)
-    lines = ["| after batches | resident | growth |", "|---|---|---|"]
-    lines += [
-        f"| {record['batches']:,} | {record['mib']:.0f} MiB | {record['mib'] / first['mib'] - 1:+.1%} |"
-        for record in (first, records[len(records) // 2], last)
+    measured = [(f"{one['batches']:,}", one["mib"]) for one in (first, records[len(records) // 2], last)]
+    rows = [
+        [batches, f"{mib:.0f} MiB", f"{mib / first['mib'] - 1:+.1%}"]
+        for batches, mib in [*measured, ("most", peak)]
     ]
-    lines.append(f"| most | {peak:.0f} MiB | {peak / first['mib'] - 1:+.1%} |")
-    return records, "\n".join(lines) + "\n"
+    return records, markdown_table(["after batches", "resident", "growth"], rows)
 
 
 def _resident_mib() -> float:
@@ -248,7 +268,7 @@ def _resident_mib() -> float:
 
 
 def _start(args: argparse.Namespace) -> tuple[list[dict], str]:
-    from cnx2_jax.data.pipeline import ImageData
+    from cnx2_jax.data.images import ImageData
 
     images = ImageData(_config("synthetic", None, 64, args.image_size, False))
 
@@ -260,7 +280,7 @@ def _start(args: argparse.Namespace) -> tuple[list[dict], str]:
     first_batch(0)
     turns = [[first_batch(step) for step in (FAR_STEP, 0)] for _ in range(args.rounds)]
     ratio = statistics.median(far / near for far, near in turns)
-    table = f"| | ratio |\n|---|---|\n| first batch at step {FAR_STEP:,} over step 0 | {ratio:.2f} |\n"
+    table = markdown_table(["", "ratio"], [[f"first batch at step {FAR_STEP:,} over step 0", f"{ratio:.2f}"]])
     return [{"ratio": ratio, "turns": turns}], table
 
 

@@ -1,7 +1,7 @@
-"""The peers of the input pipeline: Pillow in a PyTorch DataLoader, as torchvision and timm do it.
+"""Pillow in a PyTorch DataLoader, the peers of `experiments.benchmarks.data`.
 
-Either all of it on the host, normalised in float32, as the official ConvNeXt V2 code does; or with images
-that stay uint8 to the end, as timm's prefetcher has it, which leaves normalising to the accelerator.
+One peer normalises images to float32 on the host, as the official ConvNeXt V2 code does. The other keeps them
+uint8, as timm's prefetcher does, which normalises on the accelerator.
 """
 
 import io
@@ -22,15 +22,16 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 def loader(
     contents: Sequence[bytes], size: int, batch: int, *, recipe: bool, normalised: bool, workers: int
 ) -> DataLoader:
-    """Batches of images without end, decoded, cropped and mirrored, with `recipe` augmented too.
+    """Returns an endless loader of batches of images, decoded, cropped and mirrored.
 
     Args:
       contents: encoded images.
-      size: of the results.
-      batch: images in each.
-      recipe: whether RandAugment and random erasing follow.
-      normalised: float32 [batch, 3, size, size] instead of uint8 [batch, size, size, 3].
-      workers: processes; 0 works in this one.
+      size: side of the images in a batch, in pixels.
+      batch: images in a batch.
+      recipe: whether to apply RandAugment and random erasing too.
+      normalised: whether batches are float32 `[batch, 3, size, size]` instead of uint8 `[batch, size, size,
+        3]`.
+      workers: worker processes; 0 loads in this process.
     """
     images = _Images(contents, size, recipe, normalised)
     return DataLoader(images, batch, num_workers=workers, persistent_workers=workers > 0)
@@ -120,7 +121,7 @@ OPERATIONS = (
     lambda image, *_: ImageOps.equalize(image),
     lambda image, *_: ImageOps.invert(image),
     lambda image, level, sign: image.rotate(sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL),
-    # Pillow refuses 0 bits since version 13.
+    # Pillow 13 and later refuse 0 bits.
     lambda image, level, _: ImageOps.posterize(image, max(1, 4 - int(4 * level))),
     lambda image, level, _: ImageOps.solarize(image, 256 - int(256 * level)),
     lambda image, level, _: _solarize_add(image, int(110 * level)),

@@ -1,9 +1,9 @@
-"""Draws how what each device computes and sends grows with the devices, from what preflight printed.
+"""Plots how a device's computation and communication grow with the number of devices, from `cnx2 preflight`.
 
-  for run in ...; do python experiments/preflight.py ... | tail -1 >> runs/growth.jsonl; done
-  python experiments/preflight_growth.py runs/growth.jsonl --out docs/preflight_growth.png
+  for run in ...; do cnx2 preflight ... | tail -1 >> runs/growth.jsonl; done
+  python -m experiments.benchmarks.preflight_growth runs/growth.jsonl --out docs/preflight_growth.png
 
-Standard output is the table; docs/preflight.md has the commands.
+Standard output is a table; docs/preflight.md has the commands.
 """
 
 import argparse
@@ -11,46 +11,59 @@ import json
 import sys
 from pathlib import Path
 
+from cnx2_jax.commandline import Parser, run
 from cnx2_jax.observe.plots import draw_into
+from cnx2_jax.observe.tables import markdown_table
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: list[str] | None = None) -> int:
+    return run(lambda: _main(argv), "preflight_growth")
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = Parser(
+        prog="python -m experiments.benchmarks.preflight_growth",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("lines", type=Path, help="JSON lines of preflight.py")
-    parser.add_argument("--out", type=Path, required=True, help="the picture")
-    args = parser.parse_args()
+    parser.add_argument("lines", type=Path, help="a file with the JSON lines of `cnx2 preflight`")
+    parser.add_argument("--out", type=Path, required=True, help="the plot to write")
+    args = parser.parse_args(argv)
     found = [json.loads(line) for line in args.lines.read_text().splitlines()]
-    found.sort(key=lambda run: run["devices"])
-    print("| devices | topology | mesh | MFLOP per image | MB sent | over parameters |\n|" + "---|" * 6)
-    for run in found:
-        mesh = ", ".join(f"{axis}={size}" for axis, size in run["mesh"].items())
-        print(
-            f"| {run['devices']} | {run['topology']} | {mesh} | {run['flops_per_image'] / 1e6:.1f} "
-            f"| {sent(run) / 1e6:.1f} | {sent(run) / parameter_bytes(run):.2f} |"
-        )
+    found.sort(key=lambda one: one["devices"])
+    rows = [
+        [
+            one["devices"],
+            one["topology"],
+            ", ".join(f"{axis}={size}" for axis, size in one["mesh"].items()),
+            f"{one['flops_per_image'] / 1e6:.1f}",
+            f"{sent(one) / 1e6:.1f}",
+            f"{sent(one) / parameter_bytes(one):.2f}",
+        ]
+        for one in found
+    ]
+    header = ["devices", "topology", "mesh", "MFLOP per image", "MB sent", "over parameters"]
+    print(markdown_table(header, rows))
     print(draw_into(args.out, lambda figure: draw(figure, found)), file=sys.stderr)
-    return 0
 
 
-def sent(run: dict) -> int:
+def sent(found: dict) -> int:
     """Returns the bytes that each device sends per step."""
-    return sum(kind["bytes"] for kind in run["collectives"].values())
+    return sum(kind["bytes"] for kind in found["collectives"].values())
 
 
-def parameter_bytes(run: dict) -> int:
-    return 4 * run["parameters"]
+def parameter_bytes(found: dict) -> int:
+    return 4 * found["parameters"]
 
 
 def draw(figure, found: list[dict]) -> None:
-    """Lines over the number of devices: FLOPs per image, and bytes sent over those of the parameters."""
+    """Draws FLOPs per image, and bytes sent relative to parameter bytes, over the number of devices."""
     figure.set_size_inches(6, 3)
     axes = figure.subplots()
-    devices = [run["devices"] for run in found]
-    flops = [run["flops_per_image"] / found[0]["flops_per_image"] for run in found]
+    devices = [one["devices"] for one in found]
+    flops = [one["flops_per_image"] / found[0]["flops_per_image"] for one in found]
     axes.plot(devices, flops, "o-", color="#08519c", label="FLOPs per image, first = 1")
-    ratios = [sent(run) / parameter_bytes(run) for run in found]
+    ratios = [sent(one) / parameter_bytes(one) for one in found]
     axes.plot(devices, ratios, "o-", color="#d94801", label="bytes each device sends / parameter bytes")
     axes.axhline(3, color="#b0b0b0", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)

@@ -1,13 +1,13 @@
-"""What saving costs a run: the time of train steps with a checkpoint among them, over that without.
+"""The cost of a checkpoint: the extra time of train steps during which one is saved.
 
-  python experiments/benchmark_saving.py                    # ConvNeXt V2 tiny: about five minutes on 2 cores
-  python experiments/benchmark_saving.py --variant atto --rounds 3 --steps 5 --image-size 64    # a quick look
+  python -m experiments.benchmarks.saving                   # ConvNeXt V2 tiny: about five minutes on 2 cores
+  python -m experiments.benchmarks.saving --variant atto --rounds 3 --steps 5 --image-size 64   # a quick look
 
-Trains as `cnx2 train` does, on random images, in turns of so many steps that save once at their beginning or
-not at all. What a turn that saves takes longer, to the end of all writing in the background, is what a
-checkpoint costs; spread over --every steps it is told as a share of them. Parameters and both moments of
-AdamW are saved. What the disk does after Orbax has handed it all over is not waited for, and no old one is
-deleted. Writes saving.json into the folder --out, and prints a table.
+Trains as `cnx2 train` does, on random images, in turns of --steps steps. Half of the turns save a checkpoint
+(parameters and both moments of AdamW) at their beginning and end when all of it has been written in the
+background. The difference between the medians of both kinds of turn is the cost of a checkpoint, also given
+as a share of --every steps. The benchmark does not wait for the disk's own cache and deletes no old
+checkpoint. Writes saving.json into the folder --out and prints a table.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import numpy as np
 from cnx2_jax.checkpoints.manager import Checkpoints
 from cnx2_jax.commandline import Parser, count, run
 from cnx2_jax.configuration import load_config
+from cnx2_jax.observe.tables import markdown_table
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train import sharding, starting
 from cnx2_jax.train.program import make_program
@@ -34,18 +35,26 @@ from cnx2_jax.train.state import saved_items
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(lambda: _main(argv), "benchmark_saving")
+    return run(lambda: _main(argv), "saving")
 
 
 def _main(argv: list[str] | None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="tiny", help="of the FCMAE that is trained; %(default)s")
-    parser.add_argument("--batch", type=count, default=16, help="images per step; %(default)s")
-    parser.add_argument("--image-size", type=count, default=224, help="pixels; %(default)s")
-    parser.add_argument("--steps", type=count, default=10, help="in a turn; %(default)s")
-    parser.add_argument("--rounds", type=count, default=9, help="turns of each kind; %(default)s")
-    parser.add_argument("--every", type=count, default=100, help="steps per checkpoint; %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_saving"), help="folder; %(default)s")
+    parser = Parser(
+        prog="python -m experiments.benchmarks.saving",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--variant", default="tiny", help="of the FCMAE to train; %(default)s by default")
+    parser.add_argument("--batch", type=count, default=16, help="images per step; %(default)s by default")
+    parser.add_argument("--image-size", type=count, default=224, help="pixels; %(default)s by default")
+    parser.add_argument("--steps", type=count, default=10, help="steps per turn; %(default)s by default")
+    parser.add_argument("--rounds", type=count, default=9, help="turns of each kind; %(default)s by default")
+    parser.add_argument(
+        "--every", type=count, default=100, help="steps per checkpoint; %(default)s by default"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/benchmark_saving"), help="folder; %(default)s by default"
+    )
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="saving-", dir=args.out) as folder:
@@ -55,7 +64,7 @@ def _main(argv: list[str] | None) -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
-    """Returns the arguments, seconds of every turn, and what follows from their medians; see `table`."""
+    """Returns the arguments, the seconds of every turn, and the costs that follow from their medians."""
     turn, size = _prepare(args, folder)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for i in range(args.rounds):
@@ -78,7 +87,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def _prepare(args: argparse.Namespace, folder: Path) -> tuple[Callable[[bool], float], int]:
-    """Returns a function that trains for a turn and says how long it took, and the bytes of a checkpoint."""
+    """Returns a function that trains for a turn and returns its seconds, and the bytes of a checkpoint."""
     overrides = {
         "data.source": f"synthetic:{args.batch}:1",
         "data.root": "",
@@ -115,7 +124,7 @@ def _prepare(args: argparse.Namespace, folder: Path) -> tuple[Callable[[bool], f
             checkpoints.save(int(state.step), saved_items(state), task.metadata(), None)
         for _ in range(args.steps):
             state, metrics = program.step(state, batch)
-            # As the loop, which looks at each update before it goes far ahead of it.
+            # The training loop reads the loss of each update too, so that it does not run far ahead.
             assert np.isfinite(float(metrics["loss"]))
         if checkpoints:
             checkpoints.close()
@@ -128,7 +137,7 @@ def _prepare(args: argparse.Namespace, folder: Path) -> tuple[Callable[[bool], f
 
 
 def table(found: dict) -> str:
-    """Returns the findings for people, as Markdown."""
+    """Returns the result of `measure` as a table in Markdown."""
     args = found["arguments"]
     what = f"{args['variant']}, batch {args['batch']}, {args['image_size']} px, {found['cores']} cores"
     rows = {
@@ -136,8 +145,7 @@ def table(found: dict) -> str:
         "one costs": f"{found['checkpoint_seconds'] / found['step_seconds']:.2f} steps",
         f"every {args['every']} steps": f"{found['share']:.2%} of their time",
     }
-    lines = [(what, f"medians of {args['rounds']} turns"), ("---", "---"), *rows.items()]
-    return "\n".join(f"| {name} | {value} |" for name, value in lines)
+    return markdown_table([what, f"medians of {args['rounds']} turns"], list(rows.items()))
 
 
 if __name__ == "__main__":

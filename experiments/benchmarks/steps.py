@@ -1,19 +1,19 @@
-"""How fast masked pretraining is: here, against PyTorch; and on TPUs and GPUs, as their compilers see it.
+"""Speed of masked pretraining: on this machine against PyTorch, and as compiled for TPUs and GPUs.
 
-  python experiments/benchmark.py                    # everything: about an hour on 2 cores
-  python experiments/benchmark.py machine growth     # some sections
-  python experiments/benchmark.py machine --variants atto --rounds 3 --image-size 64    # a quick look
+  python -m experiments.benchmarks.steps                    # everything: about an hour on 2 cores
+  python -m experiments.benchmarks.steps machine growth     # some sections
+  python -m experiments.benchmarks.steps machine --variants atto --rounds 3 --image-size 64    # a quick look
 
 Sections:
-  machine   on this machine's CPU: train step and forward pass, masked and gathered (which is what `auto` is
-            there), and classification, in turns with a PyTorch peer (masked-dense FCMAE, channels-last, eager
+  machine   on this machine's CPU: train step and forward pass, masked and gathered (which `auto` chooses on
+            CPUs), and classification, in turns with a PyTorch peer (masked-dense FCMAE, channels-last, eager
             and torch.compile; needs the extra `parity`)
   growth    on the CPU: cost per image over batch size, image size and variant; compile time over depth
   tpu       compiled for a TPU topology: FLOPs, bytes, memory, estimated cycles (needs the extra `tpu`)
   gpu       compiled for an H100: memory (needs the extra `cuda`)
 
-Each section is written into the folder --out as SECTION.json, with a table SECTION.md and, where one would
-rather look, a picture SECTION.png.
+Each section writes SECTION.json, a table SECTION.md and, for machine and growth, a plot SECTION.png into the
+folder --out.
 """
 
 import argparse
@@ -23,15 +23,19 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cnx2_jax.preflight import topologies  # before JAX: it sets environment variables that JAX reads
+
+# isort: split
 from cnx2_jax.commandline import Parser, count, run
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models import VARIANTS, variant
 from cnx2_jax.models.fcmae import stage_kinds
-from cnx2_jax.observe.plots import draw_growth, draw_into, draw_machine
-from cnx2_jax.preflight import topologies  # before JAX starts: it says where to look for TPUs
+from cnx2_jax.observe.plots import draw_into
+from cnx2_jax.observe.tables import markdown_table
+from experiments.benchmarks import gradient
 from experiments.benchmarks.contestants import (
     CLASSIFY,
     DENSE,
@@ -42,6 +46,7 @@ from experiments.benchmarks.contestants import (
     measure,
     train_step,
 )
+from experiments.benchmarks.plots import draw_growth, draw_machine
 
 LAYOUTS = ("masked", "gathered", "auto")
 VISIBLE = 19 / 49  # of the patches of 224 pixels, at the paper's mask ratio of 0.6
@@ -55,20 +60,34 @@ DEPTHS = ("atto", "tiny", "base", "huge")  # whose train steps are compiled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run(lambda: _run(_parse(argv)), "benchmark")
+    return run(lambda: _run(_parse(argv)), "steps")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder; %(default)s")
-    parser.add_argument("--variants", nargs="+", default=["atto", "tiny"], help="machine: atto tiny")
-    parser.add_argument("--rounds", type=count, default=11, help="machine, growth: turns; %(default)s")
-    parser.add_argument("--batch", type=count, default=8, help="machine: images; %(default)s")
-    parser.add_argument("--image-size", type=int, default=224, help="machine: pixels; %(default)s")
-    parser.add_argument("--topology", default="v5e:2x2", help="tpu; %(default)s")
-    parser.add_argument("--compiled-variant", default="base", help="tpu, gpu; %(default)s")
-    parser.add_argument("--compiled-batch", type=count, default=64, help="tpu, gpu: per device; %(default)s")
+    parser = Parser(
+        prog="python -m experiments.benchmarks.steps",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all by default"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/benchmark"), help="folder; %(default)s by default"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", default=["atto", "tiny"], help="machine; atto tiny by default"
+    )
+    parser.add_argument(
+        "--rounds", type=count, default=11, help="machine, growth: turns; %(default)s by default"
+    )
+    parser.add_argument("--batch", type=count, default=8, help="machine: images; %(default)s by default")
+    parser.add_argument("--image-size", type=int, default=224, help="machine: pixels; %(default)s by default")
+    parser.add_argument("--topology", default="v5e:2x2", help="tpu; %(default)s by default")
+    parser.add_argument("--compiled-variant", default="base", help="tpu, gpu; %(default)s by default")
+    parser.add_argument(
+        "--compiled-batch", type=count, default=64, help="tpu, gpu: per device; %(default)s by default"
+    )
     args = parser.parse_args(argv)
     for section in args.sections:
         if section not in SECTIONS:
@@ -94,7 +113,7 @@ def _run(args: argparse.Namespace) -> None:
             "records": records,
         }
         (args.out / f"{section}.json").write_text(json.dumps(content, indent=1) + "\n")
-        (args.out / f"{section}.md").write_text(table)
+        (args.out / f"{section}.md").write_text(table + "\n")
         print(table)
         if draw:
             _notice(draw_into(args.out / f"{section}.png", draw))
@@ -118,16 +137,11 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-
-
 # machine
 
 
 def machine(args: argparse.Namespace):
-    """Every layout against the peers, one variant after another."""
+    """Measures every layout against the peers, one variant after another."""
     records, rows, bars = [], [], {}
     for name in args.variants:
         options = {"variant": name, "batch": args.batch, "image_size": args.image_size}
@@ -151,12 +165,12 @@ def machine(args: argparse.Namespace):
     ]
     floors = _floors(args)
     records.append({"floors": floors})
-    table = _table(header, rows) + "\n" + _floor_table(floors)
+    table = markdown_table(header, rows) + "\n\n" + _floor_table(floors)
     return records, table, lambda figure: draw_machine(figure, bars)
 
 
 def _floors(args: argparse.Namespace) -> dict:
-    """Measures this machine's rates, and counts what a gathered train step must do at least."""
+    """Measures this machine's rates and counts the operations and bytes of a gathered train step."""
     import jax
     import jax.numpy as jnp
 
@@ -170,7 +184,7 @@ def _floors(args: argparse.Namespace) -> dict:
     counts = {}
     for name in args.variants:
         _notice(f"counting {name}")
-        # Unrolled: of a loop XLA counts one turn.
+        # Unrolled, because XLA counts a loop's body once.
         costs = _lower_step(name, args.batch, args.image_size, scan=False).compile().cost_analysis() or {}
         counts[name] = {"flops": costs.get("flops", 0), "bytes": costs.get("bytes accessed", 0)}
     return rates | {"counts": counts}
@@ -204,13 +218,13 @@ def _floor_table(floors: dict) -> str:
         "GB between operations",
         f"ms at {moved / 1e9:.1f} GB/s",
     ]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _compare(found: list[Measurement]) -> tuple[list[str], dict[str, float]]:
-    """Returns a table row, ratios first, and every contestant's speed relative to PyTorch eager."""
+    """Returns a table row, ratios first, and the speed of every contestant relative to PyTorch eager."""
     by_name = {m.contestant.name: m for m in found}
-    # Classification knows no masks; its one contestant stands in the column of the dense map.
+    # Classification has no masks; its only contestant takes the place of the masked one.
     ours = by_name.get("jax gathered") or by_name.get("jax dense")
     if ours is None:
         return ["-"] * 7, {}
@@ -241,7 +255,7 @@ def _compare(found: list[Measurement]) -> tuple[list[str], dict[str, float]]:
 
 
 def growth(args: argparse.Namespace):
-    """Time and memory per image of the train step, one thing growing at a time; and compile time."""
+    """Measures time and memory per image of the train step along one axis at a time, and compile time."""
     base = Contestant("jax", "atto", "auto", programs=(TRAIN,))
     records, rows, curves = [], [], {}
     for axis, values in GROWTH.items():
@@ -256,9 +270,11 @@ def growth(args: argparse.Namespace):
             )
     compiled = {name: _compile_seconds(name) for name in DEPTHS}
     records.append({"compile_seconds": compiled})
-    table = _table(["atto, 224 px, batch 8, but", "ms per image", "temp MiB per image", "batch"], rows)
+    table = markdown_table(
+        ["atto, 224 px, batch 8, but", "ms per image", "temp MiB per image", "batch"], rows
+    )
     first = compiled[DEPTHS[0]]
-    table += "\n" + _table(
+    table += "\n\n" + markdown_table(
         ["train step of", "blocks", "compiles in s", f"over {DEPTHS[0]}"],
         [[n, sum(VARIANTS[n].depths), f"{s:.1f}", f"{s / first:.2f}x"] for n, s in compiled.items()],
     )
@@ -266,7 +282,7 @@ def growth(args: argparse.Namespace):
 
 
 def _compile_seconds(name: str) -> float:
-    """Returns what compiling loss, gradient and AdamW takes; the median of three."""
+    """Returns the seconds to compile loss, gradient and AdamW, the median of three."""
     import jax
 
     _notice(f"compiling {name}")
@@ -299,7 +315,7 @@ def _lower_step(name: str, batch: int, image_size: int, **options):
 
 
 def _compiled_layouts(platform: str) -> list[tuple[str, str | None]]:
-    """Returns the layouts, each with the one before it that holds every stage alike, if there is one."""
+    """Returns the layouts, each with the earlier one that treats every stage the same way, or None."""
     kinds = {layout: stage_kinds(layout, platform, VISIBLE) for layout in LAYOUTS}
     return [
         (layout, next((other for other in LAYOUTS[:i] if kinds[other] == kinds[layout]), None))
@@ -308,29 +324,27 @@ def _compiled_layouts(platform: str) -> list[tuple[str, str | None]]:
 
 
 def tpu(args: argparse.Namespace):
-    """Cycles and memory as training runs it, scanned; FLOPs and bytes of the same program unrolled."""
+    """Compiles for a TPU: cycles and memory of the scanned program, FLOPs and bytes of the unrolled one."""
     import jax.numpy as jnp
 
     devices = topologies.tpu_devices(args.topology)
     options = {"platform": "tpu", "batch": args.compiled_batch, "dtype": jnp.bfloat16}
     records: list[dict] = []
     for scan in (True, False):
-        for layout, alike in _compiled_layouts("tpu"):
-            if alike:
-                same = next(r for r in records if r["layout"] == alike and r["scan"] == scan)
+        for layout, same_as in _compiled_layouts("tpu"):
+            if same_as:
+                same = next(r for r in records if r["layout"] == same_as and r["scan"] == scan)
                 records.append(same | {"layout": layout})
                 continue
             _notice(f"compiling {args.compiled_variant}, {layout}, {'scanned' if scan else 'unrolled'}")
-            compiled = topologies.compile_gradient(
-                args.compiled_variant, layout, devices, scan=scan, **options
-            )
-            found = topologies.report(compiled)
+            compiled = gradient.compile_gradient(args.compiled_variant, layout, devices, scan=scan, **options)
+            found = gradient.report(compiled)
             records.append({"layout": layout, "scan": scan, **vars(found)})
     rows = []
     for record in records:
         masked = next(r for r in records if r["layout"] == "masked" and r["scan"] == record["scan"])
         cycles, most = sum(record["cycles"].values()), sum(masked["cycles"].values())
-        counted = not record["scan"]  # of loops XLA counts one turn
+        counted = not record["scan"]  # XLA counts a loop's body once
         rows.append(
             [
                 f"{record['layout']}, {'scanned' if record['scan'] else 'unrolled'}",
@@ -353,23 +367,23 @@ def tpu(args: argparse.Namespace):
         "GB",
         "Mcycles by kind",
     ]
-    return records, _table(header, rows), None
+    return records, markdown_table(header, rows), None
 
 
 def gpu(args: argparse.Namespace):
-    """Memory as the compiler plans it for an H100."""
+    """Compiles for an H100: memory as the compiler plans it."""
     import jax.numpy as jnp
 
     devices = topologies.h100_devices()
     records: list[dict] = []
     rows = []
-    for layout, alike in _compiled_layouts("gpu"):
-        if alike:
-            temp = next(r["temp_bytes"] for r in records if r["layout"] == alike)
+    for layout, same_as in _compiled_layouts("gpu"):
+        if same_as:
+            temp = next(r["temp_bytes"] for r in records if r["layout"] == same_as)
         else:
             _notice(f"compiling {args.compiled_variant}, {layout}")
             options = {"platform": "gpu", "batch": args.compiled_batch, "dtype": jnp.bfloat16}
-            compiled = topologies.compile_gradient(args.compiled_variant, layout, devices, **options)
+            compiled = gradient.compile_gradient(args.compiled_variant, layout, devices, **options)
             temp = compiled.memory_analysis().temp_size_in_bytes
         records.append({"layout": layout, "temp_bytes": temp})
         rows.append([layout, f"{temp / records[0]['temp_bytes']:.2f}", f"{temp / 2**30:.2f}"])
@@ -378,7 +392,7 @@ def gpu(args: argparse.Namespace):
         "temp / masked",
         "temp GiB",
     ]
-    return records, _table(header, rows), None
+    return records, markdown_table(header, rows), None
 
 
 SECTIONS: dict[str, Callable] = {"machine": machine, "growth": growth, "tpu": tpu, "gpu": gpu}

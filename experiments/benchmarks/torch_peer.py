@@ -1,9 +1,9 @@
-"""The peer that experiments/benchmark.py measures against: ConvNeXt V2 in PyTorch, as one would write it.
+"""ConvNeXt V2 and FCMAE in idiomatic PyTorch, the peer of `experiments.benchmarks.steps`.
 
-Same network, same number of visible patches, same AdamW; channels-last memory format, so that the
-permutations around LayerNorm move nothing. Masked pixels are held at zero around every depthwise
-convolution, as the official dense fine-tuning code and masked-dense ports of FCMAE do. Weights are PyTorch's
-own initial ones: time does not depend on them.
+It has the same network, number of visible patches and AdamW. The memory format is channels-last, so that the
+permutations around LayerNorm copy nothing. Masked pixels are set to zero around every depthwise convolution,
+as in the official dense fine-tuning code and in masked-dense ports of FCMAE. The weights keep PyTorch's
+default initialisation, because the time does not depend on them.
 """
 
 import itertools
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Encoder, mean over positions, LayerNorm, linear head."""
+    """An encoder, the mean over positions, LayerNorm and a linear head."""
 
     def __init__(self, variant, num_classes=1000):
         super().__init__()
@@ -97,7 +97,7 @@ class Classifier(nn.Module):
 
 
 class FCMAE(nn.Module):
-    """Masked-dense FCMAE; the forward pass gives the loss."""
+    """Masked-dense FCMAE, whose forward pass returns the loss."""
 
     def __init__(self, variant, mask_ratio=0.6, decoder_dim=512):
         super().__init__()

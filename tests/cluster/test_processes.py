@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnx2_jax.data.pipeline import preprocess_files
+from cnx2_jax.data.images import preprocess_files
 
 # In HELPER: batches of 48 of 359 images, which neither 8 devices, nor 2 processes, nor the batch divide.
 
@@ -109,7 +109,7 @@ def expected(folder):
     for index in range(task.data.num_val):
         record = task.data.val.read(index)
         path = folder / "image.png"
-        path.write_bytes(record["bytes"].numpy())
+        path.write_bytes(record["image"].numpy())
         image = preprocess_files([path], size=(16, 16), channels=1, eval_crop=task.config.data.eval_crop)
         logits = np.asarray(forward(jnp.asarray(image)))[0]
         order = np.argsort(-logits, kind="stable")

@@ -12,7 +12,7 @@ from cnx2_jax.cli import main
 from cnx2_jax.configuration import image_hw
 from cnx2_jax.data.imagenet import CLASS_IDS, describe
 from cnx2_jax.interop.names import to_torch
-from cnx2_jax.models import FCMAE, ConvNeXtV2
+from cnx2_jax.models import FCMAE, ConvNeXtV2, EncoderConfig
 from cnx2_jax.models.state import split
 from cnx2_jax.tasks import defaults, weights
 
@@ -21,7 +21,7 @@ SMALL = ((1, 2, 1, 1), (8, 16, 24, 40))
 
 @pytest.fixture(scope="module")
 def classifier(build):
-    return build(ConvNeXtV2, *SMALL, num_classes=3)
+    return build(ConvNeXtV2, EncoderConfig(*SMALL), num_classes=3)
 
 
 def save(path, model, naming="official", without=()):
@@ -94,21 +94,21 @@ def test_what_lies_beside_the_weights_is_read(tmp_path, classifier):
 
 
 def test_a_thousand_classes_are_those_of_imagenet(tmp_path, build):
-    path = save(tmp_path / "model.safetensors", build(ConvNeXtV2, *SMALL, num_classes=1000))
+    path = save(tmp_path / "model.safetensors", build(ConvNeXtV2, EncoderConfig(*SMALL), num_classes=1000))
     assert convert("--from", path, "--to", tmp_path / "new") == 0
     assert weights.load(tmp_path / "new")[2] == CLASS_IDS
 
 
 def test_fine_tuning_starts_from_a_pretrained_encoder(tmp_path, capfd, build):
     """As the authors release them: no head, no final norm. The head and the norm are fresh."""
-    encoder = build(ConvNeXtV2, *SMALL, num_classes=0)
+    encoder = build(ConvNeXtV2, EncoderConfig(*SMALL), num_classes=0)
     missing = ("norm.weight", "norm.bias")
     path = save(tmp_path / "model.safetensors", encoder, without=missing)
     assert convert("--from", path, "--to", tmp_path / "new") == 0
     assert json.loads(capfd.readouterr().out)["classes"] == 0
     config = defaults("classify")
     config.model.variant, config.model.depths, config.model.dims = "custom", *SMALL
-    fresh = split(build(ConvNeXtV2, *SMALL, num_classes=5, seed=1))[1]
+    fresh = split(build(ConvNeXtV2, EncoderConfig(*SMALL), num_classes=5, seed=1))[1]
     started = weights.starting_params(tmp_path / "new", config, fresh)
     given = split(encoder)[1]
     for name, value in started.items():
@@ -127,7 +127,7 @@ def test_fine_tuning_starts_from_a_pretrained_encoder(tmp_path, capfd, build):
 
 
 def test_a_whole_fcmae_becomes_a_pretraining_checkpoint(tmp_path, build):
-    fcmae = build(FCMAE, *SMALL, decoder_dim=12, decoder_depth=2)
+    fcmae = build(FCMAE, EncoderConfig(*SMALL), decoder_dim=12, decoder_depth=2)
     path = save(tmp_path / "model.safetensors", fcmae)
     assert convert("--from", path, "--to", tmp_path / "new") == 0
     model, config, _ = weights.load(tmp_path / "new")
@@ -146,7 +146,10 @@ def test_refusals_write_nothing(tmp_path, capfd, classifier, build):
         capfd, *place, "--class-names", tmp_path / "names.txt"
     )
     assert "absent.txt" in refusal(capfd, *place, "--class-names", tmp_path / "absent.txt")
-    grey = save(tmp_path / "grey" / "model.safetensors", build(ConvNeXtV2, *SMALL, num_classes=3, in_chans=1))
+    grey = save(
+        tmp_path / "grey" / "model.safetensors",
+        build(ConvNeXtV2, EncoderConfig(*SMALL, in_chans=1), num_classes=3),
+    )
     assert "mean and standard deviation are unknown" in refusal(capfd, "--from", grey, "--to", out)
     assert "No such file" in refusal(capfd, "--from", tmp_path / "no.pt", "--to", out)
     assert not out.exists()
@@ -156,7 +159,11 @@ def test_refusals_write_nothing(tmp_path, capfd, classifier, build):
 
 
 def test_classes_of_the_hub_are_recognised_as_imagenets(tmp_path, build, capfd):
-    path = save(tmp_path / "model.safetensors", build(ConvNeXtV2, *SMALL, num_classes=1000), "huggingface")
+    path = save(
+        tmp_path / "model.safetensors",
+        build(ConvNeXtV2, EncoderConfig(*SMALL), num_classes=1000),
+        "huggingface",
+    )
     labels = {str(index): f"{describe(name)}, another word" for index, name in enumerate(CLASS_IDS)}
     beside = tmp_path / "config.json"
     beside.write_text(json.dumps({"model_type": "convnextv2", "id2label": labels}))

@@ -16,7 +16,7 @@ from PIL import Image
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.cli import main
-from cnx2_jax.data.pipeline import preprocess_files
+from cnx2_jax.data.images import preprocess_files
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.recipes import use_digits

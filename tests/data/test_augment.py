@@ -155,7 +155,7 @@ def test_sign_weakens_enhancements_but_not_below_a_tenth(photo):
 
 def test_jitter_is_brightness_contrast_and_colour_in_random_order(photo):
     image = photo.resize((24, 16))
-    jitter = make_augmentation("jitter-0.4", FILL)
+    jitter = make_augmentation("jitter-0.4", FILL, {})
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     orders = collections.Counter()
     for row in draws(120, jitter.draws).numpy():
@@ -180,7 +180,7 @@ def test_another_set_is_a_small_addition(photo, monkeypatch):
         return rand_augment(operations, fill, layers=1, probability=1.0, magnitude=0, deviation=0)
 
     monkeypatch.setitem(augment._KINDS, "three", three_augment)
-    made = make_augmentation("three", FILL)
+    made = make_augmentation("three", FILL, {})
     image = photo.resize((16, 16))
     seen = {
         made.apply(tf.constant(np.asarray(image)), row).numpy().tobytes() for row in draws(60, made.draws)
@@ -208,12 +208,12 @@ def test_another_set_is_a_small_addition(photo, monkeypatch):
 )
 def test_user_errors(name, message):
     with pytest.raises(UserError, match=message) as caught:
-        make_augmentation(name, FILL)
+        make_augmentation(name, FILL, {})
     assert "\n" not in str(caught.value)
 
 
 def test_no_name_is_no_augmentation():
-    assert make_augmentation("", FILL) is None
-    assert isinstance(make_augmentation("rand-m9-mstd0.5-inc1", FILL), Augmentation)
-    assert make_augmentation("rand-m9-n5-inc1", FILL).draws == 20
-    assert not math.isnan(make_augmentation("jitter-1", FILL).draws)
+    assert make_augmentation("", FILL, {}) is None
+    assert isinstance(make_augmentation("rand-m9-mstd0.5-inc1", FILL, {}), Augmentation)
+    assert make_augmentation("rand-m9-n5-inc1", FILL, {}).draws == 20
+    assert not math.isnan(make_augmentation("jitter-1", FILL, {}).draws)

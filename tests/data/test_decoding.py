@@ -133,7 +133,7 @@ def test_photographs_are_turned_upright(photo, orientation, order, in_tf_data):
     upright = np.asarray(ImageOps.exif_transpose(image))
     np.testing.assert_array_equal(in_tf_data(lambda value: decode(value, 3), content), upright)
     height, width, _ = upright.shape
-    corner = in_tf_data(lambda v: decode_crop(v, 3, lambda h, w: tf.stack([1, 2, h - 5, w - 3])), content)
+    corner = in_tf_data(lambda v: decode_crop(v, 3, lambda h, w: tf.stack([1, 2, h - 5, w - 3]))[0], content)
     np.testing.assert_array_equal(corner, upright[1 : height - 4, 2 : width - 1])
 
 
@@ -164,7 +164,7 @@ def test_part_equals_the_part_of_the_whole(photo, encoding, in_tf_data):
         )
     boxes = np.array(boxes, np.int32)
     parts = tf.data.Dataset.from_tensor_slices(boxes).map(
-        lambda box: decode_crop(content, 3, lambda h, w: box)
+        lambda box: decode_crop(content, 3, lambda h, w: box)[0]
     )
     for (top, left, h, w), part in zip(boxes, parts.as_numpy_iterator(), strict=True):
         np.testing.assert_array_equal(
@@ -174,7 +174,7 @@ def test_part_equals_the_part_of_the_whole(photo, encoding, in_tf_data):
 
 def test_part_in_one_channel(photo, in_tf_data):
     content = encoded(photo, "JPEG")
-    part = in_tf_data(lambda v: decode_crop(v, 1, lambda h, w: tf.stack([10, 20, 30, 40])), content)
+    part = in_tf_data(lambda v: decode_crop(v, 1, lambda h, w: tf.stack([10, 20, 30, 40]))[0], content)
     expected = Image.open(io.BytesIO(content)).convert("RGB").convert("L").crop((20, 10, 60, 40))
     np.testing.assert_array_equal(part[..., 0], expected)
 
@@ -182,4 +182,4 @@ def test_part_in_one_channel(photo, in_tf_data):
 def test_part_of_a_broken_image_raises(photo, in_tf_data):
     for broken in (b"", encoded(photo, "JPEG")[:300], encoded(photo, "PNG")[:9000]):
         with pytest.raises(tf.errors.OpError):
-            in_tf_data(lambda v: decode_crop(v, 3, lambda h, w: tf.stack([0, 0, h, w])), broken)
+            in_tf_data(lambda v: decode_crop(v, 3, lambda h, w: tf.stack([0, 0, h, w]))[0], broken)

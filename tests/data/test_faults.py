@@ -8,7 +8,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from cnx2_jax.data.pipeline import ImageData, shuffled_record
+from cnx2_jax.data.images import ImageData
+from cnx2_jax.data.order import shuffled_record
 from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import defaults
 

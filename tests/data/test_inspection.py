@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cnx2_jax.data import inspection
-from cnx2_jax.data.pipeline import ImageData
+from cnx2_jax.data.images import ImageData
 from cnx2_jax.data.sources.folder import open_whole_folder
 from cnx2_jax.tasks import defaults
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cnx2_jax.data import pipeline
-from cnx2_jax.data.pipeline import ImageData, epoch_order, preprocess_files, shuffled_record
+from cnx2_jax.data.images import ImageData, preprocess_files
+from cnx2_jax.data.order import epoch_order, shuffled_record
 from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import defaults
 

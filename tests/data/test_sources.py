@@ -31,7 +31,7 @@ def make(folder, *names):
 
 def records(source: Source) -> list[tuple[bytes, int]]:
     read = [source.read(tf.constant(i, tf.int64)) for i in range(source.num_records)]
-    return [(record["bytes"].numpy(), int(record["label"])) for record in read]
+    return [(record["image"].numpy(), int(record["label"])) for record in read]
 
 
 def names(source: Source) -> set[str]:

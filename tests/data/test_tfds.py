@@ -85,8 +85,8 @@ def root_of(builder):
 
 def record(source, index):
     read = source.read(tf.constant(index, tf.int64))
-    assert read["bytes"].shape == read["label"].shape == () and read["label"].dtype == tf.int32
-    return read["bytes"].numpy(), int(read["label"])
+    assert read["image"].shape == read["label"].shape == () and read["label"].dtype == tf.int32
+    return read["image"].numpy(), int(read["label"])
 
 
 def records(source):
@@ -141,10 +141,10 @@ def test_random_order_in_many_threads(prepared):
         source = open_tfds("pictures:train", root_of(builder))
         dataset = tf.data.Dataset.from_tensor_slices(order).map(source.read, num_parallel_calls=8)
         assert dataset.element_spec == {
-            "bytes": tf.TensorSpec([], tf.string),
+            "image": tf.TensorSpec([], tf.string),
             "label": tf.TensorSpec([], tf.int32),
         }
-        streams.append([(one["bytes"], one["label"]) for one in dataset.as_numpy_iterator()])
+        streams.append([(one["image"], one["label"]) for one in dataset.as_numpy_iterator()])
         of_index = records(source)
         assert streams[-1] == [of_index[index] for index in order]
     assert streams[0] == streams[1]

@@ -7,12 +7,13 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from cnx2_jax.data import transforms
 from cnx2_jax.data.augment import make_augmentation
+from cnx2_jax.data.crops import TRIES, random_crop_box
 from cnx2_jax.data.decoding import decode
-from cnx2_jax.data.transforms import TrainTransform
+from cnx2_jax.data.erasing import random_erasing_box
+from cnx2_jax.data.fields import Image as ImageField
+from cnx2_jax.data.transforms import EvalTransform, TrainTransform
 
-TRIES = 10
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -26,7 +27,7 @@ def kolmogorov_smirnov(ours, theirs) -> float:
 def boxes(height, width, scale, ratio, count=4000) -> np.ndarray:
     def box(index):
         draws = tf.random.stateless_uniform([4, TRIES], tf.stack([tf.constant(5, tf.int64), index]))
-        return transforms.random_crop_box(tf.constant(height), tf.constant(width), scale, ratio, draws)
+        return random_crop_box(tf.constant(height), tf.constant(width), scale, ratio, draws)
 
     dataset = tf.data.Dataset.range(count).map(box).batch(count)
     return next(dataset.as_numpy_iterator()).astype(float)
@@ -106,7 +107,7 @@ def test_whole_image_when_its_ratio_fits_but_no_try_does():
 def erasing_boxes(height, width, count=4000) -> np.ndarray:
     def box(index):
         draws = tf.random.stateless_uniform([4, TRIES], tf.stack([tf.constant(6, tf.int64), index]))
-        return transforms.random_erasing_box(height, width, draws)
+        return random_erasing_box(height, width, draws)
 
     return next(tf.data.Dataset.range(count).map(box).batch(count).as_numpy_iterator()).astype(float)
 
@@ -145,10 +146,11 @@ def test_no_erasing_box_where_none_fits():
     assert not np.prod(erasing_boxes(2, 1, count=20)[:, 2:], axis=1).any()
 
 
-def transform(**changes) -> TrainTransform:
+def transform(channels=3, **changes):
+    """Returns a function (encoded image, seed) -> image."""
     options = {
+        "fields": {"image": ImageField(channels)},
         "size": (24, 32),
-        "channels": 3,
         "crop_scale": (0.3, 1.0),
         "crop_ratio": (0.7, 1.4),
         "flip": True,
@@ -157,7 +159,18 @@ def transform(**changes) -> TrainTransform:
         "mean": MEAN,
         "std": STD,
     }
-    return TrainTransform(**{**options, **changes})
+    train = TrainTransform(**{**options, **changes})
+
+    def make(encoded, seed):
+        return train.finish(train.decode({"image": encoded}, seed), seed)["image"]
+
+    return make
+
+
+def eval_image(encoded, *, size, channels, crop_fraction):
+    made = EvalTransform({"image": ImageField(channels)}, size, crop_fraction)
+    seed = tf.zeros([2], tf.int64)
+    return made.finish(made.decode({"image": encoded}, seed), seed)["image"]
 
 
 def train_image(encoded, seed, **changes):
@@ -178,7 +191,7 @@ def test_it_is_crop_then_resize_then_mirror(photo, encode, close):
     draws = tf.random.stateless_uniform([82], tf.constant([3, 4], tf.int64))
     crop_draws = tf.reshape(draws[:40], [4, TRIES])
     height, width = (tf.constant(side) for side in (photo.height, photo.width))
-    top, left, h, w = transforms.random_crop_box(height, width, (0.3, 1.0), (0.7, 1.4), crop_draws).numpy()
+    top, left, h, w = random_crop_box(height, width, (0.3, 1.0), (0.7, 1.4), crop_draws).numpy()
     expected = photo.crop((left, top, left + w, top + h)).resize((32, 24), Image.Resampling.BICUBIC)
     if draws[40] < 0.5:
         expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -214,7 +227,7 @@ def test_a_quarter_is_erased_with_noise_of_the_normalisation(encode):
 
 
 def test_everything_together_is_a_function_of_the_seed(photo, encode):
-    everything = {"augment": make_augmentation("rand-m9-mstd0.5-inc1", (124, 116, 104)), "erasing": 0.5}
+    everything = {"augment": make_augmentation("rand-m9-mstd0.5-inc1", (124, 116, 104), {}), "erasing": 0.5}
     images = train_images(encode(photo, "JPEG"), 24, **everything)
     assert images.shape == (24, 24, 32, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(images, train_images(encode(photo, "JPEG"), 24, **everything))
@@ -222,7 +235,7 @@ def test_everything_together_is_a_function_of_the_seed(photo, encode):
 
 
 def test_one_channel(photo, encode):
-    augment = make_augmentation("rand-m9-mstd0.5-inc1", (76,))
+    augment = make_augmentation("rand-m9-mstd0.5-inc1", (76,), {})
     options = {"channels": 1, "augment": augment, "erasing": 0.5, "mean": (0.3,), "std": (0.35,)}
     images = train_images(encode(photo.convert("L"), "PNG"), 60, **options)
     assert images.shape == (60, 24, 32, 1)
@@ -277,26 +290,24 @@ def reference_eval(image: Image.Image, size, crop_fraction) -> Image.Image:
 @pytest.mark.parametrize(("size", "crop_fraction"), [(224, 0.875), (65, 0.9), (96, 1.0), (383, 0.95)])
 def test_eval_image_equals_torchvisions(photo, turned, size, crop_fraction, encode, close):
     image = photo.transpose(Image.Transpose.ROTATE_90) if turned else photo
-    ours = transforms.eval_image(
-        encode(image, "PNG"), size=(size, size), channels=3, crop_fraction=crop_fraction
-    )
+    ours = eval_image(encode(image, "PNG"), size=(size, size), channels=3, crop_fraction=crop_fraction)
     assert close(ours, reference_eval(image, size, crop_fraction))
 
 
 def test_eval_image_of_a_rectangle_covers_it_and_keeps_the_shape(photo, encode, close):
     # 427 x 640 covers 100 x 50 at 100 x 149; the centre 50 columns are cut out.
-    ours = transforms.eval_image(encode(photo, "PNG"), size=(100, 50), channels=3, crop_fraction=1.0)
+    ours = eval_image(encode(photo, "PNG"), size=(100, 50), channels=3, crop_fraction=1.0)
     resized = photo.resize((149, 100), Image.Resampling.BICUBIC)
     assert close(ours, resized.crop((50, 0, 100, 100)))
 
 
 @pytest.mark.parametrize("size", [(384, 384), (224, 384)])
 def test_eval_image_warps_from_384_up(photo, size, encode, close):
-    ours = transforms.eval_image(encode(photo, "PNG"), size=size, channels=3, crop_fraction=0.875)
+    ours = eval_image(encode(photo, "PNG"), size=size, channels=3, crop_fraction=0.875)
     assert close(ours, photo.resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def test_eval_image_of_one_channel(photo, encode, close):
     grey = photo.convert("L")
-    ours = transforms.eval_image(encode(grey, "PNG"), size=(64, 64), channels=1, crop_fraction=0.875)
+    ours = eval_image(encode(grey, "PNG"), size=(64, 64), channels=1, crop_fraction=0.875)
     assert close(ours[..., 0], reference_eval(grey, 64, 0.875))

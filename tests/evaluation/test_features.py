@@ -1,20 +1,22 @@
 """Feature vectors and probabilities: those of the images that are not padding, in their order."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from cnx2_jax.data.pipeline import ImageData, eval_batches
+from cnx2_jax.data.images import ImageData, eval_batches
 from cnx2_jax.evaluation import features
-from cnx2_jax.models import FCMAE, ConvNeXtV2
+from cnx2_jax.models import FCMAE, ConvNeXtV2, EncoderConfig
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import defaults, models
 from cnx2_jax.train import sharding
 
-DEPTHS, DIMS = (1, 1, 1, 1), (4, 4, 8, 12)
+ENCODER = EncoderConfig((1, 1, 1, 1), (4, 4, 8, 12), in_chans=1, patch_size=1)
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -31,12 +33,12 @@ def config():
 
 @pytest.fixture(scope="module")
 def classifier(build):
-    return build(ConvNeXtV2, DEPTHS, DIMS, num_classes=3, in_chans=1, patch_size=1)
+    return build(ConvNeXtV2, ENCODER, num_classes=3)
 
 
 @pytest.fixture(scope="module")
 def encoder(build):
-    return models.without_decoder(build(FCMAE, DEPTHS, DIMS, decoder_dim=8, in_chans=1, patch_size=1))
+    return models.without_decoder(build(FCMAE, ENCODER, decoder_dim=8))
 
 
 def batches(counts):
@@ -94,7 +96,7 @@ def test_all_batches_and_passes_compile_once(classifier, config):
 
 
 def test_bfloat16_gives_float32_vectors(build, config):
-    model = build(ConvNeXtV2, DEPTHS, DIMS, num_classes=3, in_chans=1, patch_size=1, dtype=jnp.bfloat16)
+    model = build(ConvNeXtV2, dataclasses.replace(ENCODER, dtype=jnp.bfloat16), num_classes=3)
     ((vectors, labels),) = features.features(model, config, batches([4]))
     assert (vectors.dtype, labels.dtype) == (np.float32, np.int32)
     assert np.isfinite(vectors).all()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from cnx2_jax.data.pipeline import ImageData
+from cnx2_jax.data.images import ImageData
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import neighbours
 from cnx2_jax.recipes import use_digits

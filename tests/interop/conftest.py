@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from cnx2_jax.interop.inference import InferenceModel
-from cnx2_jax.models import FCMAE, ConvNeXtV2
+from cnx2_jax.models import FCMAE, ConvNeXtV2, EncoderConfig
 
 MEAN, STD = (0.5, 0.4, 0.3, 0.6, 0.7), (0.2, 0.25, 0.3, 0.15, 0.1)
 
@@ -46,15 +46,16 @@ def network(build):
     """The function `network(kind, seed=0, **options)`: that ConvNeXtV2, weights random and GRN not zero."""
 
     def make(kind, seed=0, **options):
-        sizes = {"patch_size": kind.patch_size, "in_chans": kind.in_chans, "num_classes": kind.num_classes}
-        return build(ConvNeXtV2, (1, 1, 2, 1), (8, 16, 24, 32), seed=seed, **sizes, **options)
+        sizes = {"patch_size": kind.patch_size, "in_chans": kind.in_chans}
+        config = EncoderConfig((1, 1, 2, 1), (8, 16, 24, 32), **sizes, **options)
+        return build(ConvNeXtV2, config, num_classes=kind.num_classes, seed=seed)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def program(network):
-    """The function `program(kind=the first, **options)`: that network as it is exported."""
+def inference_model(network):
+    """The function `inference_model(kind=the first, **options)`: that network as it is exported."""
 
     def make(kind=KINDS[0], **options):
         size = (8 * kind.patch_size, 16 * kind.patch_size)
@@ -65,12 +66,12 @@ def program(network):
 
 
 @pytest.fixture(scope="session")
-def example(network, program):
+def example(network, inference_model):
     """The function `example(kind=the first)`: five images, and the network's results, normalised by NumPy."""
 
     @functools.cache
     def make(kind=KINDS[0]):
-        images = given = program(kind).some_images(5)
+        images = given = inference_model(kind).some_images(5)
         if kind.uint8:
             mean, std = np.array(MEAN[: kind.in_chans]), np.array(STD[: kind.in_chans])
             given = ((images / 255 - mean) / std).astype(np.float32)
@@ -86,7 +87,7 @@ def kind(request) -> Kind:
 
 # For what sees no values: little time and memory.
 
-SMALL = ((1, 2, 1, 1), (8, 16, 24, 40))
+SMALL = EncoderConfig((1, 2, 1, 1), (8, 16, 24, 40))
 
 
 def numbered(build) -> dict[str, np.ndarray]:
@@ -100,7 +101,7 @@ def numbered(build) -> dict[str, np.ndarray]:
 
 
 def named(kind, **options) -> dict[str, np.ndarray]:
-    return numbered(lambda: kind(*SMALL, rngs=nnx.Rngs(0), **options))
+    return numbered(lambda: kind(SMALL, rngs=nnx.Rngs(0), **options))
 
 
 @pytest.fixture(scope="session")

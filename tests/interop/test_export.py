@@ -9,7 +9,7 @@ import pytest
 
 from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.interop import export, stablehlo
-from cnx2_jax.interop.export import FORMATS, Format, Job, whole
+from cnx2_jax.interop.export import FORMATS, Format, Job
 from cnx2_jax.interop.facts import Facts
 from cnx2_jax.interop.inference import InferenceModel
 from cnx2_jax.models import create_model
@@ -18,15 +18,15 @@ FACTS = Facts(tuple(f"name {i}" for i in range(1000)), (224, 224), 0.875, (0.5,)
 
 
 @pytest.fixture
-def job(program, tmp_path):
-    return Job(tmp_path / "unused", program(), FACTS)
+def job(inference_model, tmp_path):
+    return Job(tmp_path / "unused", inference_model(), FACTS)
 
 
 def of(change):
     """A format whose results are those of StableHLO, changed."""
     return Format(
         "",
-        write=lambda path, job: stablehlo.write(path, job.program),
+        write=lambda path, job: stablehlo.write(path, job.model),
         run=lambda path, images: change(stablehlo.run(path, images)),
         writer="jax",
         runtime="jax",
@@ -50,8 +50,8 @@ def test_atto_at_224(name, build, tmp_path):
 def test_the_difference_is_told(job, tmp_path):
     result = export.export(tmp_path / "out", of(lambda x: x + 1e-5 * np.abs(x).max()), job)
     assert result["runtime"] == f"jax {jax.__version__}"
-    images = job.program.some_images(3)
-    assert result["largest"] == np.abs(job.program.reference(images)).max()
+    images = job.model.some_images(3)
+    assert result["largest"] == np.abs(job.model.reference(images)).max()
     assert result["max_difference"] == pytest.approx(1e-5 * result["largest"], rel=0.3)
 
 
@@ -85,37 +85,3 @@ def test_a_missing_package_is_named_with_the_extra():
     with pytest.raises(UserError, match=r"'no_such_package'.*'cnx2_jax\[onnx\]'"):
         export.check_writable(form)
     export.check_writable(FORMATS["stablehlo"])
-
-
-def test_whole_moves_what_was_written_and_what_lies_beside_it(tmp_path):
-    out = tmp_path / "new" / "out"
-    with whole(out) as place:
-        place.write_text("one")
-        place.with_name("out.data").write_text("two")
-        assert not out.exists()
-    assert {path.name: path.read_text() for path in out.parent.iterdir()} == {"out": "one", "out.data": "two"}
-
-
-def test_whole_leaves_nothing_after_an_error(tmp_path):
-    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "out") as place:
-        place.mkdir()
-        (place / "half").write_text("")
-        raise KeyboardInterrupt
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["out", "out.data"])
-def test_whole_overwrites_nothing(name, tmp_path):
-    with pytest.raises(UserError, match=f"{name}' exists already"), whole(tmp_path / "out") as place:
-        place.write_text("one")
-        place.with_name("out.data").write_text("two")
-        (tmp_path / name).write_text("mine")  # while it was being written
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
-
-
-def test_what_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write '.*/file/out'"), whole(tmp_path / "file" / "out"):
-        pass
-    with pytest.raises(UserError, match=r"/out': No such file"), whole(tmp_path / "out") as place:
-        (place / "nowhere").write_text("")

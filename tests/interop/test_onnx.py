@@ -11,15 +11,15 @@ from cnx2_jax.interop import onnx as ours  # noqa: E402 - it imports onnx
 CONSTANTS = {"epsilon", "one", "positions", "channels"}
 
 
-def test_results(kind, program, example, error, tmp_path):
-    ours.write(tmp_path / "file", program(kind))
+def test_results(kind, inference_model, example, error, tmp_path):
+    ours.write(tmp_path / "file", inference_model(kind))
     images, expected = example(kind)
     for batch in (1, 3, 5):
         assert error(ours.run(tmp_path / "file", images[:batch]), expected[:batch]) < 1e-5
 
 
-def test_graph(kind, program, tmp_path):
-    exported = program(kind)
+def test_graph(kind, inference_model, tmp_path):
+    exported = inference_model(kind)
     ours.write(tmp_path / "file", exported)
     model = onnx.load(tmp_path / "file")
     ((name, inputs),) = [(x.name, x.type.tensor_type) for x in model.graph.input]
@@ -42,9 +42,11 @@ def test_graph(kind, program, tmp_path):
     assert {x.domain: x.version for x in model.opset_import} == {"": 20}
 
 
-def test_large_weights_go_into_a_second_file_that_moves_along(program, example, error, tmp_path, monkeypatch):
+def test_large_weights_go_into_a_second_file_that_moves_along(
+    inference_model, example, error, tmp_path, monkeypatch
+):
     monkeypatch.setattr(ours, "LIMIT", 1000)
-    exported = program()
+    exported = inference_model()
     (tmp_path / "a").mkdir()
     ours.write(tmp_path / "a" / "file", exported)
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"file", "file.data"}

@@ -22,9 +22,9 @@ numpy.save(result, loaded.signatures["serving_default"](images=images)["logits"]
 
 
 @pytest.fixture(scope="module")
-def written(kind, program, tmp_path_factory):
+def written(kind, inference_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written") / "folder"
-    savedmodel.write(folder, program(kind))
+    savedmodel.write(folder, inference_model(kind))
     return folder
 
 
@@ -33,8 +33,8 @@ def test_results(kind, written, example, error):
     assert error(savedmodel.run(written, images), expected) < 1e-5
 
 
-def test_signature_and_variables(kind, written, program, example, error):
-    exported = program(kind)
+def test_signature_and_variables(kind, written, inference_model, example, error):
+    exported = inference_model(kind)
     loaded = tf.saved_model.load(str(written))  # a signature alone does not keep its variables alive
     signature = loaded.signatures["serving_default"]
     ((_, inputs),) = signature.structured_input_signature[1].items()
@@ -57,8 +57,8 @@ def test_signature_and_variables(kind, written, program, example, error):
         assert error(found, expected[:batch]) < 1e-5
 
 
-def test_tensorflow_alone_runs_it(program, example, error, tmp_path):
-    savedmodel.write(tmp_path / "folder", program())
+def test_tensorflow_alone_runs_it(inference_model, example, error, tmp_path):
+    savedmodel.write(tmp_path / "folder", inference_model())
     images, expected = example()
     np.save(tmp_path / "images.npy", images[:2])
     arguments = [tmp_path / name for name in ("folder", "images.npy", "result.npy")]
@@ -67,7 +67,7 @@ def test_tensorflow_alone_runs_it(program, example, error, tmp_path):
     assert error(np.load(arguments[-1]), expected[:2]) < 1e-5
 
 
-def test_what_tensorflow_cannot_write_is_an_os_error(program, tmp_path):
+def test_what_tensorflow_cannot_write_is_an_os_error(inference_model, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError):
-        savedmodel.write(tmp_path / "file" / "folder", program())
+        savedmodel.write(tmp_path / "file" / "folder", inference_model())

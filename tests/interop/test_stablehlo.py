@@ -21,14 +21,14 @@ numpy.save(result, jax.export.deserialize(file.read_bytes()).call(numpy.load(ima
 """
 
 
-def test_results(kind, program, example, error, tmp_path):
-    stablehlo.write(tmp_path / "file", program(kind))
+def test_results(kind, inference_model, example, error, tmp_path):
+    stablehlo.write(tmp_path / "file", inference_model(kind))
     images, expected = example(kind)
     assert error(stablehlo.run(tmp_path / "file", images), expected) < 1e-5
 
 
-def test_one_file_serves_every_batch_size_and_platform(program, example, error, tmp_path):
-    stablehlo.write(tmp_path / "file", program())
+def test_one_file_serves_every_batch_size_and_platform(inference_model, example, error, tmp_path):
+    stablehlo.write(tmp_path / "file", inference_model())
     images, expected = example()
     for batch in (1, 3):
         assert error(stablehlo.run(tmp_path / "file", images[:batch]), expected[:batch]) < 1e-5
@@ -40,8 +40,8 @@ def test_one_file_serves_every_batch_size_and_platform(program, example, error, 
     assert "stablehlo.case" in module and "feature_group_count = 8" in module
 
 
-def test_jax_alone_runs_it(program, example, error, tmp_path):
-    stablehlo.write(tmp_path / "file", program())
+def test_jax_alone_runs_it(inference_model, example, error, tmp_path):
+    stablehlo.write(tmp_path / "file", inference_model())
     images, expected = example()
     np.save(tmp_path / "images.npy", images[:2])
     arguments = [tmp_path / name for name in ("file", "images.npy", "result.npy")]
@@ -50,8 +50,8 @@ def test_jax_alone_runs_it(program, example, error, tmp_path):
     assert error(np.load(arguments[-1]), expected[:2]) < 1e-5
 
 
-def test_weights_too_large_for_one_file_are_refused(program, tmp_path, monkeypatch):
+def test_weights_too_large_for_one_file_are_refused(inference_model, tmp_path, monkeypatch):
     monkeypatch.setattr(stablehlo, "LIMIT", 1000)
     with pytest.raises(UserError, match="export as savedmodel or onnx"):
-        stablehlo.write(tmp_path / "file", program())
+        stablehlo.write(tmp_path / "file", inference_model())
     assert not list(tmp_path.iterdir())

@@ -9,8 +9,6 @@ import pytest
 
 from cnx2_jax.kernels import bottleneck
 from cnx2_jax.kernels.bottleneck import Weights, inverted_bottleneck
-from cnx2_jax.models.convnextv2 import Block
-from cnx2_jax.models.layouts import Dense, Masked
 
 CHANNELS, HIDDEN = 6, 10
 # Positions per sample: GRN's factor goes into the second layer's weights from as many as channels on.
@@ -137,37 +135,6 @@ def test_samples_do_not_mix():
     changed = inverted_bottleneck(x.at[1:].mul(-3), visible, weights)
     np.testing.assert_array_equal(together[0], changed[0])
     assert (together[1:] != changed[1:]).any()
-
-
-@pytest.mark.parametrize("layout", ["dense", "masked"])
-@pytest.mark.parametrize("side", [2, 4])
-def test_block_is_its_modules(side, layout, build, parameters, error):
-    """LayerNorm, Linear, GELU, GRN and Linear called one after another give what the block gives."""
-    rng = np.random.default_rng(0)
-    block = build(Block, 5, dtype=jnp.float32)
-    x = jnp.asarray(rng.standard_normal((2, side, side, 5)), jnp.float32)
-    visible = jnp.asarray(rng.random((2, side, side)) < 0.6)
-    layout = Dense() if layout == "dense" else Masked(visible)
-
-    def modules(block, x, layout):
-        y = block.pwconv1(block.norm(block.dwconv(x, layout)))
-        y = jax.nn.gelu(y, approximate=False)
-        rows = layout.rows()
-        y = block.grn(y, rows if rows is None else rows.reshape(*x.shape[:3], 1))
-        return x + block.pwconv2(y)
-
-    def scalar(block, x, function):
-        y = layout.leave(function(block, x, layout))
-        return jnp.sin(y).sum(), y
-
-    differentiate = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=2)
-    (gradients, x_gradient), y = differentiate(block, x, Block.__call__)
-    (expected, expected_x), expected_y = differentiate(block, x, modules)
-    assert error(y, expected_y) < 1e-6 and error(x_gradient, expected_x) < 1e-5
-    expected = parameters(expected)
-    assert len(expected) == 10
-    for name, gradient in parameters(gradients).items():
-        assert error(gradient[...], expected[name][...]) < 1e-5, name
 
 
 # GELU.

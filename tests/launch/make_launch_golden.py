@@ -1,24 +1,18 @@
-"""Writes tests/golden/launch anew, for a look at the difference."""
-
-import importlib
-import sys
-from pathlib import Path
+"""Rewrites tests/golden/launch; run `python -m tests.launch.make_launch_golden` in the checkout root."""
 
 import pytest
 
-FOLDER = Path(__file__).parent
+from tests.launch.test_backends import GOLDEN, golden_scripts
 
 
 def main() -> None:
-    sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1] / "experiments")]
-    test = importlib.import_module("test_backends")
     with pytest.MonkeyPatch.context() as patch:
-        scripts = test.golden_scripts(importlib.import_module, patch)
-    test.GOLDEN.mkdir(parents=True, exist_ok=True)
-    for path in test.GOLDEN.glob("*"):
+        scripts = golden_scripts(patch)
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    for path in GOLDEN.glob("*"):
         path.unlink()
     for name, text in scripts.items():
-        (test.GOLDEN / name).write_text(text)
+        (GOLDEN / name).write_text(text)
 
 
 if __name__ == "__main__":

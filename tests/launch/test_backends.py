@@ -1,9 +1,9 @@
 """The cloud and Slurm backends: golden scripts, shellcheck, and runs in which recorders stand in for tools.
 
-No cloud and no Slurm is here. The scripts are compared with those of tests/golden/launch, which shellcheck
-reads; `python tests/experiments/make_launch_golden.py` writes them anew. In the runs, gcloud, xpk, sbatch,
-srun and squeue are programs that note their words and do what the rest needs to go on: the remote scripts
-really run.
+The tests need neither a cloud nor Slurm. The scripts are compared with those in tests/golden/launch, which
+shellcheck reads; `python -m tests.launch.make_launch_golden` rewrites them. In the runs, gcloud, xpk, sbatch,
+srun and squeue are stand-ins that record their arguments and do just enough for the rest to continue: the
+remote scripts really run.
 """
 
 import json
@@ -17,6 +17,11 @@ import threading
 from pathlib import Path
 
 import pytest
+
+from cnx2_jax import cli
+from cnx2_jax.launch import job as record
+from cnx2_jax.launch import plan, tpu_vm
+from cnx2_jax.launch.backends import BACKENDS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
 SECRET = "hunter2 'and' \"quotes\" $HOME \\"
@@ -43,15 +48,14 @@ OPTIONS = {
 INNER = {"tpu_vm": "run_script", "slurm": "batch_script"}
 
 
-def golden_scripts(load, monkeypatch):
-    """Every script that is stored, by file name."""
+def golden_scripts(monkeypatch):
+    """Returns every script that is stored, by file name."""
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr("sys.executable", "/venv/bin/python")
-    plan, record = load("backends.plan"), load("backends.record")
     scripts = {}
     for name, options in OPTIONS.items():
-        backend = load(f"backends.{name}")
+        backend = BACKENDS[name.replace("_", "-")]
         if hasattr(backend, "SETUP"):
             options = {**options, "setup": backend.SETUP}
         job = record.Job(
@@ -78,8 +82,8 @@ def golden_scripts(load, monkeypatch):
     return scripts
 
 
-def test_golden_scripts(load, monkeypatch):
-    scripts = golden_scripts(load, monkeypatch)
+def test_golden_scripts(monkeypatch):
+    scripts = golden_scripts(monkeypatch)
     assert scripts.keys() == {path.name for path in GOLDEN.glob("*")}
     for name, text in scripts.items():
         assert text == (GOLDEN / name).read_text(), name
@@ -95,10 +99,10 @@ def test_shellcheck_finds_nothing(path):
 
 
 @pytest.fixture
-def job(load, repository, monkeypatch, capsys, tmp_path):
-    """The function `job(backend, verb, *words)`, its status and output.
+def job(repository, monkeypatch, capsys, tmp_path):
+    """The function `job(backend, action, *options)` that returns the status and output of `cnx2 launch`.
 
-    The command notes a secret, and all command lines that it sees.
+    The command records a secret, and all command lines that it sees.
     """
     command = (
         'echo "$1 $TOKEN" >>"$2/said"; cat /proc/[0-9]*/cmdline >>"$2/lines" 2>/dev/null;'
@@ -107,12 +111,12 @@ def job(load, repository, monkeypatch, capsys, tmp_path):
     root = repository(greet_sh=command)
     monkeypatch.chdir(root)
     monkeypatch.setenv("TOKEN", SECRET)
-    launch = load("launch")
 
-    def call(backend, verb, *words):
-        run = ["--env", "TOKEN", "--backoff", "0.01", *words] if verb == "run" else words
-        command = ["--", "bash", "greet.sh", "hello there", str(tmp_path)] if verb == "run" else []
-        status = launch.main([backend, verb, "--name", "job", *run, *command])
+    def call(backend, action, *options):
+        if action == "run":
+            options = ["--env", "TOKEN", "--backoff", "0.01", *options]
+        command = ["--", "bash", "greet.sh", "hello there", str(tmp_path)] if action == "run" else []
+        status = cli.main(["launch", backend, action, "--name", "job", *options, *command])
         return status, *capsys.readouterr()
 
     call.folder = root / "runs" / "launch" / "job"
@@ -246,7 +250,7 @@ def test_a_host_that_fails_shows_its_output_and_is_retried(job, cloud, tmp_path)
     assert len((tmp_path / "said").read_text().splitlines()) == 2
 
 
-def test_clearing_a_host_ends_what_holds_its_lock(job, load, cloud, wait_for, tmp_path):
+def test_clearing_a_host_ends_what_holds_its_lock(job, cloud, wait_for, tmp_path):
     assert job("tpu-vm", "run", *TPU)[0] == 0
     host = cloud / "host"
     (host / "cnx2" / "job" / "source" / "long.sh").write_text('echo $$ >"$HOME/pid"; exec tail -f /dev/null')
@@ -255,8 +259,8 @@ def test_clearing_a_host_ends_what_holds_its_lock(job, load, cloud, wait_for, tm
         ["bash", "-c", run], cwd=host / "cnx2" / "job", env={**os.environ, "HOME": str(host)}
     )
     wait_for(lambda: (host / "pid").exists() and (host / "pid").read_text())
-    found = load("backends.record").read(job.folder)
-    subprocess.run(["bash", "-c", load("backends.tpu_vm").clear(found)[0]], check=True)
+    found = record.read(job.folder)
+    subprocess.run(["bash", "-c", tpu_vm.clear(found)[0]], check=True)
     assert running.wait(timeout=30) == -15
 
 
@@ -285,7 +289,7 @@ def test_slurm_submits_a_job_that_retries(job, recorder, tmp_path):
 
 
 @pytest.mark.parametrize(("status", "runs"), [(0, 1), (2, 1), (5, 3)])
-def test_a_slurm_job_ends_as_its_command_does(load, job, recorder, status, runs):
+def test_a_slurm_job_ends_as_its_command_does(job, recorder, status, runs):
     recorder("squeue")
     recorder("sbatch")
     assert job("slurm", "run", *SLURM, "--retries", "2")[0] == 0
@@ -340,4 +344,4 @@ def test_a_tool_that_is_not_there_is_named(job, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.executable", str(folder / "python"))
     status, out, err = job("xpk", "run", *XPK)
     assert status == 2 and out == ""
-    assert err.splitlines()[-1] == "launch: error: cannot run 'xpk': No such file or directory"
+    assert err.splitlines()[-1] == "cnx2: error: cannot run 'xpk': No such file or directory"

@@ -1,4 +1,4 @@
-"""launch.py's local backend: real processes, real signals, a real git repository."""
+"""The local backend of `cnx2 launch`: real processes, real signals, a real git repository."""
 
 import json
 import os
@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-# A stand-in for `cnx2 train`: counts to 40 in a file of its own, and goes on from there when it starts again.
+from cnx2_jax import cli
+from cnx2_jax.launch import pid_files
+from cnx2_jax.launch.plan import delays
+
+# A stand-in for `cnx2 train`: counts to 40 in a file and, when started again, resumes from the count there.
 COUNT = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 
 folder, flags = Path(sys.argv[1]), sys.argv[2:]
@@ -22,12 +26,14 @@ begin = int(file.read_text()) if file.exists() else 0
 print("from", begin, *flags, flush=True)
 for count in range(begin, 40):
     file.write_text(str(count + 1))
-    time.sleep(0.05)
+    time.sleep(float(os.environ.get("PAUSE", 0.05)))
     if stopped:
         print("stopped", flush=True)
         sys.exit(0)
 print("done", flush=True)
 """
+# 40 counts then take long enough for other commands to start on a busy machine.
+SLOWLY = {"PAUSE": "0.5"}
 DEAF = """
 import os, signal, sys, time
 from pathlib import Path
@@ -39,12 +45,12 @@ time.sleep(600)
 
 
 @pytest.fixture
-def launch(repository, script):
-    """The function `launch(verb, *words)`, from a repository with count.py and deaf.py, and its root."""
+def launch(repository, start_launch):
+    """The function `launch(action, *arguments)` in a repository with count.py and deaf.py, and its root."""
     root = repository(count_py=COUNT, deaf_py=DEAF)
 
-    def start(*words, **options):
-        return script("launch.py", "local", *words, cwd=root, **options)
+    def start(*arguments, **options):
+        return start_launch("local", *arguments, cwd=root, **options)
 
     start.root = root
     start.record = root / "runs" / "launch"
@@ -58,7 +64,7 @@ def finish(process, status=0):
 
 
 def one_line(process, *said):
-    """A user's mistake: status 2, one line, and nothing is written."""
+    """Asserts that a process ends as after a user's mistake: status 2, one line, and nothing on stdout."""
     out, err = finish(process, 2)
     assert out == "" and len(err.splitlines()) == 1, err
     for text in said:
@@ -139,14 +145,14 @@ def test_failures_are_retried_unless_they_are_the_users(launch, status, attempts
     one_line(launch("run", "--name", "failing", "--", "false"), "is of another command (local: true)")
 
 
-def test_delays_double_up_to_a_limit(load):
-    assert load("backends.plan").delays(8, 10) == [10, 20, 40, 80, 160, 320, 600, 600]
-    assert load("backends.plan").delays(0, 10) == []
+def test_delays_double_up_to_a_limit():
+    assert delays(8, 10) == [10, 20, 40, 80, 160, 320, 600, 600]
+    assert delays(0, 10) == []
 
 
 def test_a_running_job_is_refused_and_stop_ends_it(launch, tmp_path, wait_for):
     words = ("run", "--name", "long", "--", "python", "count.py", tmp_path)
-    running = launch(*words)
+    running = launch(*words, env={**os.environ, **SLOWLY})
     wait_for((tmp_path / "count0").exists)
     one_line(launch(*words), "'long' runs already")
     status = json.loads(finish(launch("status", "--name", "long"))[0])
@@ -162,7 +168,7 @@ def test_a_running_job_is_refused_and_stop_ends_it(launch, tmp_path, wait_for):
 
 def test_workers_whose_launcher_was_killed_are_found_and_stopped(launch, tmp_path, wait_for):
     words = ("run", "--name", "orphan", "--", "python", "count.py", tmp_path)
-    running = launch(*words)
+    running = launch(*words, env={**os.environ, **SLOWLY})
     wait_for((tmp_path / "count0").exists)
     running.kill()
     running.communicate()
@@ -190,10 +196,9 @@ def test_what_no_commit_holds_is_refused(launch):
     assert not launch.record.exists()
 
 
-def test_outside_a_repository(script, tmp_path):
+def test_outside_a_repository(start_launch, tmp_path):
     one_line(
-        script("launch.py", "local", "run", "--name", "x", "--", "true", cwd=tmp_path),
-        "not in a git repository",
+        start_launch("local", "run", "--name", "x", "--", "true", cwd=tmp_path), "not in a git repository"
     )
 
 
@@ -216,9 +221,9 @@ def test_outside_a_repository(script, tmp_path):
         (["restart", "--name", "x"], "invalid choice: 'restart'"),
     ],
 )
-def test_bad_arguments(load, repository, monkeypatch, capsys, words, said):
+def test_bad_arguments(repository, monkeypatch, capsys, words, said):
     monkeypatch.chdir(repository())
-    assert load("launch").main(["local", *words]) == 2
+    assert cli.main(["launch", "local", *words]) == 2
     out, err = capsys.readouterr()
     assert out == "" and said in err and len(err.splitlines()) == 1
     assert not Path("runs").exists()
@@ -226,28 +231,29 @@ def test_bad_arguments(load, repository, monkeypatch, capsys, words, said):
 
 def test_a_program_that_is_not_there_is_named(launch):
     _, err = finish(launch("run", "--name", "x", "--", "no-such-program"), 2)
-    assert err.splitlines()[-1] == "launch: error: cannot run 'no-such-program': No such file or directory"
+    assert err.splitlines()[-1] == "cnx2: error: cannot run 'no-such-program': No such file or directory"
     assert json.loads(finish(launch("status", "--name", "x"))[0])["state"] == "failed"
 
 
-def test_a_secret_is_not_repeated_by_an_error(load, repository, monkeypatch, capsys):
+def test_a_secret_is_not_repeated_by_an_error(repository, monkeypatch, capsys):
     monkeypatch.chdir(repository())
-    assert load("launch").main(["local", "run", "--name", "x", "--env", "TOKEN=hunter2", "--", "true"]) == 2
+    arguments = ["local", "run", "--name", "x", "--env", "TOKEN=hunter2", "--", "true"]
+    assert cli.main(["launch", *arguments]) == 2
     assert "hunter2" not in capsys.readouterr().err
 
 
-def test_a_number_left_by_an_ended_process_is_nobodys(load, tmp_path):
-    processes, path = load("backends.processes"), tmp_path / "pid"
+def test_the_id_of_an_ended_process_is_ignored(tmp_path):
+    path = tmp_path / "pid"
     path.write_text("1")
-    assert processes.holder(path) is None
-    descriptor = processes.claim(path)
-    assert processes.holder(path) is None  # claimed, and not yet signed
-    processes.sign(descriptor, 4321)
-    assert processes.holder(path) == 4321
+    assert pid_files.holder(path) is None
+    descriptor = pid_files.claim(path)
+    assert pid_files.holder(path) is None  # claimed, and not yet signed
+    pid_files.sign(descriptor, 4321)
+    assert pid_files.holder(path) == 4321
     with pytest.raises(BlockingIOError):
-        processes.claim(path)
+        pid_files.claim(path)
     os.close(descriptor)
-    assert processes.holder(path) is None
+    assert pid_files.holder(path) is None
 
 
 def test_a_training_run_whose_worker_is_killed_goes_on_from_its_checkpoint(launch, tmp_path, wait_for):

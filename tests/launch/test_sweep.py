@@ -1,15 +1,22 @@
-"""sweep.py: real runs of digits, one of them killed; its plans; results of made-up runs."""
+"""`cnx2 sweep`: real runs of digits, one of them killed; its commands; results of made-up runs."""
 
+import argparse
 import csv
 import itertools
 import json
 import os
 import shlex
 import signal
+import sys
 import threading
 
 import pytest
 from PIL import Image
+
+from cnx2_jax import cli
+from cnx2_jax.commands import launch
+from cnx2_jax.errors import RunError
+from cnx2_jax.launch import job, runs
 
 CONFIG = """
 from cnx2_jax.tasks import defaults
@@ -62,12 +69,12 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def sweep(load, config, tmp_path, capfd):
-    """The function `sweep(*words)`: status, output and errors of a sweep into `tmp_path/out`."""
-    main = load("sweep").main
+def sweep(config, tmp_path, capfd):
+    """The function `sweep(name, *arguments)` that returns the status, output and errors of `cnx2 sweep`."""
 
-    def call(name, *words):
-        status = main(["--config", str(config), "--sweep", name, "--out", str(tmp_path / "out"), *words])
+    def call(name, *arguments):
+        where = ["--config", str(config), "--sweep", name, "--out", str(tmp_path / "out")]
+        status = cli.main(["sweep", *where, *arguments])
         return status, *capfd.readouterr()
 
     return call
@@ -87,7 +94,7 @@ def test_a_sweep_leaves_out_what_is_finished_and_goes_on_with_what_broke_off(swe
     status, _, err = sweep("erasing", "--workers", "2")
     killer.join()
     assert status == 1
-    assert err.splitlines()[-1].startswith(f"sweep: stopped: 1 of 3 runs broke off ({killed.name})")
+    assert err.splitlines()[-1].startswith(f"cnx2: stopped: 1 of 3 runs broke off ({killed.name})")
     assert not (killed / "result.json").exists()
     before = [(folder / "metrics.jsonl").stat().st_mtime_ns for folder in others]
 
@@ -125,17 +132,19 @@ def test_dry_run_prints_commands_and_makes_nothing(sweep, config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_through_launch(sweep, load, tmp_path):
+def test_through_launch(sweep, tmp_path):
     status, out, _ = sweep("lr", "--dry-run", "--", "slurm", "--nodes", "4", "--time", "1:00:00")
     assert status == 0
     commands = [shlex.split(line) for line in out.splitlines()[1::2]]
     names = set()
     for words, name in zip(commands, NAMES, strict=True):
         split = words.index("--")
-        assert words[1].endswith("experiments/launch.py") and words[2:4] == ["slurm", "run"]
+        assert words[:6] == [sys.executable, "-m", "cnx2_jax.cli", "launch", "slurm", "run"]
         assert words[split + 1 :][:2] == ["cnx2", "train"] and words[-1].endswith(name)
-        args = load("launch")._parser().parse_args(words[2:split])
-        load("backends.record").check_name(args.name)
+        parser = argparse.ArgumentParser()
+        launch.add_arguments(parser)
+        args = parser.parse_args(words[4:split])
+        job.check_name(args.name)
         names.add(args.name)
         assert (args.nodes, args.record) == (4, tmp_path / "out" / "launch")
     assert len(names) == 3
@@ -241,16 +250,16 @@ def test_an_unknown_metric_is_named(sweep, made_up):
     assert not (made_up / "results.json").exists()
 
 
-def test_no_more_runs_at_a_time_than_workers(load, tmp_path):
+def test_no_more_runs_at_a_time_than_workers(tmp_path):
     words = ["bash", "-c", f"echo 1 >>{tmp_path}/steps; sleep 0.3; echo -1 >>{tmp_path}/steps; exit $0"]
     commands = {f"run{index}": [*words, str(index)] for index in range(5)}
-    statuses = load("runs").run_all(commands, tmp_path, 2, os.environ)
+    statuses = runs.run_all(commands, tmp_path, 2)
     assert statuses == {f"run{index}": index for index in range(5)}
     running = list(itertools.accumulate(map(int, (tmp_path / "steps").read_text().split())))
     assert max(running) == 2 and running[-1] == 0
 
 
-def test_a_sweep_that_is_stopped_stops_its_runs(load, tmp_path, wait_for):
+def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, wait_for):
     words = ["bash", "-c", "trap 'echo saved >$0; exit' TERM; touch $0; while :; do sleep 0.1; done"]
     commands = {name: [*words, str(tmp_path / name)] for name in ("a", "b", "c")}
 
@@ -260,8 +269,8 @@ def test_a_sweep_that_is_stopped_stops_its_runs(load, tmp_path, wait_for):
 
     stopper = threading.Thread(target=stop)
     stopper.start()
-    with pytest.raises(load("cnx2_jax.errors").RunError, match="the same command goes on"):
-        load("runs").run_all(commands, tmp_path, 2, os.environ)
+    with pytest.raises(RunError, match="the same command resumes"):
+        runs.run_all(commands, tmp_path, 2)
     stopper.join()
     assert [(tmp_path / name).read_text() for name in ("a", "b")] == ["saved\n"] * 2
     assert not (tmp_path / "c").exists()

@@ -1,5 +1,6 @@
 """The encoder and classifier: shapes, options, stochastic depth, dtypes, initial weights, errors."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,9 +11,9 @@ import pytest
 from flax import nnx
 
 from cnx2_jax.errors import UserError
-from cnx2_jax.models import ConvNeXtV2, Encoder
+from cnx2_jax.models import ConvNeXtV2, Encoder, EncoderConfig
 from cnx2_jax.models.convnextv2 import Block
-from cnx2_jax.models.layouts import Dense
+from cnx2_jax.models.layouts import Dense, Gathered, Masked
 
 DEPTHS, DIMS = (1, 1, 2, 1), (4, 6, 8, 10)
 
@@ -21,9 +22,10 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def shapes(images, **options):
-    """Shapes of the logits and of the stage maps, without computing them."""
-    model = nnx.eval_shape(lambda: ConvNeXtV2(DEPTHS, DIMS, rngs=nnx.Rngs(0), **options))
+def shapes(images, num_classes=1000, **options):
+    """Returns the shapes of the logits and of the stage maps, without computing them."""
+    config = EncoderConfig(DEPTHS, DIMS, **options)
+    model = nnx.eval_shape(lambda: ConvNeXtV2(config, num_classes=num_classes, rngs=nnx.Rngs(0)))
     both = jax.eval_shape(lambda m, x: (m(x), m.features(x)), model, images)
     return both[0].shape, [m.shape for m in both[1]]
 
@@ -47,8 +49,8 @@ def test_channels_of_the_images(channels):
 def test_logits_follow_from_the_last_map(build, error):
     """Mean over positions, LayerNorm, head; with no classes, the same without the head."""
     images = normal(2, 16, 24, 3)
-    options = {"patch_size": 1, "num_classes": 7}
-    model = build(ConvNeXtV2, DEPTHS, DIMS, **options)
+    config = EncoderConfig(DEPTHS, DIMS, patch_size=1)
+    model = build(ConvNeXtV2, config, num_classes=7)
     apply = jax.jit(lambda m, x: (m(x), m.pooled(x), m.features(x)[-1]))
     logits, vectors, last = apply(model, images)
     pooled = np.asarray(last, np.float64).mean(axis=(1, 2))
@@ -59,9 +61,7 @@ def test_logits_follow_from_the_last_map(build, error):
     expected = pooled @ np.asarray(model.head.kernel[...]) + np.asarray(model.head.bias[...])
     assert error(logits, expected) < 1e-5
 
-    headless = nnx.eval_shape(
-        lambda: ConvNeXtV2(DEPTHS, DIMS, rngs=nnx.Rngs(0), **(options | {"num_classes": 0}))
-    )
+    headless = nnx.eval_shape(lambda: ConvNeXtV2(config, num_classes=0, rngs=nnx.Rngs(0)))
     assert not hasattr(headless, "head")
     nnx.update(headless, {k: v for k, v in nnx.state(model).items() if k != "head"})
     assert error(jax.jit(lambda m, x: m(x))(headless, images), pooled) < 1e-5
@@ -85,6 +85,50 @@ def test_block_is_the_formula(build, error):
     assert error(block(x, Dense())[0, 0, 0], expected) < 1e-6
 
 
+LAYOUTS = {
+    "dense": lambda masked: Dense(),
+    "masked": lambda masked: Masked.from_mask(masked, 2),
+    "gathered": lambda masked: Gathered.from_mask(masked, 3, 2),
+}
+BOUNDS = {"float32": (1e-6, 1e-5), "float64": (1e-13, 1e-11)}  # of the output, of gradients
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("dim", [5, 16])  # fewer and more channels than a sample has positions
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_block_equals_its_readable_form(layout, dim, dtype, build, parameters, error):
+    """The fused kernel and the layers of figure 5 give the same output and the same gradients."""
+    with jax.enable_x64(dtype == "float64"):
+        rng = np.random.default_rng(0)
+        block = build(Block, dim, dtype=jnp.dtype(dtype), fill_dtype=np.dtype(dtype))
+        masked = jnp.asarray([[[True, False], [False, False]], [[False, False], [True, False]]])
+        held = LAYOUTS[layout](masked)
+        x = held.enter(jnp.asarray(rng.standard_normal((2, 4, 4, dim)), dtype), 1)
+        factor = jnp.asarray([1.25, 0.8], dtype)
+
+        def scalar(block, x, factor, form):
+            y = held.leave(form(block, x, held, factor))
+            return jnp.sin(y).sum(), y
+
+        differentiate = jax.jit(jax.grad(scalar, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+        (gradients, *others), y = differentiate(block, x, factor, Block.__call__)
+        (expected, *expected_others), expected_y = differentiate(block, x, factor, Block.reference)
+        bound, gradient_bound = BOUNDS[dtype]
+        assert y.dtype == dtype and error(y, expected_y) < bound
+        for a, b in zip(others, expected_others, strict=True):
+            assert error(a, b) < gradient_bound
+        expected = parameters(expected)
+        assert len(expected) == 10
+        for name, gradient in parameters(gradients).items():
+            assert error(gradient[...], expected[name][...]) < gradient_bound, name
+
+
+def test_block_without_a_factor(build, error):
+    block, x = build(Block, 5, dtype=jnp.float32), normal(2, 4, 6, 5)
+    assert error(block(x, Dense()), block.reference(x, Dense())) < 1e-6
+    np.testing.assert_array_equal(block(x, Dense()), block(x, Dense(), jnp.ones(2)))
+
+
 def test_gelu_is_exact(build):
     """The tanh form differs by up to 5e-4: far more than float32 rounding."""
     block = build(Block, 1, dtype=jnp.float32)
@@ -103,8 +147,8 @@ def test_gelu_is_exact(build):
 
 
 def test_drop_rates_grow_linearly_over_depth():
-    model = nnx.eval_shape(lambda: Encoder((2, 1, 3, 2), DIMS, drop_path=0.35, rngs=nnx.Rngs(0)))
-    assert model.drop_rates == pytest.approx([0.05 * i for i in range(8)])
+    config = EncoderConfig((2, 1, 3, 2), DIMS, drop_path=0.35)
+    assert config.drop_rates == pytest.approx([0.05 * i for i in range(8)])
 
 
 def test_factor_multiplies_the_branch_of_its_sample(build, error):
@@ -125,7 +169,7 @@ def test_stochastic_depth_in_the_network(build):
     independent; the first block's rate is 0. Without keys nothing is dropped. The candidates are put
     together from the blocks, one after another.
     """
-    model = build(Encoder, DEPTHS, DIMS, patch_size=1, drop_path=0.6)
+    model = build(Encoder, EncoderConfig(DEPTHS, DIMS, patch_size=1, drop_path=0.6))
     rates = (0, 0.15, 0.3, 0.45, 0.6)
     samples = 2048
     one = normal(1, 8, 8, 3)
@@ -162,7 +206,7 @@ def test_stochastic_depth_in_the_network(build):
 
 def test_initial_weights(parameters):
     """Kernels: truncated normal 0.02; biases and GRN 0; LayerNorm 1 and 0. The blocks start alike."""
-    model = ConvNeXtV2((1, 1, 1, 1), (32, 32, 32, 32), num_classes=50, rngs=nnx.Rngs(0))
+    model = ConvNeXtV2(EncoderConfig((1,) * 4, (32,) * 4), num_classes=50, rngs=nnx.Rngs(0))
     seen = []
     for name, variable in parameters(model).items():
         value = np.asarray(variable[...], np.float64)
@@ -181,8 +225,9 @@ def test_initial_weights(parameters):
 
 def test_head_init_scale():
     def head(scale):
-        options = {"num_classes": 5, "head_init_scale": scale, "patch_size": 1}
-        make = lambda: ConvNeXtV2((1,) * 4, (2,) * 4, rngs=nnx.Rngs(3), **options)  # noqa: E731
+        config = EncoderConfig((1,) * 4, (2,) * 4, patch_size=1)
+        options = {"num_classes": 5, "head_init_scale": scale}
+        make = lambda: ConvNeXtV2(config, rngs=nnx.Rngs(3), **options)  # noqa: E731
         return jax.jit(lambda: make().head.kernel[...])()
 
     np.testing.assert_allclose(head(0.001), 0.001 * head(1.0), rtol=1e-6)
@@ -194,9 +239,9 @@ def test_head_init_scale():
 
 def test_bfloat16_tracks_float32(build, parameters, error):
     images = normal(2, 32, 32, 3)
-    options = {"patch_size": 2, "num_classes": 7}
-    narrow = build(ConvNeXtV2, DEPTHS, (16, 24, 32, 40), dtype=jnp.bfloat16, **options)
-    wide = build(ConvNeXtV2, DEPTHS, (16, 24, 32, 40), **options)
+    config = EncoderConfig(DEPTHS, (16, 24, 32, 40), patch_size=2)
+    narrow = build(ConvNeXtV2, dataclasses.replace(config, dtype=jnp.bfloat16), num_classes=7)
+    wide = build(ConvNeXtV2, config, num_classes=7)
     assert {v.dtype for v in parameters(narrow).values()} == {jnp.dtype("float32")}
     apply = jax.jit(lambda m, x: (m(x), m.features(x)))
     logits, maps = apply(narrow, images)
@@ -241,4 +286,16 @@ def test_channels_must_match():
 def test_impossible_options(options, message):
     arguments = {"depths": DEPTHS, "dims": DIMS} | options
     with pytest.raises(UserError, match=message):
-        nnx.eval_shape(lambda: Encoder(**arguments, rngs=nnx.Rngs(0)))
+        EncoderConfig(**arguments)
+
+
+def test_the_encoder_keeps_its_options():
+    """They are hashable, so two models with equal options have equal graphs: one compilation serves both."""
+    config = EncoderConfig(DEPTHS, DIMS, patch_size=2, drop_path=0.1)
+    same = EncoderConfig(DEPTHS, DIMS, patch_size=2, drop_path=0.1)
+    other = dataclasses.replace(config, drop_path=0.2)
+    models = [nnx.eval_shape(lambda c=c: Encoder(c, rngs=nnx.Rngs(0))) for c in (config, same, other)]
+    assert models[0].config is config and models[0].stride == 16
+    graphs = [nnx.graphdef(model) for model in models]
+    assert graphs[0] == graphs[1] and hash(graphs[0]) == hash(graphs[1])
+    assert graphs[0] != graphs[2]

@@ -1,5 +1,7 @@
 """FCMAE: masks, what the encoder may see, the target, the loss, pasting, and one golden step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,12 @@ import pytest
 from flax import nnx
 
 from cnx2_jax.errors import UserError
-from cnx2_jax.models import FCMAE
+from cnx2_jax.models import FCMAE, EncoderConfig
 from cnx2_jax.models.fcmae import LAYOUTS, paste, patch_statistics, random_mask, visible_count
 from cnx2_jax.models.layouts import Dense
 
-DEPTHS, DIMS = (1, 1, 1, 1), (4, 6, 8, 10)
-SMALL = {"patch_size": 1, "decoder_dim": 12}  # total stride 8
+ENCODER = EncoderConfig((1, 1, 1, 1), (4, 6, 8, 10), patch_size=1)  # total stride 8
+SMALL = {"decoder_dim": 12}
 
 
 def keys(count, seed=0):
@@ -23,9 +25,10 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def abstract(**options):
-    """A model with no weights, enough to draw masks and to see errors."""
-    return nnx.eval_shape(lambda: FCMAE(DEPTHS, DIMS, rngs=nnx.Rngs(0), **(SMALL | options)))
+def abstract(patch_size=1, **options):
+    """Returns a model without weights, which can draw masks and raise errors."""
+    config = dataclasses.replace(ENCODER, patch_size=patch_size)
+    return nnx.eval_shape(lambda: FCMAE(config, rngs=nnx.Rngs(0), **(SMALL | options)))
 
 
 # What the encoder may see.
@@ -51,7 +54,7 @@ def jitted():
 @pytest.fixture(scope="module", params=LAYOUTS)
 def example(request, build):
     """A model, two images of 2x3 patches, masks that hide four of the six, and the hidden pixels."""
-    model, images = build(FCMAE, DEPTHS, DIMS, layout=request.param, **SMALL), normal(2, 16, 24, 3)
+    model, images = build(FCMAE, ENCODER, layout=request.param, **SMALL), normal(2, 16, 24, 3)
     masked = model.mask(keys(2), 16, 24)
     hidden = np.kron(np.asarray(masked), np.ones((8, 8))) > 0
     assert hidden.mean() == pytest.approx(4 / 6)
@@ -110,6 +113,7 @@ def test_decoder(example, jitted, error):
         (10, 0.9, 1),
         (10, 0.7, 3),
         (20, 0.8, 4),
+        (25, 0.8, 5),
         (49, 0.75, 12),
         (7, 0.0, 7),
         (3, 0.5, 1),
@@ -118,6 +122,17 @@ def test_decoder(example, jitted, error):
 )
 def test_visible_count(cells, ratio, visible):
     assert visible_count(cells, ratio) == visible
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.6, 0.7, 0.75])
+def test_visible_count_is_the_official_one_at_usual_ratios(ratio):
+    assert all(visible_count(cells, ratio) == int(cells * (1 - ratio)) for cells in range(1, 5000))
+
+
+def test_visible_count_makes_up_for_rounding():
+    """The official code has 4 of 25 patches visible at ratio 0.8, and none of 5, by a rounding error."""
+    assert (int(25 * (1 - 0.8)), int(5 * (1 - 0.8))) == (4, 0)
+    assert (visible_count(25, 0.8), visible_count(5, 0.8)) == (5, 1)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +212,7 @@ def literal_target(image, patch):
 @pytest.mark.parametrize("channels", [3, 5])
 def test_loss_is_the_literal_one(channels, build, error):
     """Mean squared error over the masked patches of each sample, against loops."""
-    model = build(FCMAE, DEPTHS, DIMS, in_chans=channels, **SMALL)
+    model = build(FCMAE, dataclasses.replace(ENCODER, in_chans=channels), **SMALL)
     images = normal(2, 16, 24, channels) * jnp.arange(1, 25)[:, None] / 9 + 2
     images = images.at[0, :8, :8].set(0.3)  # a flat patch: only the epsilon keeps it finite
     images = images.at[1, 8:, :8].mul(1e-3)
@@ -311,7 +326,7 @@ GOLDEN_NORMS = {
 
 def test_golden_step(build, parameters):
     """Keys, masks, loss and gradient norms of one step, with the masks that the keys give."""
-    model = build(FCMAE, DEPTHS, DIMS, seed=11, **SMALL)
+    model = build(FCMAE, ENCODER, seed=11, **SMALL)
     images = normal(2, 16, 24, 3, seed=12)
 
     def mean_loss(model):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from cnx2_jax.errors import UserError
 from cnx2_jax.kernels import depthwise
-from cnx2_jax.models import FCMAE, create_model
+from cnx2_jax.models import FCMAE, EncoderConfig, create_model
 from cnx2_jax.models.fcmae import LAYOUTS
 from cnx2_jax.models.layouts import Gathered, Masked
 
@@ -51,15 +51,13 @@ def differentiate(build, case, layout, dtype=jnp.float32):
     wide = np.float64 if dtype == jnp.float64 else np.float32
     model = build(
         FCMAE,
-        case.depths,
-        (4, 6, 8, 10),
-        patch_size=case.patch_size,
+        EncoderConfig(
+            case.depths, (4, 6, 8, 10), patch_size=case.patch_size, drop_path=case.drop_path, dtype=dtype
+        ),
         mask_patch=case.mask_patch,
         mask_ratio=case.ratio,
-        drop_path=case.drop_path,
         decoder_dim=12,
         layout=layout,
-        dtype=dtype,
         fill_dtype=wide,
     )
     rng = np.random.default_rng(1)
@@ -156,11 +154,10 @@ def test_bfloat16_tracks_float32(masked_everywhere, build, parameters):
 def test_gathered_takes_less_memory_and_arithmetic():
     """Of the loss's gradient with a quarter visible: 0.4 and 0.3 of what Masked takes, as compiled here."""
     costs = {}
+    config = EncoderConfig((1, 1, 2, 1), (16, 32, 64, 128), patch_size=2)
     for layout in LAYOUTS:
-        options = {"patch_size": 2, "decoder_dim": 16, "mask_ratio": 0.75, "layout": layout}
-        model = nnx.eval_shape(
-            lambda options=options: FCMAE((1, 1, 2, 1), (16, 32, 64, 128), rngs=nnx.Rngs(0), **options)
-        )
+        options = {"decoder_dim": 16, "mask_ratio": 0.75, "layout": layout}
+        model = nnx.eval_shape(lambda options=options: FCMAE(config, rngs=nnx.Rngs(0), **options))
         images, keys = (
             jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32),
             jax.random.split(jax.random.key(0), 2),
@@ -173,23 +170,50 @@ def test_gathered_takes_less_memory_and_arithmetic():
     assert 0 < memory < 0.5 and 0 < arithmetic < 0.4
 
 
+def small_fcmae(build, layout):
+    """Returns a model that hides half of the squares of 16 x 16 pixels, two strides wide."""
+    config = EncoderConfig((1, 1, 1, 1), (4, 6, 8, 10), patch_size=1)
+    return build(FCMAE, config, mask_patch=16, mask_ratio=0.5, decoder_dim=4, layout=layout)
+
+
 ODD_MASKS = {
     "another count": [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
     "no whole squares": [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]],
 }
 
 
+@pytest.mark.parametrize("inside", ["eager", "jit", "grad"])
+def test_fixed_mask_in_a_jitted_function(inside, build):
+    """A mask that is a constant of the traced function is checked too, and gives what drawn masks give."""
+    model = small_fcmae(build, "gathered")
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32, 32, 3)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 1)
+    masked = model.mask(keys, 32, 32)
+    wrong = jnp.asarray([ODD_MASKS["another count"]], bool)
+
+    def loss(images, masked):
+        return model(images, keys, masked).loss.sum()
+
+    run = {
+        "eager": lambda masked: loss(images, masked),
+        "jit": lambda masked: jax.jit(lambda images: loss(images, masked))(images),
+        "grad": lambda masked: jax.jit(jax.value_and_grad(lambda images: loss(images, masked)))(images)[0],
+    }[inside]
+    np.testing.assert_allclose(run(masked), model(images, keys).loss.sum(), rtol=1e-6)
+    with pytest.raises(UserError, match="leave 2 of 4 squares of 16 pixels visible"):
+        run(wrong)
+
+
 @pytest.mark.parametrize("name", ODD_MASKS)
 def test_masks_from_elsewhere(name, build):
-    """`gathered` refuses what it has no room for; `auto` and `masked` let nothing hidden through."""
+    """`gathered` refuses masks it has no room for; `auto` and `masked` let nothing hidden through."""
     masked = jnp.asarray([ODD_MASKS[name]], bool)
     hidden = np.kron(np.asarray(masked), np.ones((8, 8))) > 0
     images = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32, 32, 3)), jnp.float32)
     keys = jax.random.split(jax.random.key(0), 1)
     sums = {}
     for layout in ("masked", "auto", "gathered"):
-        options = {"patch_size": 1, "mask_patch": 16, "mask_ratio": 0.5, "decoder_dim": 4, "layout": layout}
-        model = build(FCMAE, (1, 1, 1, 1), (4, 6, 8, 10), **options)
+        model = small_fcmae(build, layout)
         if layout == "gathered":
             with pytest.raises(UserError, match="leave 2 of 4 squares of 16 pixels visible"):
                 model(images, keys, masked)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnx2_jax.models import Encoder
+from cnx2_jax.models import Encoder, EncoderConfig
 from cnx2_jax.models.convnextv2 import Block
 from cnx2_jax.models.layouts import (
     MIN_WINDOW,
@@ -83,7 +83,7 @@ NOTHING = jnp.zeros((2, 2, 3), bool)
 
 @pytest.mark.parametrize("kind", [Masked, Gathered])
 def test_encoder_with_nothing_hidden_is_dense(kind, build, error):
-    encoder = build(Encoder, (1, 1, 2, 1), (4, 6, 8, 10), patch_size=1)
+    encoder = build(Encoder, EncoderConfig((1, 1, 2, 1), (4, 6, 8, 10), patch_size=1))
     images = normal(2, 16, 24, 3)
     layouts = [hold(kind, NOTHING, 6, scale) for scale in (8, 4, 2, 1)]
     apply = jax.jit(lambda m, x, layouts: m.features(x, None, layouts))

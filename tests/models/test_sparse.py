@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from cnx2_jax.models import FCMAE
+from cnx2_jax.models import FCMAE, EncoderConfig
 from cnx2_jax.models.fcmae import LAYOUTS
 
 DEPTHS, DIMS = (1, 1, 2, 1), (3, 4, 5, 6)
@@ -145,13 +145,10 @@ def compared(request, build, parameters):
     with jax.enable_x64(True):
         model = build(
             FCMAE,
-            DEPTHS,
-            DIMS,
-            patch_size=case.patch_size,
+            EncoderConfig(DEPTHS, DIMS, patch_size=case.patch_size, dtype=jnp.float64),
             mask_patch=case.mask_patch,
             decoder_dim=4,
             layout=layout,
-            dtype=jnp.float64,
             fill_dtype=np.float64,
         )
         encoder = model.encoder

@@ -111,3 +111,19 @@ def test_the_peak_of_a_mesh(monkeypatch):
     assert flops.peak(mesh) is None
     monkeypatch.setitem(flops.PEAKS, jax.devices()[0].device_kind, 100.0)
     assert flops.peak(mesh) == 100 * mesh.size
+
+
+def test_what_nothing_uses_is_not_counted():
+    def step(x, y):
+        def weigh(_, part):
+            return None, (part @ y).sum() * 0 + part.sum()
+
+        def count(_, part):
+            dead = part @ y
+            del dead
+            return None, part.sum()
+
+        return jax.lax.scan(weigh, None, x)[1].sum() + jax.lax.scan(count, None, x)[1].sum()
+
+    x, y = jnp.ones((4, 8, 16)), jnp.ones((16, 32))
+    assert matrix_flops(jax.jit(step).trace(x, y).jaxpr) == 4 * 2 * 8 * 16 * 32

@@ -12,10 +12,10 @@ def hugging_face_twin(model: ConvNeXtV2, parameters: dict):
     from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
 
     config = ConvNextV2Config(
-        depths=[len(stage) for stage in model.stages],
-        hidden_sizes=list(model.dims),
-        patch_size=model.patch_size,
-        num_channels=model.in_chans,
+        depths=list(model.config.depths),
+        hidden_sizes=list(model.config.dims),
+        patch_size=model.config.patch_size,
+        num_channels=model.config.in_chans,
         num_labels=model.num_classes,
         layer_norm_eps=1e-6,  # of the final norm; theirs is 1e-12, the official one 1e-6
     )

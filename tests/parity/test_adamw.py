@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from cnx2_jax.models import ConvNeXtV2
+from cnx2_jax.models import ConvNeXtV2, EncoderConfig
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.tasks import defaults
 from cnx2_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -54,7 +54,7 @@ def groups(parameters, kind, rate):
 
 @pytest.mark.parametrize("kind", ["single", "group"])
 def test_steps_equal_torchs(kind, build):
-    model = build(ConvNeXtV2, DEPTHS, (8, 8, 16, 16), num_classes=5, patch_size=2)
+    model = build(ConvNeXtV2, EncoderConfig(DEPTHS, (8, 8, 16, 16), patch_size=2), num_classes=5)
     graph, params = split(model)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32, 32, 3)), jnp.float32)
     labels = jnp.arange(4)
@@ -73,7 +73,7 @@ def test_steps_equal_torchs(kind, build):
     )
     config.update({"base_learning_rate": 1e-2, "b1": 0.9, "b2": 0.999})
     schedule = learning_rate_schedule(config, 512, 0, 10)
-    transform = make_optimizer(config, schedule, params)
+    transform = make_optimizer(config, schedule, params, "")
     update = jax.jit(transform.update)
     state = transform.init(params)
 

@@ -47,7 +47,7 @@ def test_stem(pair, error):
     model, twin = pair
     images = normal(2, 24, 32, 5)
     conv, norm = model.downsample_layers[0]
-    found = norm(conv(Dense().enter(images, model.patch_size)))
+    found = norm(conv(Dense().enter(images, model.config.patch_size)))
     expected = channels_last(twin.convnextv2.embeddings(channels_first(images)))
     assert error(found, expected) < BOUND
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from cnx2_jax.data.pipeline import preprocess_files
+from cnx2_jax.data.images import preprocess_files
 from cnx2_jax.errors import UserError
 from cnx2_jax.interop.facts import Facts
 from cnx2_jax.interop.files import read_tensors

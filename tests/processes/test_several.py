@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import signal
 import socket
 import subprocess
@@ -14,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cnx2_jax.launch.local import free_port
+from experiments import chaos
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "experiments"))  # where chaos.py finds what it imports
-CHAOS = runpy.run_path(str(ROOT / "experiments" / "chaos.py"))
-free_port = CHAOS["free_port"]
 STEPS = 24
 SMALL = [
     "--config.model.depths=(1,1,1,1)",
@@ -91,11 +90,11 @@ def wait_for_rows(workdir, count, processes):
 
 
 def arrays(workdir):
-    return CHAOS["read_arrays"](workdir / "checkpoints" / str(STEPS), ("params", "opt_state", "ema"))
+    return chaos.read_arrays(workdir / "checkpoints" / str(STEPS), ("params", "opt_state", "ema"))
 
 
 def assert_alike(workdir, reference, tolerance=1e-5):
-    ours, theirs = CHAOS["read_rows"](workdir), CHAOS["read_rows"](reference)
+    ours, theirs = chaos.read_rows(workdir), chaos.read_rows(reference)
     assert [(row["step"], row["split"]) for row in ours] == [(row["step"], row["split"]) for row in theirs]
     for row, other in zip(ours, theirs, strict=True):
         numbers, others = ({k: v for k, v in r.items() if k != "split"} for r in (row, other))
@@ -152,11 +151,22 @@ def test_a_run_begun_by_one_and_finished_on_two_is_evaluated_on_two(alone, tmp_p
 
 
 def test_kills_change_nothing(tmp_path):
-    command = ["experiments/chaos.py", "--kills", 2, "--steps", 24, "--seed", 1, "--out", tmp_path / "chaos"]
+    command = [
+        "-m",
+        "experiments.chaos",
+        "--kills",
+        2,
+        "--steps",
+        24,
+        "--seed",
+        1,
+        "--out",
+        tmp_path / "chaos",
+    ]
     ((status, out, err),) = finish(start(command))
     assert status == 0, (out, err)
     assert json.loads(out.splitlines()[-1])["kills"] == 2
-    assert len(re.findall(r"^\| \d+ \|", out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^\| \d+ +\|", out, re.MULTILINE)) == 2
 
 
 JOINED = """

@@ -10,7 +10,7 @@ from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
-from cnx2_jax.models import FCMAE, ConvNeXtV2
+from cnx2_jax.models import FCMAE, ConvNeXtV2, EncoderConfig
 from cnx2_jax.models.state import split
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import defaults, make_task, models, weights
@@ -217,7 +217,7 @@ def test_unknown_task():
 
 
 def test_an_encoder_without_its_decoder_gives_the_mean_of_its_last_map(build):
-    fcmae = build(FCMAE, (1, 1, 2, 1), (4, 4, 8, 12), decoder_dim=8, in_chans=1, patch_size=1)
+    fcmae = build(FCMAE, EncoderConfig((1, 1, 2, 1), (4, 4, 8, 12), in_chans=1, patch_size=1), decoder_dim=8)
     encoder = models.without_decoder(fcmae)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16, 24, 1)), jnp.float32)
     mean = np.asarray(fcmae.encoder.features(images)[-1], np.float64).mean(axis=(1, 2))

@@ -113,7 +113,7 @@ def test_only_one_process_trains_in_a_workdir(tmp_path):
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="another process trains in workdir"):
+    with pytest.raises(UserError, match="is in use by another training process"):
         fit(small("pretrain.py:digits"), tmp_path)
     assert not list(tmp_path.iterdir())
     holder.kill()

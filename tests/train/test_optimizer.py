@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from cnx2_jax.errors import UserError
-from cnx2_jax.models import create_model
+from cnx2_jax.interop.dialects import renamer, their_layout
+from cnx2_jax.models import FCMAE, ConvNeXtV2, create_model
 from cnx2_jax.models.state import split
 from cnx2_jax.tasks import defaults
 from cnx2_jax.train.optimizer import (
@@ -59,6 +60,46 @@ def test_only_kernels_decay(name):
     else:
         assert mask["head.kernel"] is True
         assert mask["norm.scale"] is False
+
+
+def official_pretraining_decays(name, shape):
+    """`add_weight_decay` of timm 0.3.2, which the official `main_pretrain.py` calls."""
+    return not (len(shape) == 1 or name.endswith(".bias"))
+
+
+def official_finetuning_decays(name, shape):
+    """`get_parameter_groups` of the official `optim_factory.py`."""
+    return official_pretraining_decays(name, shape) and not name.endswith((".gamma", ".beta"))
+
+
+@pytest.mark.parametrize(
+    ("model", "decay_grn", "official"),
+    [
+        ("fcmae_atto", True, official_pretraining_decays),
+        ("convnextv2_atto", False, official_finetuning_decays),
+    ],
+)
+def test_decay_is_that_of_the_official_code(model, decay_grn, official):
+    """Which tensors decay, against the official rules applied to the official names and shapes."""
+    shapes = {name: leaf.shape for name, leaf in shapes_of(model).items()}
+    mask, rename = decay_mask(shapes, decay_grn), renamer("official")
+    assert mask.keys() == shapes.keys()
+    for name, shape in shapes.items():
+        theirs = their_layout(name, np.broadcast_to(np.float32(0), shape), "official", False).shape
+        assert mask[name] is official(rename(name), theirs), name
+
+
+def test_grn_and_the_mask_token_decay_if_asked():
+    names = ["a.kernel", "a.bias", "grn.gamma", "grn.beta", "norm.scale", "mask_token"]
+    params = {name: jnp.ones(2) for name in names}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for decay_grn, decayed in (
+        (False, names[:1]),
+        (True, ["a.kernel", "grn.gamma", "grn.beta", "mask_token"]),
+    ):
+        transform = make_optimizer(settings(decay_grn=decay_grn), lambda _: 0.1, params, None)
+        updates, _ = transform.update(zeros, transform.init(params), params)
+        assert [name for name, update in updates.items() if update.any()] == decayed
 
 
 @pytest.mark.parametrize(("batch", "peak"), [(256, 1e-3), (64, 2.5e-4), (4096, 1.6e-2)])
@@ -128,7 +169,7 @@ def test_updates_equal_adamw_written_out(clip):
     ]
     config = settings(base_learning_rate=0.1, b1=0.8, b2=0.95, weight_decay=0.3, clip_norm=clip)
     schedule = learning_rate_schedule(config, 256, 2, 8)
-    transform = make_optimizer(config, schedule, shapes)
+    transform = make_optimizer(config, schedule, shapes, None)
 
     @jax.jit
     def step(params, state, gradient):
@@ -198,30 +239,72 @@ BASE_GROUP = {
 )
 def test_layers_are_those_of_the_published_rules(variant, kind, expected):
     names = shapes_of(f"convnextv2_{variant}")
-    numbers, after = layers(names, kind)
+    numbers, after = layers(names, kind, "")
     assert numbers.keys() == names.keys()
     assert {name: numbers[name] for name in expected} == expected
     assert set(numbers.values()) == set(range(1 if kind == "single" else 0, after + 1))
-    scales = learning_rate_scales(names, 0.9, kind)
+    scales = learning_rate_scales(names, 0.9, kind, "")
     for name, number in expected.items():
         assert scales[name] == pytest.approx(0.9 ** (13 - number))
     assert scales["head.kernel"] == 1
 
 
-def test_an_encoder_in_a_larger_model_has_the_same_layers():
-    numbers, after = layers(shapes_of("fcmae_atto"), "single")
-    own, _ = layers(shapes_of("convnextv2_atto"), "single")
-    for name, number in own.items():
+@pytest.mark.parametrize("kind", ["single", "group"])
+def test_an_encoder_in_a_larger_model_has_the_same_layers(kind):
+    numbers, after = layers(shapes_of("fcmae_atto"), kind, FCMAE.encoder_prefix)
+    alone, _ = layers(shapes_of("convnextv2_atto"), kind, ConvNeXtV2.encoder_prefix)
+    for name, number in alone.items():
         if not name.startswith(("norm.", "head.")):
             assert numbers[f"encoder.{name}"] == number
     assert {numbers[name] for name in ("mask_token", "pred.kernel", "decoder.0.grn.gamma")} == {after}
 
 
+def test_any_declared_prefix_has_the_same_layers():
+    """Names elsewhere come after the encoder, even if they look like an encoder's."""
+    alone, after = layers(shapes_of("convnextv2_atto"), "single", "")
+    renamed = {f"backbone.{name}": number for name, number in alone.items()}
+    others = ["decode_head.stages.0.0.norm.bias", "stages.3.7.norm.bias", "backbone.norm0.scale"]
+    numbers, found_after = layers([*renamed, *others], "single", "backbone.")
+    assert found_after == after
+    assert numbers == renamed | dict.fromkeys(others, after)
+
+
+@pytest.mark.parametrize(
+    ("model", "prefix"),
+    [("fcmae_atto", ""), ("convnextv2_atto", "encoder."), ("fcmae_atto", "encoder"), ("fcmae_atto", "back.")],
+)
+def test_an_encoder_that_is_not_under_its_prefix_is_an_error(model, prefix):
+    with pytest.raises(ValueError, match=f"declares its encoder under '{prefix}'"):
+        layers(shapes_of(model), "single", prefix)
+    config = settings(layer_decay=0.9)
+    with pytest.raises(ValueError, match=f"declares its encoder under '{prefix}'"):
+        make_optimizer(config, lambda _: 0.1, shapes_of(model), prefix)
+
+
+def test_half_an_encoder_is_an_error():
+    with pytest.raises(ValueError, match="declares its encoder"):
+        layers(["downsample_layers.0.0.kernel", "head.kernel"], "single", "")
+    with pytest.raises(ValueError, match="declares its encoder"):
+        layers(["stages.0.0.dwconv.kernel", "head.kernel"], "single", "")
+
+
+def test_a_model_without_an_encoder_trains_without_layer_decay():
+    params = {"head.kernel": jnp.ones((2, 3)), "head.bias": jnp.ones(3)}
+    transform = make_optimizer(settings(), lambda _: 0.1, params, None)
+    updates, _ = transform.update(params, transform.init(params), params)
+    assert updates.keys() == params.keys()
+    with pytest.raises(UserError, match=r"layer_decay 0\.9 needs an encoder.*layer_decay=1"):
+        make_optimizer(settings(layer_decay=0.9), lambda _: 0.1, params, None)
+
+
 def test_wrong_kinds_of_layers():
     with pytest.raises(UserError, match="'groups'; did you mean 'group'"):
-        layers(["head.kernel"], "groups")
+        layers(["head.kernel"], "groups", "")
+    with pytest.raises(UserError, match="'groups'; did you mean 'group'"):
+        make_optimizer(settings(layer_decay_type="groups"), lambda _: 0.1, ["head.kernel"], None)
+    blocks = [f"stages.2.{block}.norm.bias" for block in range(30)]
     with pytest.raises(UserError, match="at most 27 blocks in stage 3, not 30"):
-        layers([f"stages.2.{block}.norm.bias" for block in range(30)], "group")
+        layers(["downsample_layers.0.0.kernel", *blocks], "group", "")
 
 
 def test_layer_decay_scales_whole_updates():
@@ -233,7 +316,7 @@ def test_layer_decay_scales_whole_updates():
 
     def update(decay):
         config = settings(weight_decay=0.5, layer_decay=decay)
-        transform = make_optimizer(config, lambda _: 0.1, params)
+        transform = make_optimizer(config, lambda _: 0.1, params, "")
         return transform.update(gradient, transform.init(params), params)[0]
 
     plain, scaled = update(1.0), update(0.5)

@@ -80,7 +80,7 @@ def test_moments_live_where_their_parameter_does():
     graph_and_params = nnx.eval_shape(lambda: create_model("fcmae_atto", rngs=nnx.Rngs(0)))
     params = split(graph_and_params)[1]
     schedule = optimizer.learning_rate_schedule(config, 256, 1, 10)
-    transform = optimizer.make_optimizer(config, schedule, params)
+    transform = optimizer.make_optimizer(config, schedule, params, "encoder.")
     like = jax.eval_shape(lambda p: TrainState(jnp.int32(0), p, transform.init(p), p), params)
     mesh = abstract_mesh(2, 4)
     places = sharding.state_sharding(like, mesh)
@@ -130,7 +130,7 @@ divided = jax.device_put(kernel, sharding.param_sharding("a.kernel", kernel.shap
 assert {shard.data.shape for shard in divided.addressable_shards} == {(3, 2)}
 for params in [
     sharding.put_params({"a.kernel": kernel}, over),
-    sharding.everywhere({"a.kernel": divided}, over),
+    sharding.replicated({"a.kernel": divided}, over),
 ]:
     assert len(params["a.kernel"].addressable_shards) == 8
     assert all((shard.data == kernel).all() for shard in params["a.kernel"].addressable_shards)

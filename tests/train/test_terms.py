@@ -70,9 +70,11 @@ def check(parts, kind="Weighted", few=True):
     """Compares with `expected`, on all devices of this process."""
     task = {"Weighted": Weighted, "ByModel": ByModel}[kind](f"accumulation_steps={parts}", "batch_size=16")
     mesh = sharding.make_mesh(task.config.mesh)
-    graph, params, others = describe(task)
-    like = jax.eval_shape(lambda *arrays: begin(task.config, optax.sgd(1.0), *arrays), params, others)
-    gradient = jax.jit(make_gradient(task, graph, like, mesh))
+    about = describe(task)
+    like = jax.eval_shape(
+        lambda *arrays: begin(task.config, optax.sgd(1.0), *arrays), about.params, about.variables
+    )
+    gradient = jax.jit(make_gradient(task, about.graph, like, mesh))
     model = task.init(nnx.Rngs(0))
     arrays = split(model)[1]
     for seed in range(3):

@@ -1,6 +1,5 @@
-"""Where images come from: the kinds of source, by the names that configs give them."""
+"""Where records come from: the kinds of source, by the names that configs give them."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,21 +18,21 @@ KINDS = ("folder", "digits", "tfds", "synthetic")
 def open_source(data: Any, split: str, seed: int) -> Source:
     """Opens one split of the source that a config names.
 
-    Which records are in val never depends on `seed`, so runs with different seeds, pretraining and
-    fine-tuning for instance, keep the same images out of training.
+    The val split never depends on `seed`, so runs with different seeds, such as pretraining and fine-tuning,
+    keep the same images out of training.
 
     Args:
       data: `config.data`. `source` is "digits"; "folder", with its path in `root`;
         "tfds:NAME[/CONFIG]:SPLIT", with TFDS's data directory in `root` or its default one; or
         "synthetic[:RECORDS[:CLASSES]]". Its val split is a folder's `val`, a TFDS data set's
-        `validation` or `test`, or else `val_fraction` of each class, held out. `train_per_class`
-        keeps that many training records per class, chosen by `seed`; 0 keeps all.
+        `validation` or `test`, or else `val_fraction` of each class, held out of training.
+        `train_per_class` keeps that many training records per class, chosen by `seed`; 0 keeps all.
       split: "train" or "val".
       seed: the run's seed.
 
     Raises:
-      UserError: unknown source, a number out of range, or images that are missing, empty or laid
-        out inconsistently.
+      UserError: an unknown source, a number out of range, or images that are missing or laid out
+        inconsistently.
     """
     if data.train_per_class < 0:
         raise UserError(f"data.train_per_class {data.train_per_class} is negative; 0 keeps all")
@@ -60,18 +59,18 @@ def open_source(data: Any, split: str, seed: int) -> Source:
 
 
 def open_set(name: str, root: str, class_names: Sequence[str]) -> Source:
-    """Opens all records of a set to evaluate on, with labels that index `class_names`.
+    """Opens all records of an evaluation set, with labels that index `class_names`.
 
-    Its classes are matched by name, and may be fewer. Where they are numbers that `class_names` does
-    not hold, as in ImageNet-V2's folders, they are taken for places in it.
+    Its classes are matched by name, and may be fewer. If they are numbers and `class_names` has none, as for
+    the folders of ImageNet-V2, they are indices into `class_names`.
 
     Args:
-      name: as `data.source`; of "digits" and "synthetic" the val split.
+      name: as `data.source`; "digits" and "synthetic" give their val split.
       root: of a folder or of TFDS.
       class_names: those of the model.
 
     Raises:
-      UserError: as `open_source`, a class that the model does not know, or no classes at all.
+      UserError: as `open_source`; or the set has no classes, or one that the model was not trained on.
     """
     kind, detail = _kind(name, "data.val_source")
     match kind:
@@ -116,4 +115,4 @@ def _matched(source: Source, class_names: Sequence[str], name: str) -> Source:
     if unknown is not None:
         raise UserError(f"'{name}' has a class '{unknown}' that the model was not trained on")
     table = np.array([label_of[name] for name in source.class_names] or [0], np.int32)
-    return dataclasses.replace(source.relabelled(table), class_names=tuple(class_names))
+    return source.relabelled(table, tuple(class_names))

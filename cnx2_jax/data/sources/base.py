@@ -1,11 +1,12 @@
-"""What a source is: records by index, and how some of them are held out."""
+"""A source: records by index, the fields they have, and how some of them are held out."""
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from cnx2_jax.data.fields import Entry, Field, Label
 from cnx2_jax.data.tensorflow import tf
 
 
@@ -15,28 +16,36 @@ class Source:
 
     Attributes:
       num_records: how many there are; a val split may have none.
-      class_names: the name of each label; empty when the images carry no labels (all are then 0).
-      labels: int32 [num_records], or None where they are only known by reading the records.
-      read: scalar int64 index -> {"bytes": encoded image, scalar string; "label": scalar int32}.
-        Runs eagerly and inside tf.data.
-      describe: index -> the file's path or the record's name, for error messages.
+      fields: the fields of a record by name. Images without labels have a `Label` without class names, and
+        all their labels are 0.
+      labels: int32 [num_records], the entries of the field "label"; None if the source has no such field or
+        if they are only known by reading the records.
+      read: maps a scalar int64 index to the stored entries of the record by name, one per field; see
+        `fields` for their form. Runs eagerly and inside tf.data.
+      describe: maps an index to the path of the file or the name of the record, for error messages.
     """
 
     num_records: int
-    class_names: tuple[str, ...]
+    fields: Mapping[str, Field]
     labels: np.ndarray | None
-    read: Callable[[tf.Tensor], dict[str, tf.Tensor]]
+    read: Callable[[tf.Tensor], dict[str, Entry]]
     describe: Callable[[int], str]
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes of the first field that has any; empty if no field has."""
+        named = (getattr(field, "class_names", ()) for field in self.fields.values())
+        return next(filter(None, named), ())
+
     def only(self, chosen: np.ndarray) -> "Source":
-        """The records where `chosen`, boolean [num_records], is true, in their order."""
+        """Returns the records where `chosen`, boolean [num_records], is true, in their order."""
         indices = np.flatnonzero(chosen)
-        there = tf.constant(indices, tf.int64)
+        places = tf.constant(indices, tf.int64)
         return Source(
             num_records=len(indices),
-            class_names=self.class_names,
+            fields=self.fields,
             labels=None if self.labels is None else self.labels[indices],
-            read=lambda index: self.read(there[index]),
+            read=lambda index: self.read(places[index]),
             describe=lambda index: self.describe(int(indices[index])),
         )
 
@@ -47,24 +56,30 @@ class Source:
         labels = tf.data.Dataset.range(self.num_records).map(lambda index: self.read(index)["label"])
         return np.fromiter(labels.as_numpy_iterator(), np.int32)
 
-    def relabelled(self, table: np.ndarray) -> "Source":
-        """The same records with label `table[label]`, table being int32."""
-        there = tf.constant(table)
+    def relabelled(self, table: np.ndarray, class_names: tuple[str, ...]) -> "Source":
+        """Returns the same records with label `table[label]`, an index into `class_names`.
 
-        def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
+        Args:
+          table: int32 [classes of this source].
+          class_names: the names of the new labels.
+        """
+        new_label = tf.constant(table)
+
+        def read(index: tf.Tensor) -> dict[str, Entry]:
             record = self.read(index)
-            return {**record, "label": there[record["label"]]}
+            return {**record, "label": new_label[record["label"]]}
 
         labels = None if self.labels is None else table[self.labels]
-        return dataclasses.replace(self, labels=labels, read=read)
+        fields = {**self.fields, "label": Label(class_names)}
+        return dataclasses.replace(self, fields=fields, labels=labels, read=read)
 
 
 def held_out(names: Iterable[bytes], labels: np.ndarray | None, fraction: float) -> np.ndarray:
-    """Which records are val, boolean [n]: about `fraction` of each class, by a hash of the name.
+    """Returns which records are val, boolean [n]: about `fraction` of each class, by a hash of the name.
 
-    A class of two or more gets at least one val record and keeps at least one for training. With a
-    hash, adding files to a folder hardly moves the others between train and val. Where labels are
-    not known, all records count as one class.
+    A class of two or more records gets at least one val record and keeps at least one for training. Thanks to
+    the hash, adding files to a folder hardly moves the others between train and val. Where labels are not
+    known, all records count as one class.
     """
     digests = b"".join(hashlib.blake2b(name, digest_size=8, key=b"cnx2 val").digest() for name in names)
     ranks = np.frombuffer(digests, ">u8")
@@ -77,7 +92,7 @@ def held_out(names: Iterable[bytes], labels: np.ndarray | None, fraction: float)
 
 
 def first_of_each_class(labels: np.ndarray, ranks: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """The `share[c]` records of lowest rank in each class c, as a boolean array [n]."""
+    """Returns the `share[c]` records of lowest rank in each class c, as a boolean array [n]."""
     order = np.lexsort((ranks, labels))
     counts = np.bincount(labels, minlength=len(share))
     starts = np.cumsum(counts) - counts

@@ -1,10 +1,11 @@
-"""Folders of image files: which files are records, of which class, and which are held out."""
+"""Folders of image files: which files are records, their classes, and which are held out."""
 
 import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from cnx2_jax.data.fields import Image, Label
 from cnx2_jax.data.sources.base import Source, held_out
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
@@ -13,9 +14,9 @@ _ENDINGS = (".jpeg", ".jpg", ".png", ".webp")
 
 
 def open_folder(root: str, split: str, val_fraction: float) -> Source:
-    """`root/train` and `root/val`; without `val`, a share of `root/train`, or else of `root`.
+    """Opens `root/train` or `root/val`; without `val`, a share of `root/train`, or else of `root`.
 
-    Each sub-folder is a class, whatever lies below it. Images without any sub-folder are unlabelled.
+    Each sub-folder is a class with all images below it. Images without any sub-folder are unlabelled.
 
     Raises:
       UserError: the folder is missing, empty, cannot be listed, or is laid out inconsistently.
@@ -47,7 +48,7 @@ def open_folder(root: str, split: str, val_fraction: float) -> Source:
 
 
 def open_whole_folder(root: str) -> Source:
-    """All images of a folder, its sub-folders being the classes.
+    """Opens all images of a folder, whose sub-folders are the classes.
 
     Raises:
       UserError: as `open_folder`.
@@ -57,12 +58,12 @@ def open_whole_folder(root: str) -> Source:
 
 
 def open_files(paths: Sequence[str]) -> Source:
-    """Image files, whatever their names end in, and all images below folders; unlabelled.
+    """Opens files, whatever their names end in, and all images below folders; unlabelled.
 
-    They are in the order given, each folder's sorted by path.
+    They keep the order given; the images of a folder are sorted by path.
 
     Raises:
-      UserError: a path leads nowhere, or a folder holds no images or cannot be listed.
+      UserError: a path does not exist, or a folder has no images or cannot be listed.
     """
     found: list[str] = []
     for path in paths:
@@ -88,7 +89,7 @@ def _existing(root: str, key: str) -> str:
 
 
 def _list_records(folder: str, class_names: Sequence[str]) -> Source:
-    """All images below `folder`, sorted by path, labelled by the sub-folder they lie in."""
+    """Returns all images below `folder`, sorted by path, labelled by the sub-folder they lie in."""
     unknown = sorted(set(_sub_folders(folder)) - set(class_names))
     if unknown:
         raise UserError(f"class '{unknown[0]}' is only in '{folder}'; add it to train or remove it")
@@ -111,18 +112,18 @@ def _list_records(folder: str, class_names: Sequence[str]) -> Source:
 
 
 def _records_of(top: str, names: Sequence[str], class_names: Sequence[str], labels: np.ndarray) -> Source:
-    """The files `top + name`."""
-    # One array of fixed width: 14 million Python strings would take several times its memory.
+    """Returns a source of the files `top + name`."""
+    # An array of fixed width, because 14 million Python strings would take several times its memory.
     paths = np.array([os.fsencode(name) for name in names], np.bytes_)
     encoded_paths, numbers = tf.constant(paths, tf.string), tf.constant(labels)
 
     def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
         path = tf.strings.join([os.fsencode(top), encoded_paths[index]])
-        return {"bytes": tf.io.read_file(path), "label": numbers[index]}
+        return {"image": tf.io.read_file(path), "label": numbers[index]}
 
     return Source(
         num_records=len(names),
-        class_names=tuple(class_names),
+        fields={"image": Image(), "label": Label(tuple(class_names))},
         labels=labels,
         read=read,
         describe=lambda index: top + os.fsdecode(paths[index]),
@@ -134,7 +135,7 @@ def _sub_folders(folder: str) -> tuple[str, ...]:
 
 
 def _image_names(folder: str, prefix: str = "") -> Iterator[str]:
-    """Paths relative to the top folder, in no particular order."""
+    """Yields paths relative to the top folder, in no particular order."""
     for name, is_folder in _listed(folder):
         if is_folder:
             yield from _image_names(os.path.join(folder, name), f"{prefix}{name}/")
@@ -143,11 +144,11 @@ def _image_names(folder: str, prefix: str = "") -> Iterator[str]:
 
 
 def _listed(folder: str) -> list[tuple[str, bool]]:
-    """Names, and whether they are of folders, of what is not hidden."""
+    """Returns the names of all entries that are not hidden, and whether they are folders."""
     try:
         with os.scandir(folder) as entries:
             return [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:  # such as links that lead in a circle
+    except OSError as error:  # such as symbolic links in a circle
         raise UserError(f"cannot list '{error.filename or folder}': {error.strerror}") from error
 
 

@@ -8,16 +8,18 @@ import itertools
 import os
 import re
 import struct
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cnx2_jax.data.fields import Image, Label
 from cnx2_jax.data.sources.base import Source
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.files import replacing
 
 # tensorflow_datasets and array_record are imported where they are used: they take half a second.
 
@@ -66,12 +68,13 @@ def open_tfds(spec: str, data_dir: str) -> Source:
         record = tf.numpy_function(record_at, [index], tf.string)
         keys = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
         example = tf.io.parse_single_example(tf.ensure_shape(record, []), keys)
-        return {"bytes": example["image"], "label": tf.cast(example["label"], tf.int32)}
+        return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
 
     def describe(index: int) -> str:
         return f"{builder.info.full_name}/{split} record {index} ({os.path.basename(locate(index)[0])})"
 
-    return Source(ends[-1], class_names, labels=None, read=read, describe=describe)
+    fields = {"image": Image(), "label": Label(class_names)}
+    return Source(ends[-1], fields, labels=None, read=read, describe=describe)
 
 
 def val_spec(spec: str, data_dir: str) -> str | None:
@@ -221,9 +224,8 @@ def _record_bounds(files: Mapping[str, int], counts: Mapping[str, int]) -> dict[
         bounds = np.concatenate(_in_threads(lambda path: _walk(path, files[path], counts[path]), files))
         with contextlib.suppress(OSError):  # An index that cannot be kept is made again by the next run.
             os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as partial:
-                np.savez(os.path.join(partial, name), bounds=bounds)
-                os.replace(os.path.join(partial, name), os.path.join(folder, name))
+            with replacing(Path(folder, name)) as partial, partial.open("wb") as file:
+                np.savez(file, bounds=bounds)
     return dict(zip(files, np.split(bounds, lasts[:-1]), strict=True))
 
 

@@ -9,7 +9,7 @@ rm -rf '/my jobs/pretrain/source'
 mkdir -p '/my jobs/pretrain/source'
 git -C /home/me/cnx2_jax archive 0123456789abcdef0123456789abcdef01234567 | tar -x -C '/my jobs/pretrain/source'
 
-# The processes, at once. Where one fails, launch.py ends the others; this waits for them.
+# All processes at once. This script waits for all; `cnx2 launch` ends the others when one fails.
 cd '/my jobs/pretrain/source'
 export PYTHONPATH='/my jobs/pretrain/source'
 export PATH=/venv/bin:/usr/bin

@@ -20,7 +20,7 @@ cat >'/my jobs/pretrain/batch.sh' <<'END_OF_FILE'
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=24:00:00
-# Again on other nodes where one fails; time to save before the limit.
+# Requeue on other nodes when one fails; leave time to save before the limit.
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
 #SBATCH --gpus-per-node=8
@@ -30,12 +30,12 @@ for wait in 10 20 40 never; do
   srun --kill-on-bad-exit=1 '--output=/my jobs/pretrain/logs/host%t.log' --open-mode=append cnx2 train --config configs/pretrain.py:tiny --workdir '/shared/runs/a b'
   status=$?
   if [ "$status" = 0 ] || [ "$status" = 2 ] || [ "$wait" = never ]; then exit "$status"; fi
-  echo "failed with status $status, again in $wait s" >&2
+  echo "failed with status $status, trying again in $wait s" >&2
   sleep "$wait"
 done
 END_OF_FILE
 
-# The processes, at once. Where one fails, launch.py ends the others; this waits for them.
+# All processes at once. This script waits for all; `cnx2 launch` ends the others when one fails.
 cd '/my jobs/pretrain/source'
 export PYTHONPATH='/my jobs/pretrain/source'
 export PATH=/venv/bin:/usr/bin

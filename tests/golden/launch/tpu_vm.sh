@@ -22,7 +22,7 @@ cat >'/my jobs/pretrain/run.sh' <<'END_OF_FILE'
 #!/usr/bin/env bash
 set -euo pipefail
 cd "$HOME/cnx2/pretrain"
-# Held while anything of this script runs.
+# Locked while any process of this script runs.
 exec 9>lock
 flock --nonblock 9
 # shellcheck disable=SC1091
@@ -43,7 +43,7 @@ trap 'rm -f '"'"'/my jobs/pretrain/environment'"'"'' EXIT
 gcloud compute tpus tpu-vm ssh pretrain --zone=us-central1-a --worker=all --quiet '--command=mkdir -p cnx2/pretrain'
 gcloud compute tpus tpu-vm scp '/my jobs/pretrain/source.tar.gz' '/my jobs/pretrain/run.sh' '/my jobs/pretrain/environment' pretrain:cnx2/pretrain/ --zone=us-central1-a --worker=all --quiet
 
-# The processes, at once. Where one fails, launch.py ends the others; this waits for them.
+# All processes at once. This script waits for all; `cnx2 launch` ends the others when one fails.
 cd '/my jobs/pretrain'
 processes=() status=0
 gcloud compute tpus tpu-vm ssh pretrain --zone=us-central1-a --worker=all --quiet '--command=bash cnx2/pretrain/run.sh' >>'/my jobs/pretrain/logs/hosts.log' 2>&1 & processes+=($!)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 set -euo pipefail
 cd "$HOME/cnx2/pretrain"
-# Held while anything of this script runs.
+# Locked while any process of this script runs.
 exec 9>lock
 flock --nonblock 9
 # shellcheck disable=SC1091

@@ -1,31 +1,20 @@
-"""Shared by the tests of experiments/: importing what is there, and a git repository to launch from."""
+"""Shared by the tests of launching: the command as a process, and a git repository to launch from."""
 
-import importlib
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
 
 @pytest.fixture
-def load(monkeypatch):
-    """The function that imports a module of experiments/, as running a script there would."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
+def start_launch():
+    """The function `start_launch(*arguments, **options)` that starts `cnx2 launch` as a process."""
 
-
-@pytest.fixture
-def script():
-    """The function `script(name, *words, **options)` that starts an experiment as a user would."""
-
-    def start(name, *words, **options):
+    def start(*arguments, **options):
         return subprocess.Popen(
-            [sys.executable, EXPERIMENTS / name, *map(str, words)],
+            [sys.executable, "-m", "cnx2_jax.cli", "launch", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -45,8 +34,8 @@ def repository(tmp_path):
         for name, text in {"_gitignore": "runs/\n", **files}.items():
             (root / name.replace("_", ".")).write_text(text)
         identity = ["-c", "user.name=Tester", "-c", "user.email=tester@example.org"]
-        for words in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "Begin"]):
-            subprocess.run(["git", *words], cwd=root, check=True)
+        for arguments in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "Begin"]):
+            subprocess.run(["git", *arguments], cwd=root, check=True)
         return root
 
     return make
@@ -69,9 +58,9 @@ def wait_for():
 
 @pytest.fixture
 def recorder(tmp_path, monkeypatch):
-    """The function `recorder(name, body="")` that puts a program on the PATH which stands in for another.
+    """The function `recorder(name, body="")` that puts a stand-in for a program on the PATH.
 
-    It appends its words, quoted for a shell, to the file that `recorder.calls` reads, then does `body`.
+    It appends its arguments, quoted for a shell, to the file that `recorder.calls` reads, then runs `body`.
     """
     folder = tmp_path / "programs"
     folder.mkdir()
