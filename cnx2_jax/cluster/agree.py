@@ -1,4 +1,4 @@
-"""What process 0 decides for all processes."""
+"""Broadcasts decisions of process 0 to all processes."""
 
 import json
 from typing import Any
@@ -9,12 +9,12 @@ from jax.experimental import multihost_utils
 
 
 def from_first(value: Any) -> Any:
-    """Returns process 0's value to all processes, each of which calls it; others' values are ignored.
+    """Returns process 0's value in all processes. Every process must call it; the others' values are ignored.
 
-    What processes read from a shared folder at one moment can differ; what they act on must not.
+    Two processes can read different things from a shared folder, but must act on the same.
 
     Args:
-      value: JSON.
+      value: a JSON value.
     """
     if jax.process_count() == 1:
         return value
