@@ -1,4 +1,4 @@
-"""Broadcasts decisions of process 0 to all processes."""
+"""Exchanges JSON values between the processes of a run."""
 
 import json
 from typing import Any
@@ -16,11 +16,20 @@ def from_first(value: Any) -> Any:
     Args:
       value: a JSON value.
     """
+    return value if jax.process_count() == 1 else gathered(value if jax.process_index() == 0 else None)[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns the values of all processes, in their order. Every process must call it.
+
+    Args:
+      value: a JSON value.
+    """
     if jax.process_count() == 1:
-        return value
+        return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.zeros(size, np.uint8)
-    if jax.process_index() == 0:
-        padded[:] = text
-    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode())
+    sizes = np.ravel(multihost_utils.process_allgather(np.int32(len(text))))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = text
+    every = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(part[:size])) for part, size in zip(np.asarray(every), sizes, strict=True)]

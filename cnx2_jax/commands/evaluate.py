@@ -79,7 +79,7 @@ def _on_run_images(args: argparse.Namespace, overrides: list[str]) -> dict:
 
 
 def _metrics(task: Task, model, mesh: Mesh, what: str) -> Metrics:
-    batches = sharding.put_batches(task.images.eval_batches(**processes.share()), mesh)
+    batches = sharding.put_batches(task.images.eval_batches(**processes.share()), mesh, keep_host=True)
     return task.evaluate(model, watched(batches, task.images.num_val, what))
 
 

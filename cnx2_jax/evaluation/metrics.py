@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from cnx2_jax.cluster.agree import gathered
 from cnx2_jax.models.state import Params, merge, split
-from cnx2_jax.types import Batch, Metrics
+from cnx2_jax.types import HOST, Batch, Metrics
 
 Scores = Mapping[str, jax.Array]
 
@@ -31,8 +32,11 @@ class Metric(Protocol):
         """Returns what a global batch contributes. Traced; `valid`, bool `[B]`, is False on padding."""
         ...
 
-    def add(self, total: Any, contribution: Any) -> Any:
-        """Returns the total with one more contribution, on the host."""
+    def add(self, total: Any, contribution: Any, host: Mapping[str, np.ndarray]) -> Any:
+        """Returns the total with one more contribution, on the host.
+
+        `host` holds the arrays of this process's share of the batch that never go to a device, such as ids.
+        """
         ...
 
     def merge(self, total: Any) -> Any:
@@ -72,7 +76,7 @@ class Mean:
         sums = {name: jnp.where(valid, score, 0).sum() for name, score in scores.items() if score.ndim == 1}
         return sums, valid.sum()
 
-    def add(self, total, contribution):
+    def add(self, total, contribution, host):
         (sums, count), (more, valid) = total, contribution
         return {name: sums.get(name, 0.0) + float(value) for name, value in more.items()}, count + int(valid)
 
@@ -116,7 +120,7 @@ class ConfusionMatrix:
         counts = jnp.zeros(self.num_classes**2 + 1, jnp.int32).at[cell.ravel()].add(1)
         return counts[:-1].reshape(self.num_classes, self.num_classes)
 
-    def add(self, total: np.ndarray, contribution: jax.Array) -> np.ndarray:
+    def add(self, total: np.ndarray, contribution: jax.Array, host) -> np.ndarray:
         return total + np.asarray(contribution)
 
     def merge(self, total: np.ndarray) -> np.ndarray:
@@ -149,16 +153,17 @@ class Records:
 
     Args:
       names: of the scores to keep; in a batch each is an array `[B, ...]`, of the same shape in all batches.
+      host: names of host-only fields to keep, such as an identifier: numbers, or bytes of one length at most.
     """
 
-    def __init__(self, *names: str):
-        self.names = names
+    def __init__(self, *names: str, host: tuple[str, ...] = ()):
+        self.names, self.host = names, host
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.names == self.names
+        return type(other) is type(self) and (other.names, other.host) == (self.names, self.host)
 
     def __hash__(self) -> int:
-        return hash((type(self), self.names))
+        return hash((type(self), self.names, self.host))
 
     def empty(self) -> list[dict[str, np.ndarray]]:
         return []
@@ -166,14 +171,16 @@ class Records:
     def update(self, scores: Scores, valid: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         return {name: scores[name] for name in self.names}, valid
 
-    def add(self, total, contribution):
+    def add(self, total, contribution, host):
         scores, valid = contribution
         keep = _local_rows(valid)
-        return [*total, {name: _local_rows(score)[keep] for name, score in scores.items()}]
+        rows = {name: _local_rows(score)[keep] for name, score in scores.items()}
+        rows |= {name: np.asarray(host[name])[keep] for name in self.host}
+        return [*total, rows]
 
     def merge(self, total) -> dict[str, np.ndarray]:
         """Returns the rows of all processes, one after another, each sample once."""
-        joined = {name: np.concatenate([part[name] for part in total]) for name in self.names}
+        joined = {name: np.concatenate([part[name] for part in total]) for name in self.names + self.host}
         return {name: _over_processes(rows) for name, rows in joined.items()}
 
     def result(self, total: dict[str, np.ndarray]) -> Metrics:
@@ -193,6 +200,9 @@ def _over_processes(rows: np.ndarray) -> np.ndarray:
     """Returns the rows of all processes, which may have different numbers of them."""
     if jax.process_count() == 1:
         return rows
+    if rows.dtype.kind in "SO":  # texts have other lengths in other processes, and devices take none
+        every = gathered([bytes(text).decode() for text in rows])
+        return np.array([text.encode() for part in every for text in part], object)
     counts = multihost_utils.process_allgather(np.int32(len(rows)))
     padded = np.zeros((counts.max(), *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
@@ -206,7 +216,7 @@ def evaluate(scorer: Scorer, model: nnx.Module, batches: Iterable[Batch]) -> Met
     Args:
       scorer: gives scores and metrics.
       model: the model to evaluate.
-      batches: padded batches with a boolean `mask` `[B]`, False on padding.
+      batches: padded batches with a boolean `mask` `[B]`, False on padding; see `sharding.put_batches`.
 
     Returns:
       Metrics by name. Where batches mark images as `unreadable`, their share by that name: all others leave
@@ -218,13 +228,15 @@ def evaluate(scorer: Scorer, model: nnx.Module, batches: Iterable[Batch]) -> Met
     seen = count = 0
     unreadable: int | None = None
     for batch in batches:
+        host = batch.get(HOST, {})
+        batch = {name: array for name, array in batch.items() if name != HOST}
         contributions, valid, skipped = _contributions(scorer, metrics, graph, arrays, batch, seen)
         seen += batch["mask"].shape[0]
         count += int(valid)
         if "unreadable" in batch:
             unreadable = (unreadable or 0) + int(skipped)
         totals = [
-            metric.add(total, contribution)
+            metric.add(total, contribution, host)
             for metric, total, contribution in zip(metrics, totals, contributions, strict=True)
         ]
     results: Metrics = {}

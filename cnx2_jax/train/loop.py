@@ -199,7 +199,7 @@ def _evaluate(
 
     def pass_with(arrays: Params, averaged: str = "") -> Metrics:
         what = f"evaluating {averaged}at step {step:,}"
-        batches = sharding.put_batches(task.data.eval_batches(**processes.share()), mesh)
+        batches = sharding.put_batches(task.data.eval_batches(**processes.share()), mesh, keep_host=True)
         return task.evaluate(merge(graph, arrays), stop.check(watched(batches, count, what)))
 
     # Replicated first: XLA would shard activations like kernels, and gather them in every layer and batch.

@@ -186,9 +186,9 @@ def test_what_cannot_be_right_is_refused(tmp_path, capfd, classifier):
     )
     other = {"model_type": "convnextv2", "depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}
     (tmp_path / "config.json").write_text(json.dumps(other))
-    assert "is of a model with depths [3, 3, 9, 3]" in refusal(capfd, *place)
+    assert "describes a model with depths [3, 3, 9, 3]" in refusal(capfd, *place)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "convnextv2_tiny"}))
-    assert "is of 'tiny', the weights beside it are not" in refusal(capfd, *place)
+    assert "describes 'tiny', the weights beside it have other sizes" in refusal(capfd, *place)
     (tmp_path / "config.json").unlink()
     tensors = safetensors.numpy.load_file(path)
     name = next(iter(tensors))

@@ -113,13 +113,14 @@ def test_a_confusion_matrix_loses_no_pixel_of_many():
     metric, counts = ConfusionMatrix(2), np.array([[2**31 - 2, 0], [1, 0]], np.int32)
     total = metric.empty()
     for _ in range(3000):
-        total = metric.add(total, counts)
+        total = metric.add(total, counts, {})
     assert total.tolist() == [[3000 * (2**31 - 2), 0], [3000, 0]]  # float32 would lose the ones
 
 
 class Largest(Records):
     def result(self, total):
-        return {"largest": float(total["value"].max()), "samples": len(total["value"])}
+        last = total["id"][total["value"].argmax()].decode()
+        return {"largest": float(total["value"].max()), "samples": len(total["value"]), "of": last}
 
 
 class Values:
@@ -127,13 +128,21 @@ class Values:
         return {"value": batch["value"], "position": positions}
 
     def metrics(self):
-        return (Largest("value"), Mean())
+        return (Largest("value", host=("id",)), Mean())
 
 
 def test_records_hold_every_sample_once():
     batches = [
-        {"value": np.float32([1, 5, 2]), "mask": np.array([True, True, True])},
-        {"value": np.float32([4, 9, 9]), "mask": np.array([True, False, False])},
+        {
+            "value": np.float32([1, 5, 2]),
+            "mask": np.array([True, True, True]),
+            "host": {"id": np.array([b"a", b"bb", b"c"], object)},
+        },
+        {
+            "value": np.float32([4, 9, 9]),
+            "mask": np.array([True, False, False]),
+            "host": {"id": np.array([b"ddd", b"ddd", b"ddd"], object)},
+        },
     ]
     metrics = evaluate(Values(), Linear(np.zeros((1, 1))), batches)
-    assert metrics == {"largest": 5.0, "samples": 4, "value": 3.0, "position": 1.5}
+    assert metrics == {"largest": 5.0, "samples": 4, "of": "bb", "value": 3.0, "position": 1.5}

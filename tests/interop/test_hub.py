@@ -121,7 +121,7 @@ def test_what_was_fetched_once_needs_no_network(hub, tmp_path):
         ("hf:some/absent", "is not on the hub"),
         ("hf:some/gated", "is gated; accept its terms"),
         ("hf:some/empty@v9", "has no revision 'v9'"),
-        ("hf:a/b/c", "names no repository; give hf:OWNER/NAME"),
+        ("hf:a/b/c", "is not the name of a repository; give hf:OWNER/NAME"),
     ],
 )
 def test_refusals(hub, tmp_path, location, said):

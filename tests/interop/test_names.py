@@ -261,7 +261,7 @@ def test_a_stage_without_blocks(small):
 )
 def test_other_networks(tensors):
     message = refusal(tensors)
-    assert "no ConvNeXt V2 in official, timm or Hugging Face naming" in message
+    assert "is not a ConvNeXt V2 in official, timm or Hugging Face naming" in message
     assert not tensors or "'conv1.weight', 'fc.bias'" in message
 
 
