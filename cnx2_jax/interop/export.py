@@ -19,9 +19,9 @@ from cnx2_jax.interop.facts import Facts
 from cnx2_jax.interop.inference import InferenceModel
 
 # Bounds on the largest difference, relative to the largest value. float32: another order of summation changes
-# atto's logits by less than 1e-6; deeper networks and other processors may need a hundred times that. bfloat16
-# has 8 bits of precision, so weights have random errors up to 1/512, which change atto's logits by less than 1%;
-# the bound is five times that.
+# atto's logits by less than 1e-6; deeper networks and other processors may need a hundred times that.
+# bfloat16 has 8 bits of precision, so weights have random errors up to 1/512, which change atto's logits by
+# less than 1%; the bound is five times that.
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
 IMAGES = 3  # a batch size that no writer uses, as exports must work with any
 

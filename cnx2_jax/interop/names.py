@@ -89,8 +89,8 @@ def to_torch(params: Mapping[str, np.ndarray], naming: str) -> dict[str, np.ndar
     """Returns the parameters under the names and in the layouts of another library.
 
     Linear weights are `[out, in]`, convolutions `[out, in, rows, columns]`, GRN `[1, 1, 1, C]` (timm: `[C]`).
-    Names for Hugging Face are those of ConvNextV2ForImageClassification, without a head of ConvNextV2Model. An
-    FCMAE gets the names of the authors' training code with a dense encoder.
+    Names for Hugging Face are those of ConvNextV2ForImageClassification, without a head of ConvNextV2Model.
+    An FCMAE gets the names of the authors' training code with a dense encoder.
 
     Args:
       params: parameters of a ConvNeXtV2 or an FCMAE by our names.
@@ -118,8 +118,8 @@ def to_torch(params: Mapping[str, np.ndarray], naming: str) -> dict[str, np.ndar
 def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
     """Recognises the naming of a state dict and returns its parameters under our names.
 
-    A prefix `module.` is dropped. An official state dict may be a fine-tuned model, an FCMAE with its decoder,
-    or an encoder with or without the prefix `encoder.`; encoders may be dense or MinkowskiEngine's.
+    A prefix `module.` is dropped. An official state dict may be a fine-tuned model, an FCMAE with its
+    decoder, or an encoder with or without the prefix `encoder.`; encoders may be dense or MinkowskiEngine's.
 
     Args:
       tensors: the state dict.
