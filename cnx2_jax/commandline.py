@@ -1,4 +1,4 @@
-"""What `cnx2` and the scripts of experiments/ share: one-line errors and their exit statuses."""
+"""One-line errors and exit statuses, for `cnx2` and the studies of experiments/."""
 
 import argparse
 import sys

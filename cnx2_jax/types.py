@@ -1,4 +1,4 @@
-"""Names for what travels between rooms."""
+"""Types that several rooms share."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Values that are not arrays, sent between the processes of a run: one process's, or everyone's, to all."""
+"""Exchanges JSON values between the processes of a run."""
 
 import json
 from typing import Any
@@ -9,21 +9,21 @@ from jax.experimental import multihost_utils
 
 
 def from_first(value: Any) -> Any:
-    """Returns process 0's value on all processes, each of which calls it; the others' values are ignored.
+    """Returns process 0's value in all processes. Every process must call it; the others' values are ignored.
 
-    What processes read from a shared folder at one moment can differ; what they act on must not.
+    Two processes can read different things from a shared folder, but must act on the same.
 
     Args:
-      value: JSON.
+      value: a JSON value.
     """
     return value if jax.process_count() == 1 else gathered(value if jax.process_index() == 0 else None)[0]
 
 
 def gathered(value: Any) -> list[Any]:
-    """Returns the values of all processes in their order, on each of them; all call it.
+    """Returns the values of all processes, in their order. Every process must call it.
 
     Args:
-      value: JSON.
+      value: a JSON value.
     """
     if jax.process_count() == 1:
         return [value]

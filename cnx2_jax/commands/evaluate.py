@@ -78,9 +78,9 @@ def _on_run_images(args: argparse.Namespace, overrides: list[str]) -> dict:
     return results
 
 
-def _metrics(task: Task, model, mesh: Mesh, what: str) -> Metrics:
+def _metrics(task: Task, model, mesh: Mesh, label: str) -> Metrics:
     batches = sharding.put_batches(task.images.eval_batches(**processes.share()), mesh, keep_host=True)
-    return task.evaluate(model, watched(batches, task.images.num_val, what))
+    return task.evaluate(model, watched(batches, task.images.num_val, label))
 
 
 def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:

@@ -1,1 +1,1 @@
-"""Weights on their way in from other libraries, and out to them and to other runtimes."""
+"""Imports weights from other libraries, and exports them to other libraries and runtimes."""

@@ -1,4 +1,4 @@
-"""How each library names and lays out one parameter: pure functions on names and numpy arrays.
+"""The names and layouts of one parameter in each library: pure functions on names and NumPy arrays.
 
 Sources: the authors' `models/convnextv2.py`, `models/fcmae.py` and `remap_checkpoint_keys` (`utils.py`);
 timm's `models/convnext.py`; transformers' `modeling_convnextv2.py`.
@@ -12,35 +12,35 @@ import numpy as np
 
 NAMINGS = ("official", "timm", "huggingface")
 
-# A name that every file in this naming has and no other does.
+# A name that every file in this naming has, and no file in another naming.
 MARKERS = {
     "official": "downsample_layers.0.0.weight",
     "timm": "stem.0.weight",
     "huggingface": "embeddings.patch_embeddings.weight",
 }
 
-# Their blocks, with stage and index.
+# The names of a block's parameters, with groups for stage and index.
 BLOCKS = {
     "official": r"stages\.(\d+)\.(\d+)\.",
     "timm": r"stages\.(\d+)\.blocks\.(\d+)\.",
     "huggingface": r"encoder\.stages\.(\d+)\.layers\.(\d+)\.",
 }
 
-# transformers' classifier has the encoder under this name; the encoder alone has none.
+# transformers' classifier holds the encoder under this prefix; a bare encoder has no prefix.
 HUGGINGFACE_PREFIX = "convnextv2."
 
-# timm computes the linear layers of these as 1x1 convolutions, whose weights have two more axes.
+# timm computes the linear layers of these variants as 1x1 convolutions, whose weights have two more axes.
 TIMM_CONV_MLP = ("atto", "femto", "pico", "nano")
 
 _TIMM_LAYERS = {"dwconv": "conv_dw", "pwconv1": "mlp.fc1", "pwconv2": "mlp.fc2", "grn": "mlp.grn"}
 
 
 def renamer(naming: str, prefix: str = "") -> Callable[[str], str]:
-    """Returns the function from our dotted name of a parameter to theirs.
+    """Returns a function that maps our dotted name of a parameter to the library's name.
 
     Args:
       naming: one of NAMINGS.
-      prefix: on all names but the head's, such as HUGGINGFACE_PREFIX.
+      prefix: a prefix for all names except the head's, such as HUGGINGFACE_PREFIX.
     """
 
     def rename(name: str) -> str:
@@ -82,11 +82,13 @@ def _huggingface_module(modules: list[str]) -> str:
 
 
 def their_layout(name: str, value: np.ndarray, naming: str, conv_mlp: bool) -> np.ndarray:
-    """Returns a view of one of our parameters in their layout.
+    """Returns a view of one of our parameters in the layout of a library.
 
     Args:
-      name: ours.
-      conv_mlp: whether the block's linear layers are 1x1 convolutions, as in timm's TIMM_CONV_MLP.
+      name: our name of the parameter.
+      value: the parameter in our layout.
+      naming: one of NAMINGS.
+      conv_mlp: whether the block's linear layers are 1x1 convolutions, as in TIMM_CONV_MLP.
     """
     if name.endswith(".kernel"):
         if value.ndim == 3:  # depthwise [rows, columns, channels]
@@ -101,7 +103,7 @@ def their_layout(name: str, value: np.ndarray, naming: str, conv_mlp: bool) -> n
 
 
 def our_layout(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Inverse of `their_layout`: a contiguous array of our shape."""
+    """Returns the inverse of `their_layout`: a contiguous array in our layout, of the given shape."""
     if len(shape) == 4:
         value = value.transpose(2, 3, 1, 0)
     elif len(shape) == 3:
@@ -112,11 +114,11 @@ def our_layout(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def dense(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Brings MinkowskiEngine's names and shapes to those of the official dense model; others stay.
+    """Converts MinkowskiEngine's names and shapes to those of the official dense model; keeps all others.
 
-    Its kernels are `[positions, in, out]`, of depthwise convolutions `[positions, channels]`, the positions
-    counted column by column (index = column * rows + row); linear and norm lie under `.linear` and `.ln`;
-    biases of convolutions and GRN are `[1, C]`.
+    Its kernels are `[positions, in, out]`, those of depthwise convolutions `[positions, channels]`. Positions
+    are counted column by column (index = column * rows + row). Linear layers and norms are named `.linear`
+    and `.ln`; biases of convolutions and GRN are `[1, C]`.
     """
     if not any(name.endswith(".kernel") for name in tensors):
         return dict(tensors)
@@ -125,7 +127,7 @@ def dense(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         side = math.isqrt(value.shape[0]) if value.ndim else 0
         if name.endswith(".kernel") and value.ndim in (2, 3) and side * side == len(value):
             name = f"{name.removesuffix('kernel')}weight"
-            # To [columns, rows, in, out], where depthwise convolutions have 1 in.
+            # To [columns, rows, in, out]; depthwise convolutions have in = 1.
             value = value.reshape(side, side, -1, value.shape[-1]).transpose(3, 2, 1, 0)
         elif name.endswith(".bias") and value.ndim == 2 and len(value) == 1:
             value = value[0]

@@ -1,6 +1,6 @@
-"""The formats that a network leaves in, and the way out: written, run by its own runtime, compared, moved.
+"""Exports a network: writes a format, runs it in its runtime, compares the results, and moves it into place.
 
-What stands under the asked name is whole and has been compared, or is not there.
+A file or folder at the requested path is complete and has been compared.
 """
 
 import dataclasses
@@ -18,11 +18,12 @@ from cnx2_jax.interop import safetensors
 from cnx2_jax.interop.facts import Facts
 from cnx2_jax.interop.inference import InferenceModel
 
-# Largest difference over largest value. float32: sums in another order change atto's logits by less than 1e-6
-# of the largest; deeper networks and other processors may take a hundred times that. bfloat16 has 8 bits, so
-# weights are off by up to 1/512, at random; that makes less than 1% of atto's logits, five times it passes.
+# Bounds on the largest difference, relative to the largest value. float32: another order of summation changes
+# atto's logits by less than 1e-6; deeper networks and other processors may need a hundred times that.
+# bfloat16 has 8 bits of precision, so weights have random errors up to 1/512, which change atto's logits by
+# less than 1%; the bound is five times that.
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
-IMAGES = 3  # a batch of no size that any writer knows
+IMAGES = 3  # a batch size that no writer uses, as exports must work with any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Job:
     """One export.
 
     Attributes:
-      checkpoint: the folder (see `train.checkpoint.find`), for formats that take more than the network.
+      checkpoint: the folder (see `checkpoint.find`), for formats that hold more than the network.
       model: the network.
-      facts: what users of the network must know besides its weights.
-      dtype: of the parameters, `float32` or `bfloat16`.
+      facts: preprocessing and class names.
+      dtype: dtype of the parameters, `float32` or `bfloat16`.
     """
 
     checkpoint: Path
@@ -44,15 +45,15 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One format.
+    """One export format.
 
     Attributes:
       summary: one line for `--help`.
-      write: writes a job's result as a file or folder; OSError if it cannot.
-      run: loads that and maps images `[B, H, W, C]` to results `[B, width]`.
+      write: writes a job to a file or folder; raises OSError.
+      run: loads the file or folder and maps images `[B, H, W, C]` to results `[B, width]`.
       writer: the package that `write` needs.
       runtime: the package that `run` needs.
-      extra: the one of cnx2_jax that installs both; empty where they are always there.
+      extra: the extra of cnx2_jax that installs both; empty if they are always installed.
     """
 
     summary: str
@@ -64,7 +65,7 @@ class Format:
 
 
 def of_model(summary: str, module: str, writer: str, runtime: str, extra: str = "") -> Format:
-    """Returns the format of a module of this room, which is imported when it is used."""
+    """Returns the format that a module of this folder writes; the module is imported at its first use."""
 
     def load() -> Any:
         return importlib.import_module(f"cnx2_jax.interop.{module}")
@@ -97,7 +98,7 @@ def of_weights(naming: str) -> Format:
 
 FORMATS = {
     "safetensors": of_weights("huggingface"),
-    "stablehlo": of_model("a file that JAX alone runs, on CPU, GPU and TPU", "stablehlo", "jax", "jax"),
+    "stablehlo": of_model("a file for JAX on CPU, GPU and TPU", "stablehlo", "jax", "jax"),
     "savedmodel": of_model("a folder for TensorFlow", "savedmodel", "tensorflow", "tensorflow"),
     "onnx": of_model("a file for ONNX runtimes", "onnx", "onnx", "onnxruntime", "onnx"),
 }
@@ -110,14 +111,14 @@ def check_writable(form: Format) -> None:
 
 
 def export(out: Path, form: Format, job: Job) -> dict[str, Any]:
-    """Writes a job to `out` and returns how far its results are from this network's.
+    """Writes a job to `out` and compares its results with those of this network.
 
     Returns:
-      `runtime` with its version, `max_difference` and, to compare it with, the `largest` value; each None
-      where the runtime is not installed.
+      `runtime` with its version, `max_difference`, and the `largest` value to compare it with; all None if
+      the runtime is not installed.
 
     Raises:
-      UserError: something is there already, or it cannot be written.
+      UserError: `out` exists already or cannot be written.
       RunError: the results differ by more than `BOUNDS`; nothing is left at `out`.
     """
     with creating(out) as place:
@@ -132,18 +133,19 @@ def _compare(path: Path, form: Format, job: Job) -> dict[str, Any]:
     images = job.model.some_images(IMAGES)
     try:
         found = form.run(path, images)
-    except safetensors.NoRuntimeError:  # there, but what it needs is not, or does not fit
+    except safetensors.NoRuntimeError:  # installed, but its requirements are not
         return {"runtime": None, "max_difference": None, "largest": None}
     expected = job.model.reference(images)
     if found.shape != expected.shape:
-        raise RunError(f"{form.runtime} gives {found.shape} for {expected.shape}; nothing was exported")
+        raise RunError(
+            f"{form.runtime} returns shape {found.shape}, expected {expected.shape}; nothing was exported"
+        )
     difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
     bound = BOUNDS[job.dtype]
-    if not difference <= bound * largest:  # NaN as well
+    if not difference <= bound * largest:  # also True for NaN
         raise RunError(
-            f"{form.runtime} gives results that differ by {difference:.1e} where the largest is "
-            f"{largest:.1e}, more than {bound:.0e} of it, the bound for {job.dtype}; nothing was exported, "
-            "please report this"
+            f"results of {form.runtime} differ by {difference:.1e}, more than {bound:.0e} of the largest "
+            f"value {largest:.1e}, the bound for {job.dtype}; nothing was exported, please report this"
         )
     version = importlib.import_module(form.runtime).__version__
     return {

@@ -1,4 +1,4 @@
-"""What the users of a model must know besides its weights, as transformers and timm write it into JSON."""
+"""Preprocessing and class names of a model, in the JSON files of transformers and timm."""
 
 import dataclasses
 import json
@@ -8,8 +8,8 @@ from typing import Any
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import VARIANTS
 
-# From this size up images are warped, below it cut out of the centre: here, in timm's configs of ConvNeXt V2
-# (`crop_mode` squash) and in transformers' ConvNextImageProcessor.
+# From this size up, images are warped to the square; below, the centre is cropped. This holds here, in timm's
+# configs of ConvNeXt V2 (`crop_mode` squash) and in transformers' ConvNextImageProcessor.
 WARP_FROM = 384
 
 HUGGINGFACE_CLASSIFIER = "ConvNextV2ForImageClassification"
@@ -17,13 +17,13 @@ HUGGINGFACE_CLASSIFIER = "ConvNextV2ForImageClassification"
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """How images are prepared, and what the classes are called.
+    """The preparation of images, and the names of the classes.
 
     Attributes:
       class_names: in the order of the logits; empty without a head.
       image_size: height and width.
-      eval_crop: share of the shrunk image's side that is cut out below WARP_FROM.
-      mean, std: of each channel, as shares of the full range.
+      eval_crop: share of the resized image's side that is kept by the crop, below WARP_FROM.
+      mean, std: per channel, for pixels from 0 to 1.
     """
 
     class_names: tuple[str, ...]
@@ -36,7 +36,7 @@ class Facts:
 def huggingface_config(
     facts: Facts, depths: tuple[int, ...], dims: tuple[int, ...], in_chans: int, patch_size: int
 ) -> dict[str, Any]:
-    """Returns the `config.json` that transformers reads; without classes it is a ConvNextV2Model's."""
+    """Returns the `config.json` that transformers reads; without classes it describes a ConvNextV2Model."""
     named = dict(enumerate(facts.class_names))
     labels = {"id2label": named, "label2id": {name: index for index, name in named.items()}} if named else {}
     return {
@@ -50,13 +50,13 @@ def huggingface_config(
         "image_size": _one_number(facts.image_size),
         "hidden_act": "gelu",
         "drop_path_rate": 0.0,
-        "layer_norm_eps": 1e-6,  # of the final norm, for which transformers' default is 1e-12
+        "layer_norm_eps": 1e-6,  # of the final norm; transformers' default is 1e-12
         **labels,
     }
 
 
 def huggingface_preprocessor(facts: Facts) -> dict[str, Any] | None:
-    """Returns the `preprocessor_config.json` of our evaluation; None if the size is oblong: it knows none."""
+    """Returns the `preprocessor_config.json` of our evaluation, or None for oblong images."""
     size = _one_number(facts.image_size)
     if not isinstance(size, int):
         return None
@@ -65,7 +65,7 @@ def huggingface_preprocessor(facts: Facts) -> dict[str, Any] | None:
         "do_resize": True,
         "size": {"shortest_edge": size},
         "crop_pct": facts.eval_crop,
-        "resample": 3,  # PIL's number of bicubic
+        "resample": 3,  # PIL's constant for bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -85,7 +85,7 @@ def timm_config(
     """Returns the `config.json` that timm reads (timm/models/_hub.py, `_parse_model_cfg`).
 
     Raises:
-      UserError: a stem patch of 2, after which timm shrinks the map once more.
+      UserError: the stem patch is 2; timm would downsample the map once more after it.
     """
     if patch_size == 2:
         raise UserError("timm has no ConvNeXt V2 with model.patch_size 2; use naming huggingface or official")
@@ -123,10 +123,10 @@ def timm_config(
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Returns those of the fields of Facts that transformers' or timm's JSON in a folder tells.
+    """Returns the fields of Facts that the JSON files of transformers or timm in a folder contain.
 
-    A `config.json` of another model than ConvNeXt V2 tells none, nor does what lies beside it. Names of
-    classes that only number them (`LABEL_0`) are none.
+    If `config.json` describes another model than ConvNeXt V2, all JSON files are ignored. Class names that
+    only number the classes (`LABEL_0`) are ignored too.
 
     Raises:
       UserError: the JSON is damaged.
@@ -140,18 +140,20 @@ def read(folder: Path) -> dict[str, Any]:
         else:
             return {}
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"the JSON in '{folder}' is none of a model's ({error!r}); move it away") from None
+        raise UserError(
+            f"the JSON in '{folder}' does not describe a model ({error!r}); move it away"
+        ) from None
     return {name: value for name, value in found.items() if value}
 
 
 def check_sizes(folder: Path, depths: tuple[int, ...], dims: tuple[int, ...]) -> None:
-    """Raises UserError if transformers' or timm's JSON in a folder is of a model of other sizes."""
+    """Raises UserError if the JSON of transformers or timm in a folder describes a model of other sizes."""
     config = _read_json(folder / "config.json")
-    said = (config.get("depths"), config.get("hidden_sizes"))
-    if config.get("model_type") == "convnextv2" and all(said) and said != (list(depths), list(dims)):
+    stated = (config.get("depths"), config.get("hidden_sizes"))
+    if config.get("model_type") == "convnextv2" and all(stated) and stated != (list(depths), list(dims)):
         raise UserError(
-            f"'{folder / 'config.json'}' is of a model with depths {said[0]} and dims {said[1]}, the weights "
-            f"beside it have {list(depths)} and {list(dims)}; move it away"
+            f"'{folder / 'config.json'}' describes a model with depths {stated[0]} and dims {stated[1]}, the "
+            f"weights beside it have {list(depths)} and {list(dims)}; move it away"
         )
     named = str(config.get("architecture")).removeprefix("convnextv2_")
     arguments = config.get("model_args") or {}
@@ -159,7 +161,8 @@ def check_sizes(folder: Path, depths: tuple[int, ...], dims: tuple[int, ...]) ->
         variant = VARIANTS[named]
         if (variant.depths, variant.dims) != (tuple(depths), tuple(dims)):
             raise UserError(
-                f"'{folder / 'config.json'}' is of '{named}', the weights beside it are not; move it away"
+                f"'{folder / 'config.json'}' describes '{named}', the weights beside it have other sizes; "
+                "move it away"
             )
 
 
@@ -202,7 +205,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not isinstance(values, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not a JSON object")
         return values
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read: {error}; move it away") from None

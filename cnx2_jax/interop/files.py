@@ -1,4 +1,4 @@
-"""Tensors from files: PyTorch's pickles, read without running what is in them, and safetensors."""
+"""Reads tensors from files: safetensors, and PyTorch's pickles without running their code."""
 
 import argparse
 import re
@@ -15,12 +15,12 @@ from cnx2_jax.errors import UserError
 
 _PICKLES = (".pt", ".pth", ".bin")
 
-# Under which of its keys a training checkpoint holds the weights: averaged ones first, as timm's
-# `load_state_dict` (models/_helpers.py) takes them.
+# The keys under which training checkpoints hold the weights, averaged ones first, in the order of timm's
+# `load_state_dict` (models/_helpers.py).
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
-# How files begin that were not downloaded as meant.
-_STRANGERS = {
+# The first bytes of files that were not downloaded correctly.
+_FAILED_DOWNLOADS = {
     b"version https://git-lfs": "a git-lfs pointer, not the file itself; run `git lfs pull`",
     b"<": "a page of HTML or XML, not weights; download it again",
 }
@@ -37,11 +37,11 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
       Arrays by name; floating ones as float32, to which half precision widens exactly.
 
     Raises:
-      UserError: it is no such file, is damaged, holds other objects, or PyTorch is missing.
+      UserError: it is not such a file, is damaged, holds other objects, or PyTorch is not installed.
     """
     known = [".safetensors", *_PICKLES]
     if path.suffix not in known:
-        raise UserError(f"'{path}' is no file of weights that cnx2 knows; it reads {', '.join(known)}")
+        raise UserError(f"'{path}' is not a file of weights that cnx2 reads; give one of {', '.join(known)}")
     try:
         with path.open("rb") as file:
             start = file.read(64).lstrip()
@@ -49,9 +49,9 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"cannot read '{path}': {error.strerror}; give a file of weights") from None
     if not start:
         raise UserError(f"'{path}' is empty; download it again")
-    for begin, what in _STRANGERS.items():
+    for begin, description in _FAILED_DOWNLOADS.items():
         if start.startswith(begin):
-            raise UserError(f"'{path}' is {what}")
+            raise UserError(f"'{path}' is {description}")
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     return {name: _as_float32(tensor) for name, tensor in tensors.items()}
 
@@ -61,8 +61,10 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
         raise UserError(f"'{path}' is damaged: {error}; download it again") from None
-    except (AttributeError, TypeError, KeyError) as error:  # a dtype that NumPy lacks, such as float8
-        raise UserError(f"'{path}' holds numbers of a kind that NumPy lacks ({error})") from None
+    except (AttributeError, TypeError, KeyError) as error:  # a dtype that NumPy does not have, such as float8
+        raise UserError(
+            f"'{path}' holds a dtype that NumPy does not have ({error}); convert it to float32 first"
+        ) from None
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
@@ -72,26 +74,28 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"'{path}' needs PyTorch to be read; pip install 'cnx2_jax[torch]'") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what is refused below
+            warnings.simplefilter("ignore")  # about objects that are refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a damaged file there is hardly one that torch.load does not raise
+    except Exception as error:  # torch.load raises nearly any exception for a damaged file
         if culprit := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(
-                f"'{path}' was not loaded: it asks for {culprit[1]}, which is no tensor and could run any "
-                "program; save its state dict alone, or as .safetensors"
+                f"'{path}' was not loaded: it asks for {culprit[1]}, which is not a tensor and could run any "
+                "code; save its state dict alone, or as .safetensors"
             ) from None
-        # Not what PyTorch says: it advises to load such a file all the same.
-        raise UserError(f"'{path}' is damaged, or no file of tensors by PyTorch; download it again") from None
+        # PyTorch's message is left out: it advises to load such a file anyway.
+        raise UserError(
+            f"'{path}' is damaged, or not a file of tensors by PyTorch; download it again"
+        ) from None
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
     if not isinstance(content, Mapping) or not content:
-        raise UserError(f"'{path}' holds no state dict (also not as one of {', '.join(_WRAPPERS)})")
+        raise UserError(f"'{path}' holds no state dict (nor under one of the keys {', '.join(_WRAPPERS)})")
     for name, value in content.items():
         plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
         if not plain:
-            raise UserError(f"'{path}' is no state dict: '{name}' in it is no plain tensor")
+            raise UserError(f"'{path}' is not a state dict: its entry '{name}' is not a plain tensor")
     return {
         str(name): (value.float() if value.is_floating_point() else value).detach().numpy()
         for name, value in content.items()

@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, which huggingface_hub fetches and keeps."""
+"""Downloads files from the Hugging Face hub with huggingface_hub, which caches them."""
 
 import contextlib
 from pathlib import Path
@@ -11,14 +11,15 @@ _DESCRIPTIONS = ("config.json", "preprocessor_config.json")
 
 
 def fetch(location: str) -> Path:
-    """Fetches the weights that `hf:OWNER/NAME[@REVISION]` means, or finds them in huggingface_hub's cache.
+    """Downloads the weights of `hf:OWNER/NAME[@REVISION]`, or finds them in huggingface_hub's cache.
 
     Returns:
-      The path of `model.safetensors`, or where there is none of `pytorch_model.bin`; beside it lie the
-      repository's `config.json` and `preprocessor_config.json`, if it has them.
+      The path of `model.safetensors`, or of `pytorch_model.bin` if there is none. The repository's
+      `config.json` and `preprocessor_config.json` are in the same folder, if it has them.
 
     Raises:
-      UserError: no such repository, revision or file, no right to read it, no network, or no huggingface_hub.
+      UserError: the repository, revision or file does not exist or must not be read, the network is down, or
+        huggingface_hub is not installed.
     """
     repository, _, revision = location.removeprefix(SCHEME).partition("@")
     try:
@@ -39,22 +40,22 @@ def fetch(location: str) -> Path:
             raise UserError(
                 f"'{location}' has neither {' nor '.join(_WEIGHTS)}; fetch its file and give its path"
             )
-        with contextlib.suppress(errors.LocalEntryNotFoundError):  # offline, the cache is all there is
+        with contextlib.suppress(errors.LocalEntryNotFoundError):  # offline, only the cache is available
             for name in _DESCRIPTIONS:
                 download(name)
         return weights
     except UserError:
         raise
     except errors.HFValidationError:
-        problem = "names no repository; give hf:OWNER/NAME or hf:OWNER/NAME@REVISION"
+        problem = "is not the name of a repository; give hf:OWNER/NAME or hf:OWNER/NAME@REVISION"
     except errors.GatedRepoError:
         problem = "is gated; accept its terms on the hub, then `hf auth login` or set HF_TOKEN"
     except errors.RepositoryNotFoundError:
         problem = "is not on the hub; if it is private, `hf auth login` or set HF_TOKEN"
     except errors.RevisionNotFoundError:
-        problem = f"has no revision '{revision}'; see its branches and tags on the hub"
+        problem = f"has no revision '{revision}'; choose one of its branches and tags on the hub"
     except errors.LocalEntryNotFoundError:
         problem = "cannot be reached and is not in the cache; check the network, or give a file"
-    except Exception as error:  # those of its HTTP library too, which is another in every few versions
+    except Exception as error:  # also the errors of its HTTP library, which changes between versions
         problem = f"cannot be fetched: {(str(error) or type(error).__name__).splitlines()[0]}"
     raise UserError(f"'{location}' {problem}")

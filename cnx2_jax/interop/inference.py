@@ -1,4 +1,4 @@
-"""What is exported: a network, the size of its images, and whether they are normalised inside."""
+"""The model that is exported: a network with the size of its images and, optionally, their normalisation."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,25 +16,25 @@ from cnx2_jax.models.pixels import normalise
 
 
 class InferenceModel:
-    """A network that computes in float32, with its weights on the host, for images of one size.
+    """A network for inference in float32, with its weights on the host, for images of one size.
 
     Args:
-      model: the network, in any compute dtype; without a head it gives features `[B, dims[3]]`.
+      model: the network, in any compute dtype; without a head it returns features `[B, dims[3]]`.
       size: height and width of the images.
-      mean, std: of the images that the network was trained on, per channel, as shares of the full range.
-      uint8: whether images are uint8 `[B, H, W, C]` and normalised inside; else they are float32 and
-        normalised already.
+      mean, std: per channel, for pixels from 0 to 1, of the normalisation in training.
+      uint8: whether the input is uint8 `[B, H, W, C]`, which the model normalises; otherwise it is
+        normalised float32.
 
     Attributes:
       params: float32 arrays by official dotted name.
       depths: blocks in each stage.
       shape: `(H, W, C)` of an image.
-      dtype: of the images, `float32` or `uint8`.
-      output: what the result is called, `logits` or `features`.
-      width: how many values the result has per image.
+      dtype: dtype of the images, `float32` or `uint8`.
+      output: name of the result, `logits` or `features`.
+      width: number of values per image in the result.
 
     Raises:
-      UserError: the size is no multiple of the stride.
+      UserError: the size is not a multiple of the stride.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class InferenceModel:
         self.dtype = np.dtype(np.uint8 if uint8 else np.float32)
         self.output = "logits" if model.num_classes else "features"
         self.width = model.num_classes or model.config.dims[-1]
-        # Unrolled: a loop would stack the weights of its blocks anew at every call.
+        # Not scanned: a scan would stack the weights of its blocks at every call.
         config = dataclasses.replace(model.config, drop_path=0.0, remat="none", scan=False, dtype=jnp.float32)
         self._empty = nnx.eval_shape(
             lambda: ConvNeXtV2(config, num_classes=model.num_classes, rngs=nnx.Rngs(0))
@@ -65,7 +65,7 @@ class InferenceModel:
     def apply(
         self, params: Mapping[str, Array | np.ndarray], images: Shaped[Array, "b height width c"]
     ) -> Float[Array, "b width"]:
-        """Returns logits or features `[B, width]` in float32; to be traced by JAX."""
+        """Returns logits or features `[B, width]` in float32; JAX traces it."""
         graph, empty = nnx.split(self._empty)
         leaves = [
             (path, leaf.replace(jnp.asarray(params[".".join(map(str, path))])))
@@ -81,7 +81,7 @@ class InferenceModel:
             return np.asarray(jax.jit(self.apply)(self.params, images))
 
     def some_images(self, count: int) -> Shaped[np.ndarray, "b height width c"]:
-        """Draws images of noise, the same at every call."""
+        """Returns images of noise, the same at every call."""
         rng = np.random.default_rng(0)
         shape = (count, *self.shape)
         if self.uint8:
@@ -90,12 +90,12 @@ class InferenceModel:
 
 
 def cpu() -> jax.Device:
-    """Returns where results are compared: accelerators may round the operands of products.
+    """Returns the CPU, on which results are compared: accelerators may round the operands of products.
 
     Raises:
-      UserError: JAX was told to do without.
+      UserError: JAX_PLATFORMS excludes the CPU.
     """
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
-        raise UserError("an export is checked on the CPU; name cpu in JAX_PLATFORMS as well") from None
+        raise UserError("an export is checked on the CPU; add cpu to JAX_PLATFORMS") from None

@@ -1,4 +1,4 @@
-"""The network in layers that other frameworks have, for those that take no StableHLO."""
+"""Composes the network from layers of frameworks that do not read StableHLO."""
 
 from typing import Protocol, TypeVar
 
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Layers(Protocol[T]):
-    """A framework's layers on its own tensors `[B, h, w, C]`; `name` is that of a module of ours."""
+    """A framework's layers on its tensors `[B, h, w, C]`; `name` is the name of our module."""
 
     def normalise(self, images: T) -> T:
         """Maps uint8 images to float32, as `pixels.normalise` does."""
@@ -27,7 +27,7 @@ class Layers(Protocol[T]):
     def linear(self, x: T, name: str) -> T: ...
 
     def gelu(self, x: T) -> T:
-        """Exact, by the error function."""
+        """Computes the exact GELU, with the error function."""
         ...
 
     def grn(self, x: T, name: str) -> T:

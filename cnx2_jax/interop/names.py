@@ -1,4 +1,4 @@
-"""State dicts of other libraries from our parameters, and back: all names and shapes of a model at once."""
+"""Converts our parameters to state dicts of other libraries and back, and checks all names and shapes."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ _DECODER = ("decoder.", "proj.", "pred.", "mask_token")
 _NORM = ("norm.scale", "norm.bias")
 _LISTED = 4
 
-# Every naming with the prefixes that it comes with; no file has the markers of two.
+# Every naming with each of its prefixes; no file has the markers of two.
 _FORMS = (
     ("official", ""),
     ("official", "encoder."),
@@ -39,16 +39,16 @@ _FORMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """Parameters with what their names and shapes say of the model.
+    """Parameters, and the properties of the model that follow from their names and shapes.
 
     Attributes:
-      params: by our dotted name, in our layout, of the dtype that they had.
+      params: by our dotted name, in our layout, in their original dtype.
       depths, dims, in_chans, patch_size: of the encoder.
       num_classes: 0 if there is no head.
       naming: one of NAMINGS.
-      decoder_dim, decoder_depth: of FCMAE's decoder; 0 if there is none, and the model is a ConvNeXtV2.
-      fresh_norm: whether the final norm was not there, as in all that FCMAE pretrained; then its scale is 1
-        and its bias 0.
+      decoder_dim, decoder_depth: of FCMAE's decoder; 0 for a ConvNeXtV2, which has none.
+      fresh_norm: whether the final norm was missing, as in all FCMAE encoders; its scale is 1 and its bias 0
+        then.
     """
 
     params: dict[str, np.ndarray]
@@ -90,22 +90,22 @@ def to_torch(params: Mapping[str, np.ndarray], naming: str) -> dict[str, np.ndar
 
     Linear weights are `[out, in]`, convolutions `[out, in, rows, columns]`, GRN `[1, 1, 1, C]` (timm: `[C]`).
     Names for Hugging Face are those of ConvNextV2ForImageClassification, without a head of ConvNextV2Model.
-    An FCMAE keeps the names of the authors' training code, but its encoder is dense.
+    An FCMAE gets the names of the authors' training code with a dense encoder.
 
     Args:
-      params: by our names, of a ConvNeXtV2, or of an FCMAE.
-      naming: one of NAMINGS; an FCMAE has a place in `official` alone.
+      params: parameters of a ConvNeXtV2 or an FCMAE by our names.
+      naming: one of NAMINGS; only `official` has an FCMAE.
 
     Returns:
-      Contiguous arrays of the dtype given.
+      Contiguous arrays in the dtype of `params`.
 
     Raises:
-      UserError: an unknown naming, or an FCMAE in another than `official`.
+      UserError: the naming is unknown, or is not `official` for an FCMAE.
     """
     if naming not in NAMINGS:
         raise UserError(f"unknown naming '{naming}'{nearest(naming, NAMINGS)} (known: {', '.join(NAMINGS)})")
     if "mask_token" in params and naming != "official":
-        raise UserError(f"{naming} has no FCMAE; give its encoder alone, or naming official")
+        raise UserError(f"{naming} has no FCMAE; export the encoder alone, or use naming official")
     prefixed = naming == "huggingface" and "head.kernel" in params
     rename = renamer(naming, HUGGINGFACE_PREFIX if prefixed else "")
     conv_mlp = naming == "timm" and variant_of(*sizes_of(params)) in TIMM_CONV_MLP
@@ -118,22 +118,22 @@ def to_torch(params: Mapping[str, np.ndarray], naming: str) -> dict[str, np.ndar
 def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
     """Recognises the naming of a state dict and returns its parameters under our names.
 
-    A prefix `module.` is dropped. An official one may be of a fine-tuned model, of an FCMAE with its decoder,
-    or of an encoder, with or without the prefix `encoder.`; encoders dense or as MinkowskiEngine has them.
+    A prefix `module.` is dropped. An official state dict may be a fine-tuned model, an FCMAE with its
+    decoder, or an encoder with or without the prefix `encoder.`; encoders may be dense or MinkowskiEngine's.
 
     Args:
-      tensors: by name.
-      source: what an error calls them, such as a path.
+      tensors: the state dict.
+      source: the name of the tensors in error messages, such as a path.
 
     Raises:
-      UserError: no naming is recognised, or names are unknown or missing, or shapes are wrong: it lists them.
+      UserError: no naming is recognised, or names are unknown or missing, or shapes are wrong; it lists them.
     """
     if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel's
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     form = next((form for form in _FORMS if form[1] + MARKERS[form[0]] in tensors), None)
     if form is None:
         raise UserError(
-            f"'{source}' holds no ConvNeXt V2 in official, timm or Hugging Face naming; the first of its "
+            f"'{source}' is not a ConvNeXt V2 in official, timm or Hugging Face naming; the first of its "
             f"{len(tensors)} tensor(s): {_listed(tensors) or 'none'}"
         )
     naming, prefix = form
@@ -142,18 +142,18 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
         tensors, prefix = {name.removeprefix(prefix): value for name, value in tensors.items()}, ""
     if naming == "official":
         tensors = dense(tensors)
-    # Of an FCMAE the prefix is part of our names too.
+    # In an FCMAE, the prefix is part of our names too.
     rename = renamer(naming, "" if has_decoder else prefix)
 
     def shape(ours: str) -> tuple[int, ...]:
         if rename(ours) not in tensors:
-            raise UserError(f"'{source}' is no whole {naming} ConvNeXt V2: it has no '{rename(ours)}'")
+            raise UserError(f"'{source}' is not a complete {naming} ConvNeXt V2: '{rename(ours)}' is missing")
         return tensors[rename(ours)].shape
 
     inside = prefix if has_decoder else ""
     stem = shape(f"{inside}downsample_layers.0.0.kernel")
     if len(stem) != 4:
-        raise UserError(f"'{source}': '{MARKERS[naming]}' {list(stem)} has not 4 axes")
+        raise UserError(f"'{source}': '{MARKERS[naming]}' {list(stem)} does not have 4 axes")
     down = [f"{inside}downsample_layers.{stage}.{min(stage, 1)}.bias" for stage in range(STAGES)]
     dims = tuple(math.prod(shape(name)) for name in down)
     depths = _count_blocks(tensors, re.escape(prefix) + BLOCKS[naming])
@@ -182,13 +182,13 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
 
 
 def _count_blocks(names: Iterable[str], pattern: str) -> tuple[int, ...]:
-    """Returns how many blocks each stage has, at least one: of a stage without any, the first is missing."""
+    """Returns the number of blocks of each stage, at least 1: then a missing stage is reported."""
     found = {match.groups() for name in names if (match := re.match(pattern, name))}
     return tuple(max(1, sum(stage == str(s) for stage, _ in found)) for s in range(STAGES))
 
 
 def _model_shapes(model: Imported) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of our parameters by name; the model itself is the list."""
+    """Returns the shapes of our parameters by name, from the model itself."""
     config = EncoderConfig(model.depths, model.dims, in_chans=model.in_chans, patch_size=model.patch_size)
 
     def build() -> ConvNeXtV2 | FCMAE:
@@ -209,7 +209,7 @@ def _check(
     naming: str,
     source: str,
 ) -> None:
-    """Raises UserError unless the tensors have just the names wanted, with right shapes."""
+    """Raises UserError unless the tensors have exactly the wanted names and shapes."""
     theirs = {rename(name): name for name in wanted}
     misshapen = {}
     for name in theirs.keys() & tensors.keys():
@@ -224,13 +224,13 @@ def _check(
         "missing": theirs.keys() - tensors.keys(),
         "misshapen": misshapen.keys(),
     }
-    said = [f"{len(names)} {kind}: {_listed(names, misshapen)}" for kind, names in wrong.items() if names]
-    if said:
-        raise UserError(f"'{source}' is no whole {naming} ConvNeXt V2; tensors {'; '.join(said)}")
+    problems = [f"{len(names)} {kind}: {_listed(names, misshapen)}" for kind, names in wrong.items() if names]
+    if problems:
+        raise UserError(f"'{source}' is not a complete {naming} ConvNeXt V2; tensors {'; '.join(problems)}")
 
 
 def _listed(names: Iterable[str], remarks: Mapping[str, str] | None = None) -> str:
-    """Returns the first names in quotes, each with its remark, and how many more there are."""
+    """Returns the first names in quotes, each with its remark, and the number of the others."""
     names = sorted(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(f"'{name}'{(remarks or {}).get(name, '')}" for name in names[:_LISTED]) + more

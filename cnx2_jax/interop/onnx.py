@@ -1,7 +1,7 @@
-"""ONNX: one graph of standard operations, for onnxruntime and whatever else reads ONNX.
+"""ONNX: one graph of standard operations, for onnxruntime and other readers of ONNX.
 
-Input `images`, channels last like ours; output `logits` or `features`. Initializers have the names of our
-parameters; the kernels of convolutions are laid out as ONNX asks, `[out, in, rows, columns]`.
+The input is `images`, channels last; the output is `logits` or `features`. Initializers have the names of our
+parameters; kernels of convolutions have ONNX's layout `[out, in, rows, columns]`.
 """
 
 from pathlib import Path
@@ -16,15 +16,15 @@ from cnx2_jax.interop.inference import InferenceModel
 from cnx2_jax.interop.layers import compose
 from cnx2_jax.kernels.pointwise import EPSILON
 
-OPSET = 20  # the first with GELU
-IR_VERSION = 9  # that opset's
-LIMIT = 2**31 - 2**20  # bytes of weights: protobuf takes no file of 2 GiB
+OPSET = 20  # the first opset with GELU
+IR_VERSION = 9  # the IR version of that opset
+LIMIT = 2**31 - 2**20  # bytes of weights in the file: protobuf cannot hold 2 GiB
 
 
 def write(path: Path, model: InferenceModel) -> None:
     """Writes the graph for any batch size.
 
-    Weights above `LIMIT` go into a second file beside it, `NAME.data`, that the first one names.
+    Weights above `LIMIT` go into a second file beside it, `NAME.data`, to which the first refers.
 
     Raises:
       OSError: it cannot be written.
@@ -48,7 +48,7 @@ def write(path: Path, model: InferenceModel) -> None:
 
 
 def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]:
-    """Runs a file that `write` has written, on the CPU."""
+    """Runs a file written by `write`, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -67,7 +67,7 @@ def _describe(model: InferenceModel) -> str:
 
 
 class _Graph:
-    """See `layers.Layers`; tensors are names of values, and each layer's value has the layer's name."""
+    """Implements `layers.Layers`; a tensor is a value's name, and a layer's value has the layer's name."""
 
     def __init__(self, model: InferenceModel):
         self.model = model

@@ -1,7 +1,7 @@
-"""A SavedModel: a folder that TensorFlow alone loads, serves and converts further.
+"""SavedModel: a folder that TensorFlow loads, serves and converts without JAX.
 
-It is made of TensorFlow's own operations. StableHLO inside, as jax2tf puts it, ties the reader to JAX's
-version (TensorFlow 2.21 does not read what JAX 0.10 writes), and TensorFlow Lite does not take it.
+It consists of TensorFlow's operations. A SavedModel by jax2tf contains StableHLO, which ties the reader to
+JAX's version (TensorFlow 2.21 does not read the output of JAX 0.10), and TensorFlow Lite does not accept it.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from cnx2_jax.kernels.pointwise import EPSILON
 def write(path: Path, model: InferenceModel) -> None:
     """Writes the signature `serving_default`, `images -> logits` (or features), for any batch size.
 
-    The weights are variables, named as our parameters.
+    The weights are variables with the names of our parameters.
 
     Raises:
       OSError: it cannot be written.
@@ -37,14 +37,14 @@ def write(path: Path, model: InferenceModel) -> None:
 
 
 def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]:
-    """Runs a folder that `write` has written."""
+    """Runs a folder written by `write`."""
     loaded = tf.saved_model.load(str(path))  # a signature alone does not keep its variables alive
     (result,) = loaded.signatures["serving_default"](images=tf.constant(images)).values()
     return result.numpy()
 
 
 class _Layers(tf.Module):
-    """See `layers.Layers`. Kernels are laid out as ours."""
+    """Implements `layers.Layers`; kernels have our layout."""
 
     def __init__(self, model: InferenceModel):
         super().__init__()

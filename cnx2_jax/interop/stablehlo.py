@@ -1,6 +1,6 @@
-"""StableHLO: one file that JAX alone loads, for every platform and batch size.
+"""StableHLO: one file for every platform and batch size, which needs only JAX.
 
-`jax.export.deserialize(path.read_bytes()).call(images)` runs it, in the JAX that wrote it or a later one.
+`jax.export.deserialize(path.read_bytes()).call(images)` runs it, in the same or a later JAX version.
 """
 
 from pathlib import Path
@@ -14,20 +14,20 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.interop.inference import InferenceModel, cpu
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-LIMIT = 2**31 - 2**26  # bytes of weights: the file is a FlatBuffer, of at most 2 GiB
+LIMIT = 2**31 - 2**26  # bytes of weights: the file is a FlatBuffer of at most 2 GiB
 
 
 def write(path: Path, model: InferenceModel) -> None:
-    """Writes `images -> logits` (or features) with a symbolic batch and the weights inside.
+    """Writes `images -> logits` (or features) with a symbolic batch size; the weights are in the file.
 
     Raises:
-      UserError: the weights are too large for one such file.
+      UserError: the weights are too large for one file.
       OSError: it cannot be written.
     """
     size = sum(value.nbytes for value in model.params.values())
     if size > LIMIT:
         raise UserError(
-            f"the weights take {size / 2**30:.1f} GiB, a stablehlo file holds less than 2; "
+            f"the weights take {size / 2**30:.1f} GiB, and a stablehlo file holds less than 2; "
             "export as savedmodel or onnx"
         )
     (batch,) = export.symbolic_shape("b")
@@ -37,6 +37,6 @@ def write(path: Path, model: InferenceModel) -> None:
 
 
 def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]:
-    """Runs a file that `write` has written, on the CPU."""
+    """Runs a file written by `write`, on the CPU."""
     with jax.default_device(cpu()):
         return np.asarray(jax.jit(export.deserialize(bytearray(path.read_bytes())).call)(images))

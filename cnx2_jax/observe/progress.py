@@ -20,18 +20,18 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-def watched(batches: Iterable[AnyBatch], num_images: int, what: str = "") -> Iterator[AnyBatch]:
+def watched(batches: Iterable[AnyBatch], num_images: int, label: str = "") -> Iterator[AnyBatch]:
     """Yields padded batches, and reports how many of `num_images` are done if that takes long.
 
     Args:
-      batches: of this process, or global ones; each has a `mask` `[B]`, False on padding.
+      batches: this process's batches, or global ones; each has a `mask` `[B]`, False on padding.
       num_images: number of images.
-      what: the name of the work, for the progress bar or line.
+      label: the name of the work, for the progress bar or line.
     """
-    done, said = 0, time.monotonic()
+    done, printed_at = 0, time.monotonic()
     terminal = sys.stderr.isatty()
     with tqdm(
-        desc=what or None,
+        desc=label or None,
         total=num_images,
         unit="image",
         disable=not terminal,
@@ -43,10 +43,6 @@ def watched(batches: Iterable[AnyBatch], num_images: int, what: str = "") -> Ite
             yield batch
             done = min(done + len(batch["mask"]), num_images)
             bar.update(done - bar.n)
-            if not terminal and time.monotonic() - said > LINE_SECONDS:
-                said = time.monotonic()
-                say(
-                    f"{what}: {done:,} of {num_images:,} images"
-                    if what
-                    else f"{done:,} of {num_images:,} images"
-                )
+            if not terminal and time.monotonic() - printed_at > LINE_SECONDS:
+                printed_at = time.monotonic()
+                say(f"{f'{label}: ' if label else ''}{done:,} of {num_images:,} images")

@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def all_compile_quickly(compile_quickly):
-    """Nothing here runs long."""
+    """Turns off optimisations."""

@@ -25,7 +25,7 @@ def classifier(build):
 
 
 def save(path, model, naming="official", without=()):
-    """Writes a model's state dict in a naming, but for some names; returns the path."""
+    """Writes a model's state dict in a naming, without some names, and returns the path."""
     params = {name: np.asarray(value) for name, value in split(model)[1].items()}
     tensors = to_torch(params, naming)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def test_a_thousand_classes_are_those_of_imagenet(tmp_path, build):
 
 
 def test_fine_tuning_starts_from_a_pretrained_encoder(tmp_path, capfd, build):
-    """As the authors release them: no head, no final norm. The head and the norm are fresh."""
+    """The authors' encoders have no head and no final norm, so both start fresh."""
     encoder = build(ConvNeXtV2, EncoderConfig(*SMALL), num_classes=0)
     missing = ("norm.weight", "norm.bias")
     path = save(tmp_path / "model.safetensors", encoder, without=missing)
@@ -186,9 +186,9 @@ def test_what_cannot_be_right_is_refused(tmp_path, capfd, classifier):
     )
     other = {"model_type": "convnextv2", "depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}
     (tmp_path / "config.json").write_text(json.dumps(other))
-    assert "is of a model with depths [3, 3, 9, 3]" in refusal(capfd, *place)
+    assert "describes a model with depths [3, 3, 9, 3]" in refusal(capfd, *place)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "convnextv2_tiny"}))
-    assert "is of 'tiny', the weights beside it are not" in refusal(capfd, *place)
+    assert "describes 'tiny', the weights beside it have other sizes" in refusal(capfd, *place)
     (tmp_path / "config.json").unlink()
     tensors = safetensors.numpy.load_file(path)
     name = next(iter(tensors))

@@ -1,4 +1,4 @@
-"""`cnx2 data`: what it prints and draws, and its refusals."""
+"""`cnx2 data`: its output, its sheet, and its errors."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`cnx2 evaluate` on sets other than the run's own, by neighbours, and on data that does not fit."""
+"""`cnx2 evaluate` on ImageNet's other sets, by nearest neighbours, and on data of other classes."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A checkpoint of a classifier that takes everything for class 1."""
+    """A checkpoint of a classifier that predicts class 1 for every image."""
     _, params = split(models.build(config(), len(NAMES), nnx.Rngs(0)))
     params["head.bias"] = params["head.bias"].at[:].set(np.array([0, 100, 0], np.float32))
     folder = tmp_path_factory.mktemp("checkpoints") / "one"
@@ -147,7 +147,7 @@ def test_unreadable_images_are_left_out_and_counted(stored, tmp_path, capfd):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, random_params):
-    """Workdirs: of a short pretraining on digits, and as training leaves a classifier's."""
+    """Workdirs of a short pretraining on digits and of a classifier."""
     pretrain, classify = (tmp_path_factory.mktemp("runs") / name for name in ("pretrain", "classify"))
     small = ["total_steps=4", "batch_size=8", "eval_epochs=0", "image_size=16", "model.decoder_dim=8"]
     small += ["model.variant=custom", "model.depths=(1,1,1,1)", "model.dims=(4,4,8,8)"]

@@ -1,4 +1,4 @@
-"""`cnx2 export`: every format by its own runtime, and one line for every mistake."""
+"""`cnx2 export`: every format in its runtime, and one line for every mistake."""
 
 import importlib.util
 import json

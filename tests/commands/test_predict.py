@@ -1,4 +1,4 @@
-"""`cnx2 predict`: names, JSON, batches, folders, feature vectors, and what mistakes leave behind."""
+"""`cnx2 predict`: names, JSON, batches, folders, feature vectors, and no files after a mistake."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def images(tmp_path):
 
 
 def expected(folder, paths):
-    """Vectors and probabilities of files, each for itself."""
+    """Vectors and probabilities of files, computed one at a time."""
     model, values, _ = weights.load(folder)
     encoder = models.without_decoder(model)
     pixels = preprocess_files(paths, size=(16, 16), channels=1, eval_crop=values.data.eval_crop)

@@ -1,4 +1,4 @@
-"""Feature files: both there and whole, or neither."""
+"""Feature files: both exist and are complete, or neither exists."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""Feature vectors and probabilities: those of the images that are not padding, in their order."""
+"""Feature vectors and probabilities of all images except padding, in their order."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def encoder(build):
 
 
 def batches(counts):
-    """Padded batches of 4 noisy images, of which the first so many are valid; labels count on."""
+    """Padded batches of 4 noisy images with the given numbers of valid ones and consecutive labels."""
     rng, label = np.random.default_rng(0), 0
     for count in counts:
         images = rng.integers(0, 256, (4, 16, 16, 1), np.uint8)
@@ -52,7 +52,7 @@ def batches(counts):
 
 
 def expected(model, config, counts):
-    """The vectors one image at a time, by the definition: LayerNorm of the last map's mean."""
+    """The vectors by their definition, one image at a time: LayerNorm of the last map's mean."""
     maps, vectors = jax.jit(lambda model, x: model.features(x)), []
     for batch in batches(counts):
         for image in batch["image"][batch["mask"]]:

@@ -1,4 +1,4 @@
-"""Weighted k-NN: the literal definition, and scikit-learn's, however it is cut into parts."""
+"""Weighted k-NN equals its definition and scikit-learn's, for any division into parts."""
 
 import numpy as np
 import pytest

@@ -18,7 +18,7 @@ CLASSES = ("n00", "n01", "n02", "n03", "n04")
 
 
 class Brightness(nnx.Module):
-    """Knows grey `50 * k` as class k; every other class but class 3 comes close behind it."""
+    """Prefers class 3 to all others; among the others, predicts class k for grey `50 * k`."""
 
     def __init__(self):
         self.bias = nnx.Param(jnp.array([0.0, 0.0, 0.0, 300.0, 0.0]))  # class 3 always wins, where it may
@@ -80,7 +80,7 @@ def test_other_sets_are_scored_over_all_classes(config, mesh, tmp_path, name):
 
 
 def corrupted(root, error_of, groups=False):
-    """Twenty images of each corruption and severity, `error_of` them wrong."""
+    """Writes twenty images of each corruption and severity, `error_of` of them misclassified."""
     for number, corruption in enumerate(ALEXNET_ERRORS):
         top = root / f"group{number % 4}" / corruption if groups else root / corruption
         for severity in range(1, 6):

@@ -1,4 +1,4 @@
-"""Small networks of every kind that can be exported, what they give, and parameters for naming alone."""
+"""Small networks of every kind that can be exported, their results, and parameters for tests of names."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ MEAN, STD = (0.5, 0.4, 0.3, 0.6, 0.7), (0.2, 0.25, 0.3, 0.15, 0.1)
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A network, and the images it takes; oblong, so that rows and columns cannot be confused."""
+    """A network and the size of its images; oblong, so that rows and columns cannot be confused."""
 
     patch_size: int = 4
     in_chans: int = 3
@@ -38,12 +38,12 @@ KINDS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def all_compile_quickly(compile_quickly):
-    """Nothing here runs long."""
+    """Turns off optimisations: these tests compile much and run little."""
 
 
 @pytest.fixture(scope="session")
 def network(build):
-    """The function `network(kind, seed=0, **options)`: that ConvNeXtV2, weights random and GRN not zero."""
+    """The function `network(kind, seed=0, **options)`: a ConvNeXtV2 with random weights, also in GRN."""
 
     def make(kind, seed=0, **options):
         sizes = {"patch_size": kind.patch_size, "in_chans": kind.in_chans}
@@ -55,7 +55,7 @@ def network(build):
 
 @pytest.fixture(scope="session")
 def inference_model(network):
-    """The function `inference_model(kind=the first, **options)`: that network as it is exported."""
+    """The function `inference_model(kind=the first, **options)`: its InferenceModel."""
 
     def make(kind=KINDS[0], **options):
         size = (8 * kind.patch_size, 16 * kind.patch_size)
@@ -67,7 +67,7 @@ def inference_model(network):
 
 @pytest.fixture(scope="session")
 def example(network, inference_model):
-    """The function `example(kind=the first)`: five images, and the network's results, normalised by NumPy."""
+    """The function `example(kind=the first)`: five images and the network's results; NumPy normalises."""
 
     @functools.cache
     def make(kind=KINDS[0]):
@@ -91,7 +91,7 @@ SMALL = EncoderConfig((1, 2, 1, 1), (8, 16, 24, 40))
 
 
 def numbered(build) -> dict[str, np.ndarray]:
-    """Returns the parameters of `build()` by our names: bytes that count up, each from another start."""
+    """Returns the parameters of `build()` by our names, with different consecutive bytes in each."""
     state = nnx.to_flat_state(nnx.state(nnx.eval_shape(build), nnx.Param))
     pool = np.arange(251, dtype=np.uint8)
     return {
@@ -118,7 +118,7 @@ def small():
 
 @pytest.fixture
 def small_encoder():
-    """The same without a head."""
+    """Parameters of the same network without a head."""
     return named(ConvNeXtV2, num_classes=0)
 
 

@@ -1,4 +1,4 @@
-"""The way out: what stands under the asked name is whole and was compared, or is not there."""
+"""Exports: a file or folder at the requested path is complete and was compared, or does not exist."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ def job(inference_model, tmp_path):
 
 
 def of(change):
-    """A format whose results are those of StableHLO, changed."""
+    """A format that changes the results of StableHLO."""
     return Format(
         "",
         write=lambda path, job: stablehlo.write(path, job.model),

@@ -33,7 +33,7 @@ def test_hugging_face_there_and_back(tmp_path):
 
 
 def test_oblong_images(tmp_path):
-    """transformers has no such preprocessing, but the size is in config.json."""
+    """transformers has no preprocessing to an oblong size, but config.json holds the size."""
     oblong = dataclasses.replace(SAID, image_size=(160, 224))
     assert facts.huggingface_preprocessor(oblong) is None
     put(tmp_path, config=facts.huggingface_config(oblong, **SIZES))

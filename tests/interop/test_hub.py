@@ -1,4 +1,4 @@
-"""Fetching from a hub that a real HTTP server on this machine is, through the real huggingface_hub."""
+"""Downloads from a real HTTP server on this machine, through the real huggingface_hub."""
 
 import http.server
 import json
@@ -23,7 +23,7 @@ REFUSED = {  # as the hub answers: status and X-Error-Code
 
 @pytest.fixture
 def hub():
-    """The files by `OWNER/NAME/FILE` that the server has, and its address."""
+    """The files of the server by `OWNER/NAME/FILE`, and its address."""
     files: dict[str, bytes] = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -121,7 +121,7 @@ def test_what_was_fetched_once_needs_no_network(hub, tmp_path):
         ("hf:some/absent", "is not on the hub"),
         ("hf:some/gated", "is gated; accept its terms"),
         ("hf:some/empty@v9", "has no revision 'v9'"),
-        ("hf:a/b/c", "names no repository; give hf:OWNER/NAME"),
+        ("hf:a/b/c", "is not the name of a repository; give hf:OWNER/NAME"),
     ],
 )
 def test_refusals(hub, tmp_path, location, said):
@@ -130,7 +130,7 @@ def test_refusals(hub, tmp_path, location, said):
 
 
 def test_no_network(tmp_path):
-    """Said to be none: without a word huggingface_hub would try again for 20 seconds."""
+    """HF_HUB_OFFLINE: without it, huggingface_hub retries for 20 seconds."""
     message = refusal(fetch("http://127.0.0.1:9", tmp_path, "hf:some/model", HF_HUB_OFFLINE="1"))
     assert (
         message

@@ -1,4 +1,4 @@
-"""What is exported, before any format: float32, unrolled, and the network's own results."""
+"""The exported model, independent of formats: float32, not scanned, with the results of the network."""
 
 import jax
 import jax.numpy as jnp

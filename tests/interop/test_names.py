@@ -1,4 +1,4 @@
-"""State dicts in three namings, against lists made from timm's and the authors' own code, and back."""
+"""State dicts in three namings, against lists made from timm's and the authors' code, and back."""
 
 import hashlib
 from pathlib import Path
@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def listed(file):
-    """Returns a golden file's lines of atto, and the digests of the variants."""
+    """Returns the lines of atto and the digests of the variants from a golden file."""
     lines = [line for line in (GOLDEN / file).read_text().splitlines() if not line.startswith("#")]
     return lines[: -len(VARIANTS)], dict(line.split() for line in lines[-len(VARIANTS) :])
 
@@ -32,7 +32,7 @@ def assert_same(found, expected):
 
 
 def in_minkowski_form(dense):
-    """Brings an official dense encoder to the form that MinkowskiEngine trains, position by position."""
+    """Converts an official dense encoder to MinkowskiEngine's form, position by position."""
     sparse = {}
     for name, value in dense.items():
         *modules, leaf = name.split(".")
@@ -59,7 +59,7 @@ def in_minkowski_form(dense):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_through_every_naming_and_back(variant, numbered_params):
-    """In the end every bit is the same; on the way, names and shapes are the other libraries' very own."""
+    """Every bit is the same after the round trip; names and shapes are those of the other library."""
     params = numbered_params(lambda: create_model(f"convnextv2_{variant}", rngs=nnx.Rngs(0)))
     found = params
     for naming in NAMINGS:
@@ -102,7 +102,7 @@ def test_depths_and_dims_of_no_variant(small):
 
 
 def test_layouts_by_hand(small):
-    """Single values, so that a mistake made there and back alike is seen."""
+    """Checks single values, which also finds mistakes that a round trip cancels."""
     tensors = to_torch(small, "official")
     stem, depthwise = tensors["downsample_layers.0.0.weight"], tensors["stages.1.1.dwconv.weight"]
     assert stem[7, 2, 1, 3] == small["downsample_layers.0.0.kernel"][1, 3, 2, 7]
@@ -145,7 +145,7 @@ def test_hugging_face_encoder_with_prefix(small_encoder):
 @pytest.mark.parametrize("prefix", ["", "encoder."])
 @pytest.mark.parametrize("form", [dict, in_minkowski_form])
 def test_pretrained_encoders_get_a_fresh_norm(small_encoder, form, prefix):
-    """As the authors released them, dense or as MinkowskiEngine holds them."""
+    """The authors released encoders in dense and in MinkowskiEngine's form."""
     dense = to_torch(small_encoder, "official")
     del dense["norm.weight"], dense["norm.bias"]
     imported = from_torch({prefix + name: value for name, value in form(dense).items()}, "a file")
@@ -155,7 +155,7 @@ def test_pretrained_encoders_get_a_fresh_norm(small_encoder, form, prefix):
 
 
 def test_minkowski_kernels_count_column_by_column(small_encoder):
-    """Only the value at row 1, column 5 of a 7x7 kernel and at row 0, column 1 of a 2x2 one is not 0."""
+    """Kernels are 0 except at row 1, column 5 (7x7) and at row 0, column 1 (2x2)."""
     dense = to_torch(small_encoder, "official")
     del dense["norm.weight"], dense["norm.bias"]
     tensors = in_minkowski_form(dense)
@@ -171,7 +171,7 @@ def test_minkowski_kernels_count_column_by_column(small_encoder):
 
 
 def test_fcmae_in_the_authors_training_form():
-    """Every name and shape of their FCMAE, as listed from their code."""
+    """Every name and shape of the authors' FCMAE, listed from their code."""
     lines, _ = listed("official_fcmae.txt")
     rng = np.random.default_rng(0)
     tensors = {}
@@ -261,7 +261,7 @@ def test_a_stage_without_blocks(small):
 )
 def test_other_networks(tensors):
     message = refusal(tensors)
-    assert "no ConvNeXt V2 in official, timm or Hugging Face naming" in message
+    assert "is not a ConvNeXt V2 in official, timm or Hugging Face naming" in message
     assert not tensors or "'conv1.weight', 'fc.bias'" in message
 
 

@@ -62,8 +62,8 @@ def test_an_unwritable_place(tmp_path, small):
 
 
 def test_what_comes_back_otherwise_is_no_folder(tmp_path, small):
-    """Half precision would be widened when it is read: these are not the bits that were given."""
+    """Reading widens half precision, so the bits differ from the given ones."""
     params = {name: value.astype(np.float16) for name, value in small.items()}
-    with pytest.raises(UserError, match="came back otherwise"):
+    with pytest.raises(UserError, match="was read back with other bits"):
         write(tmp_path / "model", params, SAID, "timm")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""StableHLO: one file for every platform and batch size, which JAX alone runs."""
+"""StableHLO: one file for every platform and batch size, which needs only JAX."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The labelled grid: every pixel where it belongs."""
+"""Labelled grids: every pixel is at its place."""
 
 import numpy as np
 import pytest

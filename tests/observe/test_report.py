@@ -1,4 +1,4 @@
-"""metrics.jsonl, pictures and TensorBoard, of a new run and of one that goes on."""
+"""metrics.jsonl, pictures and TensorBoard, of a new and of a resumed run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""TensorBoard's event files: equal to what TensorFlow writes, and errors where they happen."""
+"""TensorBoard's event files: equal to those of TensorFlow, and raise errors where they happen."""
 
 import io
 import resource
@@ -23,7 +23,7 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
 
 
 def read(folder):
-    """Everything that TensorBoard sees: (tag, step, plugin, values), images decoded."""
+    """Everything that TensorBoard reads: (tag, step, plugin, values), with decoded images."""
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
     events.Reload()
     found = []
@@ -77,7 +77,7 @@ def test_writers_of_one_second_have_files_of_their_own(tmp_path):
 
 @pytest.fixture
 def limit_file_size():
-    """The function that lets no file of this process grow beyond so many bytes, as a full disk would."""
+    """A function that limits the size of this process's files, which acts like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

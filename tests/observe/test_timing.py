@@ -1,4 +1,4 @@
-"""Where time goes, on a clock of our own; traces, for real."""
+"""Timing with a fake clock, and real traces."""
 
 import jax.numpy as jnp
 import pytest

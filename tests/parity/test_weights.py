@@ -179,7 +179,7 @@ def test_other_objects(tmp_path):
     torch.save({"model": STATE, "when": datetime.datetime.now()}, tmp_path / "a.pt")
     assert "asks for datetime.datetime" in refusal(tmp_path / "a.pt")
     torch.save({**STATE, "epoch": 3}, tmp_path / "b.pt")
-    assert "'epoch' in it is no plain tensor" in refusal(tmp_path / "b.pt")
+    assert "its entry 'epoch' is not a plain tensor" in refusal(tmp_path / "b.pt")
     torch.save([torch.zeros(1)], tmp_path / "c.pt")
     assert "holds no state dict" in refusal(tmp_path / "c.pt")
 
@@ -191,4 +191,4 @@ def test_damaged_pickles(tmp_path, zipped):
     path.write_bytes(path.read_bytes()[:-200])
     assert "damaged" in refusal(path)
     path.write_bytes(b"hello " * 100)
-    assert "is damaged, or no file of tensors by PyTorch" in refusal(path)
+    assert "is damaged, or not a PyTorch file of tensors" in refusal(path)
