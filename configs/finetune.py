@@ -4,22 +4,28 @@
       --config.init_from=runs/pretrain --workdir runs/finetune
   cnx2 train --config finetune:smoke --workdir runs/smoke      # a minute on a CPU
 
-IMAGES holds a folder per class, under `train/` and `val/` or split here. `--config.init_from` is a
-pretraining run or what `cnx2 convert` made of the authors' weights; empty, training starts from scratch.
-Recipes: the eight variants of the paper and timm's small, which has no published recipe and takes tiny's
-here.
+IMAGES holds a folder per class, either inside `train/` and `val/` or directly; then 10% of the images are
+held out for validation (`data.val_fraction`). `--config.init_from` is a pretraining run, or the authors'
+weights converted by `cnx2 convert`; if it is empty, training starts from scratch. Recipes: the eight
+variants of the paper and timm's small, which has no published recipe and uses tiny's. Batch 1024.
 
-Expected of the averaged weights (`ema_accuracy`), after 1600 epochs of pretraining, in percent:
+Expected accuracy of the averaged weights (`ema_accuracy`), after 1600 epochs of pretraining, in percent:
 atto 76.7, femto 78.5, pico 80.3, nano 81.9, tiny 83.0, base 84.9, large 85.8, huge 86.3. Not yet reproduced
-here: that takes a TPU pod. Batch 1024.
+here: that takes a TPU pod.
 
-Uncertain, and what is taken: the paper prints a learning rate of 6.25e-3 for base and large, TRAINING.md
-6.25e-4 for base, and mmpretrain's absolute 2.5e-3 at batch 1024 agrees with the latter: 6.25e-4. Huge's
-1.25e-3 and its layers by group, and all of femto, pico, nano and large, rest on the paper alone.
+Uncertain values: the paper prints a learning rate of 6.25e-3 for base and large, TRAINING.md 6.25e-4 for
+base, and mmpretrain's absolute 2.5e-3 at batch 1024 agrees with the latter; this recipe uses 6.25e-4.
+Huge's 1.25e-3 and its layers by group, and all of femto, pico, nano and large, rest on the paper alone.
+
+Differences from the official code:
+- Precision: TRAINING.md fine-tunes with automatic mixed precision in float16 (`--use_amp True`). The default
+  here is float32; `--config.model.dtype=bfloat16` is the fast choice and needs no loss scaling.
+- Steps: an epoch is every image, where the official code drops each epoch's incomplete batch. 300 epochs of
+  ImageNet are 375,342 steps here and 375,300 there.
 
   cnx2 train --config finetune:digits --config.init_from=runs/digits --workdir runs/finetuned
 
-fine-tunes the digits network in about a minute on a CPU; `digits,labels=10` on ten labels per class.
+fine-tunes the digits network in about a minute on a CPU; `digits,labels=10` uses ten labels per class.
 """
 
 from cnx2_jax.recipes import parse_argument, use_digits, use_imagenet_recipe, use_smoke
@@ -80,7 +86,7 @@ def get_config(argument="tiny"):
 
 
 def sweep_lr():
-    """What the paper tuned by variant: how fast to learn, and how much slower in the layers below."""
+    """The values that the paper tuned for each variant: the learning rate and its decay per layer."""
     return product(
         **{
             "optimizer.base_learning_rate": (2e-4, 4e-4, 8e-4),
@@ -90,7 +96,7 @@ def sweep_lr():
 
 
 def sweep_regularisation():
-    """Twelve draws of what keeps a network from learning a small set by heart."""
+    """Twelve draws of the regularisation that prevents overfitting on a small set of images."""
     return random(
         12,
         0,

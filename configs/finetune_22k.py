@@ -4,13 +4,15 @@
       --config.init_from=runs/pretrain --workdir runs/22k
   cnx2 train --config finetune_22k:smoke --workdir runs/smoke      # a minute on a CPU
 
-IMAGES_22K holds a folder for each of the 21,841 classes (14.2 million images); 1% of them is kept for
-validation, as there is no such set. Continue with `finetune_22k_1k`. Recipes: the five
-variants for which the paper has one. Batch 4096, 90 epochs; no average of the weights is kept. No
-accuracy is published for this stage.
+IMAGES_22K holds a folder for each of the 21,841 classes (14.2 million images). There is no validation set,
+so 1% of the images is held out (`data.val_fraction`). Continue with `finetune_22k_1k`. Recipes: the five
+variants for which the paper has one. Batch 4096, 90 epochs; no average of the weights is kept. No accuracy
+is published for this stage.
 
-Uncertain, and what is taken: random erasing (not in the table; the official code's default, 0.25), and that
-layers decay by group from base on, as on ImageNet-1K.
+Uncertain values: random erasing is not in the table, and this uses the official code's default, 0.25; layers
+decay by group for base and larger variants, as on ImageNet-1K.
+
+An epoch is every image, where the official code drops each epoch's incomplete batch.
 """
 
 from cnx2_jax.recipes import parse_argument, use_imagenet_recipe, use_smoke

@@ -4,16 +4,19 @@
       --config.init_from=runs/22k --workdir runs/384
   cnx2 train --config finetune_22k_1k:smoke --workdir runs/smoke      # a minute on a CPU
 
-`--config.init_from` is a run of `finetune_22k`: all of it is taken but the head, which begins at
-0.001 times its usual size. Recipes: the five variants for which the paper has one. Batch 512.
+`--config.init_from` is a run of `finetune_22k`. All its weights are used except the head's, which start at
+0.001 times their usual size. Recipes: the five variants for which the paper has one. Batch 512.
 
-Expected, in percent, at 224 / 384: nano 82.1 / 83.4, tiny 83.9 / 85.1, base 86.8 / 87.7, large 87.3 /
-88.2; huge 88.7 at 384 and 88.9 at 512. Not yet reproduced here. From 384 pixels on, images are warped to
-the square for evaluation instead of cropped.
+Expected accuracy in percent at 224 / 384: nano 82.1 / 83.4, tiny 83.9 / 85.1, base 86.8 / 87.7, large 87.3 /
+88.2; huge 88.7 at 384 and 88.9 at 512. Not yet reproduced here. From 384 pixels on, evaluation
+resizes images to the square instead of cropping them.
 
-Uncertain, and what is taken: one set of values is published for all image sizes, and is used for all.
-Random erasing is not in the table; the official code's default is 0.25. Layers decay by group from base
-on, as on ImageNet-1K.
+Uncertain values: one set of values is published for all image sizes, so all use it. Random erasing is not in
+the table, and this uses the official code's default, 0.25. Layers decay by group for base and larger
+variants, as on ImageNet-1K.
+
+An epoch is every image, where the official code drops each epoch's incomplete batch: 30 epochs of ImageNet
+are 75,068 steps here and 75,060 there. Without a validation split, 10% of the images are held out.
 """
 
 from cnx2_jax.recipes import parse_argument, use_imagenet_recipe, use_smoke

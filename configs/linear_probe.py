@@ -1,18 +1,18 @@
-"""Linear probe: how well a linear classifier does on the features of a frozen, pretrained encoder.
+"""Linear probe: trains a linear classifier on the features of a frozen, pretrained encoder.
 
   cnx2 train --config linear_probe:tiny --config.data.root=IMAGES \\
       --config.init_from=runs/pretrain --workdir runs/probe
   cnx2 train --config linear_probe:smoke --workdir runs/smoke      # a minute on a CPU
   cnx2 train --config linear_probe:digits --config.init_from=runs/digits --workdir runs/probe
 
-IMAGES holds a folder per class. Features are computed once, of images prepared as for evaluation, and
-standardised; then the head alone is trained, which takes minutes. `--config.data.feature_cache=FOLDER`
-keeps them for other runs. Recipes: the nine variants, and digits. `cnx2 evaluate --knn 20` judges an
+IMAGES holds a folder per class. Features are computed once, from images prepared as for evaluation, and
+standardised; then only the head is trained, which takes minutes. `--config.data.feature_cache=FOLDER` keeps
+the features for other runs. Recipes: the nine variants, and digits. `cnx2 evaluate --knn 20` evaluates an
 encoder without any training.
 
-The paper has no linear probe, so there is no accuracy to expect: masked autoencoders are made for
-fine-tuning. The recipe is ours, after MAE's (arXiv 2111.06377, table 10): 90 epochs, batch 16384, 10
-epochs of warmup, no weight decay, no augmentation; AdamW in the place of LARS.
+The paper has no linear probe, so there is no accuracy to expect; masked autoencoders are made for
+fine-tuning. The recipe is our own, after MAE's (arXiv 2111.06377, table 10): 90 epochs, batch 16384, 10
+epochs of warm-up, no weight decay, no augmentation; AdamW instead of LARS.
 """
 
 from cnx2_jax.models import VARIANTS
@@ -45,5 +45,5 @@ def get_config(argument="tiny"):
 
 
 def sweep_lr():
-    """The one value that a probe of another encoder or set needs anew."""
+    """The one value to tune for another encoder or another set of images."""
     return product(**{"optimizer.base_learning_rate": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)})

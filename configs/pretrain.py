@@ -2,13 +2,22 @@
 
   cnx2 train --config pretrain:tiny --config.data.root=IMAGES --workdir runs/pretrain
 
-IMAGES is any folder of images, ImageNet's `train/` in the paper. Recipes: the eight variants of the paper and
-timm's small, with `epochs=` (800 in the paper's tables, 1600 for its final models), such as
-`pretrain:base,epochs=1600`. Batch 4096, peak learning rate 1.5e-4 x 4096 / 256 = 2.4e-3.
-The paper: 256 TPU v3 cores, ConvNeXt-B, 800 epochs in 7.7 hours.
+IMAGES is any folder of images; the paper uses ImageNet's `train/`. Recipes: the eight variants of the paper
+and timm's small, with `epochs=`: 800 by default, as in the paper's tables; 1600 in TRAINING.md and for the
+paper's final models, such as `pretrain:base,epochs=1600`. Batch 4096, peak learning rate 1.5e-4 x 4096 /
+256 = 2.4e-3. The paper trains ConvNeXt-B for 800 epochs in 7.7 hours on 256 TPU v3 cores.
 
-Weight initialisation: normal 0.02 cut at +-2; the official code re-initialises with deviation 1.0 by
-accident (its issue 64), which is not followed.
+Differences from the official code:
+- Initial weights: a normal of deviation 0.02 cut at +-2. The official code re-initialises with deviation
+  1.0 by accident (its issue 64).
+- Weight decay: kernels only. The official pretraining code also decays GRN and the mask token; its
+  fine-tuning code does not. `--config.optimizer.decay_grn=true` decays them too.
+- Validation: 1% of the images is held out if there is no validation split (`data.val_fraction`). The
+  official code trains on all.
+- Steps: an epoch is every image, and an incomplete batch is filled from the next epoch. The official code
+  drops each epoch's incomplete batch. On all 1,281,167 images of ImageNet, 800 epochs are 250,228 steps
+  here and 249,600 there; without the held-out 1% they are 247,726 here.
+- Visible patches: see `models.fcmae.visible_count`; the same number at the mask ratio of the paper.
 
   cnx2 train --config pretrain:digits --workdir runs/digits
 
@@ -52,7 +61,7 @@ def get_config(argument="tiny"):
 
 
 def sweep_mask_ratio():
-    """Around the paper's 0.6 (section 3.1); its loss is of other patches each time, so compare fine-tuned."""
+    """Around the paper's 0.6 (section 3.1). Losses at different ratios do not compare; fine-tune first."""
     return product(**{"model.mask_ratio": (0.4, 0.5, 0.6, 0.7, 0.8)})
 
 

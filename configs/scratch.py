@@ -1,15 +1,16 @@
-"""Supervised training from scratch: what pretraining is compared with (ConvNeXt's recipe).
+"""Supervised training from scratch, the baseline for pretraining (ConvNeXt's recipe).
 
   cnx2 train --config scratch:base --config.data.root=IMAGES --workdir runs/scratch
   cnx2 train --config scratch:smoke --workdir runs/smoke      # a minute on a CPU
 
-IMAGES holds a folder per class, under `train/` and `val/` or split here. The paper trains its supervised
-models as ConvNeXt's were (its TRAINING.md): 300 epochs, batch 4096, AdamW at 4e-3, 20 epochs of warmup.
-Recipes: the nine variants. What to expect is in the paper's table 3; not yet reproduced here.
+IMAGES holds a folder per class, either inside `train/` and `val/` or directly; then 10% of the images are
+held out for validation. The paper trains its supervised models like ConvNeXt's (TRAINING.md of that
+repository): 300 epochs, batch 4096, AdamW at 4e-3, 20 epochs of warm-up. Recipes: the nine variants. The
+paper's table 3 has the accuracies to expect; not yet reproduced here.
 
-Uncertain, and what is taken: stochastic depth is published for tiny (0.1), small (0.4), base and large
-(0.5); huge takes 0.5, those below tiny 0. The recipe has no minimum of the learning rate; the official
-code's default is 1e-6.
+Uncertain values: stochastic depth is published for tiny (0.1), small (0.4), base and large (0.5); this uses
+0.5 for huge and 0 below tiny. The recipe gives no minimum learning rate; the official code's default is
+1e-6.
 """
 
 from cnx2_jax.recipes import parse_argument, use_imagenet_recipe, use_smoke

@@ -408,6 +408,25 @@ def test_pretraining_is_as_published(name):
     assert (values["model.mask_patch"] or 8 * values["model.patch_size"]) == 32
 
 
+@pytest.mark.parametrize(
+    ("recipe", "images", "official_epoch"),
+    [
+        ("pretrain:tiny", 1_281_167, 1_281_167 // 4096),
+        ("finetune:tiny", 1_281_167, 1_281_167 // 1024),
+        ("finetune_22k_1k:base", 1_281_167, 1_281_167 // 512),
+    ],
+)
+def test_cards_state_how_many_steps_a_run_has(recipe, images, official_epoch):
+    """Ours, of every image, and the official code's, which drops the incomplete batch of each epoch."""
+    file, _, name = recipe.partition(":")
+    config = load_config(f"{CONFIGS}/{file}.py:{name}")
+    card = (CONFIGS / f"{file}.py").read_text()
+    steps = configuration.total_steps(config, images), int(config.total_epochs) * official_epoch
+    assert steps[0] != steps[1]
+    for number in steps:
+        assert f"{number:,}" in card
+
+
 FINETUNING = """
                   A     F     P     N     T     B        L        H
 base lr           2e-4  2e-4  2e-4  2e-4  8e-4  6.25e-4  6.25e-4  1.25e-3

@@ -4,7 +4,8 @@ import argparse
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -29,12 +30,12 @@ _FAILED_DOWNLOADS = {
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Reads a state dict: `.safetensors`, or `.pt`, `.pth`, `.bin`, which needs the extra `torch`.
 
-    Pickles are read weights-only: nothing in them is run, and beside tensors and plain values only
-    argparse.Namespace is let in, as the authors' training code saves its arguments. Of a training checkpoint
-    this returns the weights, averaged ones (EMA) if it has them.
+    Pickles are read weights-only, so nothing in them is executed. Besides tensors and plain values they may
+    hold what training code saves with its arguments: argparse.Namespace, paths and NumPy numbers. From a
+    training checkpoint this returns the weights, averaged ones (EMA) if there are any.
 
     Returns:
-      Arrays by name; floating ones as float32, to which half precision widens exactly.
+      Arrays by name; floating-point ones as float32, to which half precision widens exactly.
 
     Raises:
       UserError: it is not such a file, is damaged, holds other objects, or PyTorch is not installed.
@@ -73,16 +74,16 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     except ImportError:
         raise UserError(f"'{path}' needs PyTorch to be read; pip install 'cnx2_jax[torch]'") from None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about objects that are refused below
+        with torch.serialization.safe_globals(_inert_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what is refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly any exception for a damaged file
+    except Exception as error:  # torch.load raises nearly every kind of exception on a damaged file
         if culprit := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(
                 f"'{path}' was not loaded: it asks for {culprit[1]}, which is not a tensor and could run any "
                 "code; save its state dict alone, or as .safetensors"
             ) from None
-        # PyTorch's message is left out: it advises to load such a file anyway.
+        # PyTorch's own message advises loading such a file without the weights-only check.
         raise UserError(
             f"'{path}' is damaged, or not a file of tensors by PyTorch; download it again"
         ) from None
@@ -100,6 +101,28 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         str(name): (value.float() if value.is_floating_point() else value).detach().numpy()
         for name, value in content.items()
     }
+
+
+def _inert_globals() -> list[Any]:
+    """Returns the classes that a pickle may name beside tensors; building them executes nothing of the file.
+
+    The authors' submitit launchers put paths into the arguments that they save. These become pure paths,
+    which touch no file system and exist on every platform; Python 3.13 pickles them under another module.
+    """
+    paths: list[Any] = [
+        (pure, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for pure, names in (
+            (PurePosixPath, ("PosixPath", "PurePosixPath")),
+            (PureWindowsPath, ("WindowsPath", "PureWindowsPath")),
+        )
+        for name in names
+    ]
+    scalar = np.float64(0).__reduce__()[0]  # NumPy's own function that numbers are pickled with
+    numbers: list[Any] = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    # Fixed-size kinds only: a dtype of objects could hold anything.
+    kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+    return [argparse.Namespace, *paths, *numbers, np.dtype, *kinds]
 
 
 def _as_float32(tensor: np.ndarray) -> np.ndarray:

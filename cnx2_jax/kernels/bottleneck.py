@@ -1,14 +1,16 @@
 """The inverted bottleneck of a block, from LayerNorm to the second linear layer, with its own gradient.
 
-What automatic differentiation makes of it is bound by memory: it keeps three tensors of the wide hidden
-layer per block and takes eight sums over all positions. Written out, one hidden tensor is kept, from which
-GELU is computed anew, and most sums fold into matrix products that are needed anyway:
+The gradient that JAX derives is bound by memory: it stores three tensors of the wide hidden layer per block
+and computes eight sums over all positions. This one stores a single hidden tensor, recomputes GELU from it,
+and folds most sums into matrix products that are needed anyway:
 
-- LayerNorm's scale and bias fold into the first linear layer, GRN's bias into the second; what their
-  gradients need are sums over weight gradients.
-- Where a sample has at least as many positions as channels, GRN's scale, one factor per sample and channel,
-  folds into the second layer's weights, a copy per sample. The product of hidden layer and output gradient
-  per sample then holds both the weights' gradient and GRN's.
+- LayerNorm's scale and bias fold into the first linear layer, GRN's bias into the second; their gradients
+  are sums over weight gradients.
+- If a sample has at least as many positions as channels, GRN's scale (one factor per sample and hidden
+  channel) folds into a copy of the second layer's weights per sample. The product of hidden layer and output
+  gradient per sample then yields both the weights' gradient and GRN's.
+
+`Block.reference` (models/convnextv2.py) is the plain form; the tests hold the two equal.
 """
 
 import math
@@ -23,7 +25,7 @@ from cnx2_jax.kernels.pointwise import EPSILON, statistics, statistics_gradient,
 
 
 class Weights(NamedTuple):
-    """Parameters of the bottleneck, float32 at least; C channels in and out, K hidden ones."""
+    """Parameters of the bottleneck, float32 or wider; C channels in and out, K hidden ones."""
 
     norm_scale: Float[Array, " c"]
     norm_bias: Float[Array, " c"]
@@ -42,9 +44,10 @@ def inverted_bottleneck(
     """LayerNorm -> Linear -> GELU (exact) -> GRN -> Linear (paper, figure 5).
 
     Args:
-      x: `[B, N, C]`, the positions of each sample in the compute dtype. Matrix products are taken in this
-        dtype, statistics and sums in float32 at least.
-      visible: the positions that GRN sums over; None for all. Nothing may depend on the result at others.
+      x: `[B, N, C]`, the positions of each sample in the compute dtype. Matrix products use this dtype,
+        statistics and sums float32 or wider.
+      visible: the positions that GRN sums over; None for all. The result at other positions is arbitrary and
+        must not be used.
       weights: the parameters.
 
     Returns:
@@ -77,7 +80,7 @@ def _backward(residuals, gradient):
     scale = 1 + weights.gamma * response
     scaled, kernel2 = _scaled(hidden, scale, weights.kernel2, dtype)
 
-    # The second layer. `to_factor` [B, K] is the gradient in GRN's factor.
+    # The second layer. `to_factor` [B, K] is the gradient of GRN's factor.
     if kernel2.ndim == 3:
         products = _product("bnk,bnc->bkc", scaled, gradient)
         to_kernel2 = jnp.einsum("bk,bkc->kc", scale, products)
@@ -92,7 +95,7 @@ def _backward(residuals, gradient):
     to_kernel2 += weights.beta[:, None] * to_bias2
     to_beta = weights.kernel2 @ to_bias2
 
-    # GRN: the response is the norm over its mean, the norm a root of a sum of squares.
+    # GRN: the response is the norm divided by its mean; the norm is the root of a sum of squares.
     to_gamma = (response * to_factor).sum(axis=0)
     to_response = to_factor * weights.gamma
     to_norm = (to_response - (to_response * response).mean(axis=-1, keepdims=True)) / mean
@@ -124,7 +127,7 @@ def _kernel1(weights: Weights, dtype) -> Array:
 
 
 def _gelu(raw: Array, weights: Weights) -> tuple[Array, Array]:
-    """Returns GELU of the first layer's result, `raw` without its biases, and GELU's slope there."""
+    """Returns GELU of the first layer's output, and GELU's derivative; `raw` lacks the layer's bias."""
     x = widened(raw) + (weights.bias1 + weights.norm_bias @ weights.kernel1)
     cumulative = 0.5 + 0.5 * lax.erf(x * math.sqrt(0.5))
     density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
@@ -140,7 +143,7 @@ def _mean(norm: Array) -> Array:
 
 
 def _scaled(hidden: Array, scale: Array, kernel2: Array, dtype) -> tuple[Array, Array]:
-    """Returns the second layer's operands: hidden `[B, N, K]`, kernel `[K, C]` or, folded, `[B, K, C]`."""
+    """Returns the second layer's operands: hidden `[B, N, K]` and kernel `[K, C]`, or folded `[B, K, C]`."""
     if hidden.shape[1] >= kernel2.shape[1]:  # copies of the kernel are smaller than the hidden layer
         return hidden.astype(dtype), (scale[:, :, None] * kernel2).astype(dtype)
     return (hidden * scale[:, None]).astype(dtype), kernel2.astype(dtype)

@@ -1,8 +1,8 @@
 """Depthwise convolution: one function, the fastest form for each platform.
 
 XLA's CPU backend runs a 7x7 grouped convolution 15 to 30 times slower than the same sum written as shifted
-multiply-adds, which it fuses into one vectorised loop; TPUs and GPUs have native operations for it. The
-choice is made while lowering, so one traced program serves every platform.
+multiply-adds, which it fuses into one vectorised loop; TPUs and GPUs have native operations for it. The form
+is chosen at lowering, so one traced program serves every platform.
 """
 
 import jax
@@ -19,12 +19,11 @@ def depthwise_conv(x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c"]) 
 
     Args:
       x: `[B, H, W, C]` in any floating dtype.
-      kernel: `[KH, KW, C]` of the same dtype; sizes may be even (then one more row is padded below than
-        above, as XLA's "SAME" does).
+      kernel: `[KH, KW, C]` of the same dtype. If a size is even, one more row is padded below than above, as
+        in XLA's "SAME".
 
     Returns:
-      `[B, H, W, C]` in the dtype of `x`. Products are accumulated in float32 at least, and so are both
-      gradients.
+      `[B, H, W, C]` in the dtype of `x`. The output and both gradients accumulate in float32 or wider.
     """
     return convolve(_padded(x, same_pads(kernel.shape)), kernel)
 
@@ -35,7 +34,7 @@ def _forward(x, kernel):
 
 def _backward(residuals, gradient):
     x, kernel = residuals
-    # The input gradient is the same operation: kernel flipped, the two sides of the padding swapped.
+    # The input's gradient is the same operation with the kernel flipped and the padding's sides swapped.
     pads = same_pads(kernel.shape)
     (top, bottom), (left, right) = pads
     x_gradient = convolve(_padded(gradient, ((bottom, top), (right, left))), kernel[::-1, ::-1])
@@ -56,14 +55,14 @@ def _padded(x: Array, pads: Pads) -> Array:
 
 
 def convolve(padded: Float[Array, "b hp wp c"], kernel: Float[Array, "kh kw c"]) -> Float[Array, "b h w c"]:
-    """Cross-correlates a map that has its border already; not differentiable on every platform."""
+    """Cross-correlates a map that is already padded; not differentiable on every platform."""
     return lax.platform_dependent(padded, kernel, cpu=_shifts_once, default=_native)
 
 
 def kernel_gradient(
     padded: Float[Array, "b hp wp c"], gradient: Float[Array, "b h w c"]
 ) -> Float[Array, "kh kw c"]:
-    """Returns the gradient of `convolve` in its kernel, in float32 at least."""
+    """Returns the gradient of `convolve` with respect to its kernel, in float32 or wider."""
     return lax.platform_dependent(
         padded, gradient, cpu=_kernel_gradient_by_rows, default=_kernel_gradient_native
     )
@@ -85,11 +84,11 @@ def _native(padded: Array, kernel: Array) -> Array:
 
 
 def _shifts_once(padded: Array, kernel: Array) -> Array:
-    """Keeps XLA from doing the shifts anew in whatever uses them.
+    """Computes the shifts once, although XLA would repeat them in every operation that uses the result.
 
-    The CPU backend fuses a sum of shifts, being elementwise, into every consumer (LayerNorm and its gradient
-    alone are seven) and drops optimization barriers before it does so. It does not fuse into a conditional
-    whose outcome it cannot know; if the kernel's first value is NaN, so is the result.
+    The CPU backend fuses a sum of shifts, being elementwise, into each of its consumers (LayerNorm and its
+    gradient alone are seven), and drops optimization barriers before that. It does not fuse across a
+    conditional with an outcome unknown at compile time. If the kernel's first value is NaN, so is the result.
     """
     shape = jax.eval_shape(_shifts, padded, kernel)
     known = kernel[0, 0, 0] == kernel[0, 0, 0]
@@ -113,14 +112,14 @@ def _kernel_gradient_native(padded: Array, gradient: Array) -> Array:
     size = [p - g + 1 for p, g in zip(padded.shape[1:3], gradient.shape[1:3], strict=True)]
     kernel = jnp.zeros((*size, padded.shape[-1]), padded.dtype)
     (found,) = jax.linear_transpose(lambda k: _native(padded, k), kernel)(gradient)
-    return found.astype(_accumulator(padded))  # as the other form has it
+    return found.astype(_accumulator(padded))  # the dtype of the CPU's form
 
 
 def _kernel_gradient_by_rows(padded: Array, gradient: Array) -> Array:
-    """Loops over image rows with `[KW][KH, W * C]` sums that stay in cache; reduces over W once.
+    """Loops over image rows with `[KW][KH, W * C]` sums that stay in cache, and reduces over W at the end.
 
-    XLA's CPU backend reduces leading axes badly, which is what 49 plain reductions to `[C]` would be. W and
-    C are one axis, along which a step of one column is a step of C: few channels still fill vectors.
+    The plain form is 49 reductions of leading axes to `[C]`, which XLA's CPU backend does slowly. W and C are
+    one axis here, so that vector registers are full even with few channels; the next column is C further on.
     """
     batch, height, width, channels = gradient.shape
     rows, columns = padded.shape[1] - height + 1, padded.shape[2] - width + 1

@@ -1,4 +1,4 @@
-"""LayerNorm's core, in forms that XLA compiles well."""
+"""The core of LayerNorm, in forms that XLA compiles well."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,15 @@ EPSILON = 1e-6  # LayerNorm and GRN, everywhere (official convnextv2.py, utils.p
 
 
 def widened(x: Array) -> Array:
-    """Casts to float32 at least, for statistics and sums."""
+    """Casts to float32 unless already wider, for statistics and sums."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def mean_channels(x: Float[Array, "*any c"]) -> Float[Array, "*any 1"]:
-    """Means over the last axis, which stays with size 1.
+    """Returns the mean over the last axis, which is kept with size 1.
 
-    On CPU as a matrix product: XLA would fuse whatever made `x` into the reduction and once more into what
-    uses the mean.
+    On CPUs this is a matrix product, because XLA would compute `x` twice: fused into the reduction, and again
+    into whatever uses the mean.
     """
 
     def by_product(x):
@@ -27,7 +27,7 @@ def mean_channels(x: Float[Array, "*any c"]) -> Float[Array, "*any 1"]:
 
 
 def statistics(x: Float[Array, "*any c"]) -> tuple[Float[Array, "*any c"], Float[Array, "*any 1"]]:
-    """Returns `x` at mean 0 and variance 1 over its channels, and the inverse deviation, float32 at least."""
+    """Returns `x` normalised over its channels, and the inverse standard deviation; float32 or wider."""
     wide = widened(x)
     centred = wide - mean_channels(wide)
     inverse = lax.rsqrt(mean_channels(jnp.square(centred)) + EPSILON)
@@ -37,14 +37,14 @@ def statistics(x: Float[Array, "*any c"]) -> tuple[Float[Array, "*any c"], Float
 def statistics_gradient(
     gradient: Float[Array, "*any c"], normal: Float[Array, "*any c"], inverse: Float[Array, "*any 1"]
 ) -> Float[Array, "*any c"]:
-    """Returns the gradient in `x` of `statistics(x)[0]`, given what it returned; all float32 at least."""
+    """Returns the gradient in `x` of `statistics(x)[0]`, given its outputs; all are float32 or wider."""
     along = mean_channels(gradient * normal)
     return (gradient - mean_channels(gradient) - normal * along) * inverse
 
 
 @jax.custom_vjp
 def standardise(x: Float[Array, "*any c"]) -> Float[Array, "*any c"]:
-    """Brings every position to mean 0 and variance 1 over its channels; float32 at least."""
+    """Normalises every position to mean 0 and variance 1 over its channels, in float32 or wider."""
     return statistics(x)[0]
 
 

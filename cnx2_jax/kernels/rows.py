@@ -1,4 +1,4 @@
-"""Moving the positions of a map, each a row of channels, by index; and convolving where they are moved to."""
+"""Gathers positions of a map (rows of channels) by index, and convolves them where they are gathered."""
 
 import dataclasses
 
@@ -13,8 +13,8 @@ from cnx2_jax.kernels.depthwise import convolve, kernel_gradient, same_pads
 def pick(x: Float[Array, "b n c"], index: Int[Array, "b m"]) -> Float[Array, "b m c"]:
     """Picks rows by index: `out[b, m] = x[b, index[b, m]]`, zero where the index is n or more.
 
-    On TPU as a product with a one-hot matrix, which is exact and runs on the matrix unit; elsewhere as a
-    gather. Differentiating it gives a scatter: `move` has a better gradient for rows that are picked once.
+    On TPUs this is a product with a one-hot matrix, which is exact and runs on the matrix unit; elsewhere a
+    gather. Its derivative is a scatter; `move` has a faster one for rows that are picked at most once.
     """
     return lax.platform_dependent(x, index, tpu=_pick_by_product, default=_pick_by_gather)
 
@@ -25,7 +25,7 @@ def _pick_by_gather(x: Array, index: Array) -> Array:
 
 def _pick_by_product(x: Array, index: Array) -> Array:
     matrix = jax.nn.one_hot(index, x.shape[1], dtype=x.dtype)
-    # HIGHEST: the default would round float32 values to bfloat16 on their way.
+    # HIGHEST: the default precision would round float32 values to bfloat16.
     return jnp.einsum("bmn,bnc->bmc", matrix, x, precision=lax.Precision.HIGHEST)
 
 
@@ -33,12 +33,12 @@ def _pick_by_product(x: Array, index: Array) -> Array:
 def move(
     x: Float[Array, "b n c"], index: Int[Array, "b m"], inverse: Int[Array, "b n"]
 ) -> Float[Array, "b m c"]:
-    """`pick` for an index that names no row twice, so that the gradient is a `pick` as well.
+    """Returns `pick(x, index)` for an index without repeated rows, whose gradient is a `pick` as well.
 
     Args:
       x: `[B, N, C]`.
-      index: `[B, M]`, the row that each output takes; N or more for none.
-      inverse: `[B, N]`, the output that takes each row; M or more for none.
+      index: `[B, M]`, the row of `x` that each output takes; N or more for zeros.
+      inverse: `[B, N]`, the output that takes each row of `x`; M or more for none.
     """
     return pick(x, index)
 
@@ -57,15 +57,15 @@ move.defvjp(_move_forward, _move_backward)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Where the rows of a map `[B, N, C]` stand when it is convolved: in windows, each with its border.
+    """The windows, each with a border, in which the rows of a map `[B, N, C]` are placed to be convolved.
 
     Attributes:
       around: `[B, M]`, the row at each position of all windows, borders included; N or more for none.
-      inside: None where the rows are the windows' insides in order; else, for one window whose border is
-        empty, `[B, P]`, the row at each position without the border.
+      inside: None if the rows are the insides of the windows in order; otherwise there is one window with an
+        empty border, and this is `[B, P]`, the row at each of its positions without the border.
       out: `[B, N]`, the inverse of `inside`.
       shape: rows and columns of a window without its border.
-      kernel: rows and columns of the kernel that the border is for.
+      kernel: rows and columns of the kernel that the border has room for.
     """
 
     around: Int[Array, "b m"]
@@ -81,13 +81,13 @@ def depthwise_conv_windows(
 ) -> Float[Array, "b n c"]:
     """Convolves each channel with its own kernel, within windows.
 
-    The relation "row i is a neighbour of row j" must be symmetric: the gradient is then the same operation
-    with the kernel flipped.
+    The relation "row i is a neighbour of row j" must be symmetric: the gradient is computed as the same
+    operation with the kernel flipped.
 
     Args:
       x: `[B, N, C]`.
       kernel: `[KH, KW, C]`, of odd sizes.
-      windows: where each row stands.
+      windows: where each row is placed.
 
     Returns:
       `[B, N, C]`.
@@ -115,8 +115,8 @@ depthwise_conv_windows.defvjp(_forward, _backward)
 def _bordered(x: Array, windows: Windows) -> Array:
     """Returns the windows with their borders, `[B * windows, h + KH - 1, w + KW - 1, C]`.
 
-    Where the border is empty, a CPU picks it with the rest, because padding is slower; others move no more
-    than they must, and their convolution takes the padding in.
+    CPUs pick an empty border together with the rest, because padding is slower there. Other platforms move
+    only the rows, and fuse the padding into their convolution.
     """
     border = [side + size - 1 for side, size in zip(windows.shape, windows.kernel, strict=True)]
 

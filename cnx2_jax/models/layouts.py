@@ -1,11 +1,11 @@
-"""Where a block's pixels live.
+"""Layouts: which positions of a map are stored, and in what order.
 
 A ConvNeXt V2 block needs three things of the map it works on: a neighbourhood for the depthwise
 convolution, the positions that GRN sums over, and non-overlapping patches for down-sampling. A layout
 supplies these, so one Block with one set of parameters serves the plain network and the sparse one.
 
-A layout is an immutable value that belongs to one resolution. Each stage may have another kind:
-`patches_between` carries a map over.
+A layout is an immutable value for one resolution. Stages may use different kinds; `patches_between` converts
+a map from one to the next.
 """
 
 import dataclasses
@@ -19,14 +19,15 @@ from jaxtyping import Array, Bool, Float, Int
 from cnx2_jax.kernels.depthwise import depthwise_conv, same_pads
 from cnx2_jax.kernels.rows import Windows, depthwise_conv_windows, move
 
-# Positions per side of a visible cell from which it is convolved by itself. A border of 3 makes 14x14 of 8x8,
-# 10x10 of 4x4 and 8x8 of 2x2; with 40% of the cells visible that is 1.2, 2.5 and 6.4 times the plain map.
+# Cells with at least so many positions per side are convolved one by one, smaller ones as a whole map. A
+# border of 3 turns 8x8 into 14x14, 4x4 into 10x10 and 2x2 into 8x8; with 40% of the cells visible that is
+# 1.2, 2.5 and 6.4 times the plain map.
 MIN_WINDOW = 4
 
 
-@runtime_checkable  # the tests check annotations, this one too
+@runtime_checkable  # for the tests, which check annotations at run time
 class Layout(Protocol):
-    """What the blocks, the stem and the down-sampling layers ask of a map."""
+    """The operations that blocks, stem and down-sampling layers need of a map."""
 
     def enter(self, images: Array, patch: int) -> Array:
         """Cuts a plain map `[B, H, W, C]` into the patches `[..., patch * patch * C]` of this layout."""
@@ -41,7 +42,7 @@ class Layout(Protocol):
         ...
 
     def rows(self) -> Array | None:
-        """Returns which positions are visible, `[B, N, 1]` in the map's order; None if all are."""
+        """Returns a bool mask of the visible positions, `[B, N, 1]` in the map's order; None if all are."""
         ...
 
     def patches(self, x: Array) -> Array:
@@ -92,11 +93,11 @@ class Dense:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masked:
-    """The plain map with masked positions held at zero wherever positions meet.
+    """The plain map, with masked positions set to zero wherever positions interact.
 
-    Sparse convolution emulated by masking before and after every depthwise convolution, and in every
-    sum over positions (paper, section 3.1). Between those, masked positions carry values that nothing
-    visible depends on. `where` rather than a product, so that not even a NaN leaks out of them.
+    This emulates sparse convolution: it masks before and after every depthwise convolution, and in every sum
+    over positions (paper, section 3.1). In between, masked positions hold values that nothing visible depends
+    on. It selects rather than multiplies, so that a NaN at a masked position does not spread.
     """
 
     visible: Bool[Array, "b h w"]
@@ -129,15 +130,15 @@ class Masked:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-    """The visible positions alone, `[B, V * scale * scale, C]`: cell by cell, each in rows and columns.
+    """Only the visible positions, `[B, V * scale * scale, C]`: cell by cell, each row by row.
 
-    Every mask of a batch shows the same number V of cells, so shapes are static.
+    Every mask of a batch leaves the same number V of cells visible, so shapes are static.
     """
 
-    cells: Int[Array, "b v"]  # which cell of the grid each visible one is
-    ranks: Int[Array, "b cells"]  # which of the visible cells each cell of the grid is; v for none
-    index: Int[Array, "b n"]  # which position of the plain map each row is
-    inverse: Int[Array, "b positions"]  # which row each position of the plain map is; n for none
+    cells: Int[Array, "b v"]  # the grid index of each visible cell
+    ranks: Int[Array, "b cells"]  # inverse of `cells`: the index among visible cells, or v if hidden
+    index: Int[Array, "b n"]  # the position of the plain map of each row
+    inverse: Int[Array, "b positions"]  # inverse of `index`: the row of each position, or n if hidden
     grid: tuple[int, int] = dataclasses.field(metadata={"static": True})  # cells
     scale: int = dataclasses.field(metadata={"static": True})
 
@@ -179,7 +180,7 @@ class Gathered:
         return depthwise_conv_windows(x, kernel, self._windows(size))
 
     def _windows(self, kernel: tuple[int, int]) -> Windows:
-        """A window per visible cell, or one over the whole map where borders would be larger than that."""
+        """Returns a window per visible cell, or one over the whole map where the borders would exceed it."""
         plain = rearrange(self.inverse, "b (y x) -> b y x", x=self._width)
         plain = jnp.pad(plain, ((0, 0), *same_pads(kernel)), constant_values=self.index.shape[1])
         if self.scale < MIN_WINDOW:

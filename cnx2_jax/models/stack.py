@@ -1,4 +1,4 @@
-"""How a stack of equal blocks is run: unrolled or scanned, and what is kept for the backward pass."""
+"""Runs a stack of equal blocks, unrolled or scanned, and chooses what the backward pass keeps."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models.layouts import Layout
 
-# What jax.checkpoint may keep, by name. Nothing is kept inside a block, or results of matrix products.
+# What jax.checkpoint keeps inside a block: nothing, or the results of matrix products.
 POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -36,14 +36,14 @@ def run_blocks(
     """Runs equal blocks one after another.
 
     Args:
-      blocks: modules of one structure, with parameters of their own.
+      blocks: modules of the same structure.
       x: the map, as `layout` holds it.
-      layout: where its pixels live.
-      factors: of each block's residual branch, per sample; None for ones.
-      remat: what the backward pass computes anew: `none`, `dots` (everything but matrix products) or `block`
+      layout: where its pixels are stored.
+      factors: on each block's residual branch, per sample; None for ones.
+      remat: what the backward pass recomputes: `none`, `dots` (everything but matrix products) or `block`
         (everything inside a block; only the maps between blocks are kept).
-      scan: compiles one block, in a loop over the parameters stacked, so that compile time hardly grows
-        with depth.
+      scan: compiles one block and loops over the stacked parameters, so that compile time hardly grows with
+        depth.
     """
     if not blocks:
         return x
@@ -54,7 +54,7 @@ def run_blocks(
         return nnx.merge(graph, state)(x, layout, factor), None
 
     if remat != "none":
-        # A loop keeps forward and backward pass apart by itself.
+        # A loop already separates the forward from the backward pass.
         step = jax.checkpoint(step, policy=POLICIES[remat], prevent_cse=not scan)
     states = [nnx.state(block) for block in blocks]
     if scan and len(blocks) > 1:

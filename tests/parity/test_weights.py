@@ -1,10 +1,13 @@
 """Weights to and from real PyTorch files and the real transformers."""
 
 import argparse
+import collections
 import datetime
 import functools
 import os
+import pathlib
 import pickle
+import types
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +144,64 @@ def test_pickles(tmp_path, content, suffix, zipped):
     assert all(value.dtype == np.float32 for value in found.values())
     np.testing.assert_array_equal(found["a.weight"], [[0, 1, 2], [3, 4, 5]])
     np.testing.assert_array_equal(found["b"], [1.5, -2])
+
+
+LAUNCHED = argparse.Namespace(  # as the official submitit launchers leave it, and numbers beside
+    job_dir=pathlib.PosixPath("/checkpoint/user/experiments/%j"),
+    output_dir=pathlib.PosixPath("/checkpoint/user/experiments/7"),
+    log_dir=pathlib.PosixPath("relative/7"),
+    pure=[pathlib.PurePosixPath("a/b"), pathlib.PureWindowsPath("C:/a")],
+    dist_url="file:///checkpoint/user/experiments/1_init",
+    opt_betas=None,
+    lr=2.4e-3,
+    gpu=0,
+    mixup_modes=("a", {"b"}),
+    accuracy=np.float64(83.5),
+    counts=(np.int64(3), np.float32(1.5), np.bool_(True)),
+    history=collections.OrderedDict(loss=[1.0, 0.5]),
+)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoints_of_the_official_launchers(tmp_path, zipped):
+    """Their `args` hold paths."""
+    path = tmp_path / "checkpoint-99.pth"
+    content = {"model": STATE, "epoch": 99, "scaler": {}, "args": LAUNCHED}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    np.testing.assert_array_equal(read_tensors(path)["b"], [1.5, -2])
+
+
+@pytest.mark.parametrize("module", ["pathlib._local", "pathlib"])
+@pytest.mark.parametrize("kind", ["PosixPath", "WindowsPath"])
+def test_paths_of_other_pythons_and_platforms(tmp_path, module, kind):
+    """Python 3.13 names another module, and WindowsPath cannot be made here; both are read."""
+    path = tmp_path / "model.pt"
+    place = type(kind, (), {"__reduce__": lambda self: (type(self), ("a", "b"))})
+    place.__module__ = module
+    place.__qualname__ = kind
+    torch.save({"model": STATE, "args": place()}, path, pickle_module=by_name(place))
+    assert read_tensors(path).keys() == STATE.keys()
+
+
+def by_name(place):
+    """Returns a pickle module that writes `place` by its name without looking it up."""
+
+    class Pickler(pickle._Pickler):
+        def save_global(self, obj, name=None):
+            if obj is place:
+                self.write(f"c{obj.__module__}\n{obj.__qualname__}\n".encode())
+            else:
+                super().save_global(obj, name)
+
+        dispatch = {**pickle._Pickler.dispatch, type: save_global}  # noqa: RUF012
+
+    return types.SimpleNamespace(**{**vars(pickle), "Pickler": Pickler})
+
+
+def test_an_array_of_objects_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"model": STATE, "args": np.array([{}], object)}, path)
+    assert "asks for numpy" in refusal(path)
 
 
 def refusal(path):

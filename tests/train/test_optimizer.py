@@ -93,13 +93,11 @@ def test_grn_and_the_mask_token_decay_if_asked():
     names = ["a.kernel", "a.bias", "grn.gamma", "grn.beta", "norm.scale", "mask_token"]
     params = {name: jnp.ones(2) for name in names}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    for decay_grn, decayed in (
-        (False, names[:1]),
-        (True, ["a.kernel", "grn.gamma", "grn.beta", "mask_token"]),
-    ):
+    cases = ((False, {"a.kernel"}), (True, {"a.kernel", "grn.gamma", "grn.beta", "mask_token"}))
+    for decay_grn, decayed in cases:
         transform = make_optimizer(settings(decay_grn=decay_grn), lambda _: 0.1, params, None)
         updates, _ = transform.update(zeros, transform.init(params), params)
-        assert [name for name, update in updates.items() if update.any()] == decayed
+        assert {name for name, update in updates.items() if update.any()} == decayed
 
 
 @pytest.mark.parametrize(("batch", "peak"), [(256, 1e-3), (64, 2.5e-4), (4096, 1.6e-2)])
@@ -333,5 +331,5 @@ def test_trainable_parameters_are_found_by_name():
     assert list(trainable(params, r"norm")) == ["stages.0.0.norm.bias", "norm.bias"]
     with pytest.raises(UserError, match="'haed' is found in no parameter's name"):
         trainable(params, "haed")
-    with pytest.raises(UserError, match=r"'\(' is no regular expression"):
+    with pytest.raises(UserError, match=r"'\(' is not a valid regular expression"):
         trainable(params, "(")
