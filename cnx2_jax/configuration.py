@@ -1,11 +1,9 @@
-"""Configs: every key with its default and range, loading, overrides, and the record in a workdir."""
+"""Configs: every key with its default and range, loading, and overrides."""
 
 import contextlib
 import importlib
 import importlib.util
 import io
-import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,27 +13,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.files import write_text
 
 # The recipes that come with the package. In a checkout, this is a link to the folder at the top.
 RECIPES = Path(__file__).parent / "configs"
-
-# A run may resume with other values of these keys: they change where and how it computes, not what.
-FREE_KEYS = (
-    "mesh.",
-    "model.layout",
-    "model.remat",
-    "model.scan",
-    "log_steps",
-    "profile_steps",
-    "eval_epochs",
-    "checkpoint_steps",
-    "keep_checkpoints",
-    "on_nonfinite",
-    "max_nonfinite",
-    "hang_seconds",
-    "data.feature_cache",
-)
 
 # Least and greatest values of the numbers that no other module checks.
 INFINITY = float("inf")
@@ -316,68 +296,6 @@ def passes(epochs: float, step: int, config: ConfigDict, num_train: int) -> bool
     return done > before
 
 
-def make_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Makes the workdir; if it exists, checks that its `config.json` belongs to the same run.
-
-    Raises:
-      UserError: the workdir cannot be made, or belongs to a run with another config.
-    """
-    if (workdir / "config.json").exists():
-        old, new = flatten(read_config(workdir)), flatten(config)
-        changed = [
-            f"{key} = {_shown(old, key)} there, {_shown(new, key)} here"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
-        ]
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise UserError(
-                f"workdir '{workdir}' holds another run ({'; '.join(changed[:3])}{more}); "
-                "choose another --workdir, or give the same config to resume"
-            )
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise _cannot_write(workdir, error) from None
-
-
-def record_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes `config.json` into the workdir.
-
-    Raises:
-      UserError: see `make_workdir`.
-    """
-    make_workdir(config, workdir)
-    try:
-        write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-    except OSError as error:
-        raise _cannot_write(workdir, error) from None
-
-
-def _cannot_write(workdir: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write to workdir '{workdir}': {error.strerror}; choose another --workdir")
-
-
-def read_config(workdir: Path) -> ConfigDict:
-    """Reads the config of the run in a workdir.
-
-    Raises:
-      UserError: there is no `config.json`, or it is damaged.
-    """
-    path = workdir / "config.json"
-    try:
-        values = json.loads(path.read_text())
-        if not isinstance(values, dict) or "task" not in values:
-            raise ValueError("it is not the config of a run")
-        return from_json(values)
-    except OSError:
-        raise UserError(f"'{workdir}' is not a workdir: it has no config.json") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"'{path}' is damaged: {error}") from None
-
-
 def from_json(values: Mapping) -> ConfigDict:
     """Returns the config that was written as this JSON; lists become tuples again.
 
@@ -398,10 +316,6 @@ def from_json(values: Mapping) -> ConfigDict:
             raise ValueError(f"'{key}' is {values[key]!r}, not a group of keys")
     config.update(tuples(values))
     return config
-
-
-def _shown(values: Mapping, key: str) -> str:
-    return str(values.get(key, "unset")) or "''"
 
 
 def flatten(values: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:

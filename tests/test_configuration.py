@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cnx2_jax import configuration
-from cnx2_jax.configuration import FREE_KEYS, flatten, load_config, load_module, override
+from cnx2_jax.configuration import flatten, load_config, load_module, override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import split
 from cnx2_jax.tasks import defaults, make_task
 from cnx2_jax.train.loop import fit
 from cnx2_jax.train.terms import mean_of
+from cnx2_jax.workdir import FREE_KEYS, make_workdir, read_config, record_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large", "huge")
@@ -260,30 +261,30 @@ def test_lengths_out_of_range(argument):
 def test_workdir_is_recorded_and_recognised(tmp_path):
     workdir = tmp_path / "runs" / "a"
     config = changed("classify", "image_size=(32,48)", "data.root=x")
-    configuration.record_config(config, workdir)
+    record_config(config, workdir)
     text = (workdir / "config.json").read_text()
     assert flatten(json.loads(text))["data.root"] == "x"
-    configuration.record_config(changed("classify", "image_size=(32,48)", "data.root=x"), workdir)
+    record_config(changed("classify", "image_size=(32,48)", "data.root=x"), workdir)
     assert (workdir / "config.json").read_text() == text
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
 
 
 def test_workdir_of_another_run_is_refused_and_kept(tmp_path):
-    configuration.record_config(changed("pretrain"), tmp_path)
+    record_config(changed("pretrain"), tmp_path)
     text = (tmp_path / "config.json").read_text()
     with pytest.raises(UserError) as raised:
-        configuration.record_config(changed("pretrain", "model.mask_ratio=0.75", "seed=3"), tmp_path)
+        record_config(changed("pretrain", "model.mask_ratio=0.75", "seed=3"), tmp_path)
     message = str(raised.value)
     assert "\n" not in message
     assert "model.mask_ratio = 0.6 there, 0.75 here" in message
     assert "seed = 0 there, 3 here" in message
     with pytest.raises(UserError, match=r"init_from = unset there, '' here.* and .* more"):
-        configuration.record_config(changed("classify"), tmp_path)
+        record_config(changed("classify"), tmp_path)
     assert (tmp_path / "config.json").read_text() == text
 
 
 def test_free_keys_may_change_and_are_recorded(tmp_path):
-    configuration.record_config(changed("pretrain"), tmp_path)
+    record_config(changed("pretrain"), tmp_path)
     new = {
         "mesh.data": 2,
         "mesh.fsdp": 4,
@@ -301,7 +302,7 @@ def test_free_keys_may_change_and_are_recorded(tmp_path):
     }
     # All keys that are free, and no others, are in this test.
     assert set(new) == {key for key in flatten(defaults("pretrain")) if key.startswith(FREE_KEYS)}
-    configuration.record_config(changed("pretrain", *[f"{k}={v}" for k, v in new.items()]), tmp_path)
+    record_config(changed("pretrain", *[f"{k}={v}" for k, v in new.items()]), tmp_path)
     recorded = flatten(json.loads((tmp_path / "config.json").read_text()))
     assert {key: recorded[key] for key in new} == new
 
@@ -310,9 +311,9 @@ def test_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="cannot write to workdir"):
-            configuration.record_config(changed("pretrain"), workdir)
+            record_config(changed("pretrain"), workdir)
         with pytest.raises(UserError, match="cannot write to workdir"):
-            configuration.make_workdir(changed("pretrain"), workdir)
+            make_workdir(changed("pretrain"), workdir)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -321,14 +322,14 @@ def test_a_config_that_cannot_be_written_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(UserError, match=r"cannot write to workdir .*: File too large"):
-            configuration.record_config(changed("pretrain"), tmp_path / "run")
+            record_config(changed("pretrain"), tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_make_workdir_records_nothing(tmp_path):
-    configuration.make_workdir(changed("pretrain"), tmp_path / "run")
+    make_workdir(changed("pretrain"), tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -336,16 +337,16 @@ def test_make_workdir_records_nothing(tmp_path):
 def test_damaged_config_json(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json' is damaged"):
-        configuration.read_config(tmp_path)
+        read_config(tmp_path)
     with pytest.raises(UserError, match=r"config\.json' is damaged"):
-        configuration.record_config(changed("pretrain"), tmp_path)
+        record_config(changed("pretrain"), tmp_path)
     assert (tmp_path / "config.json").read_text() == text
 
 
 def test_no_workdir(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=r"is not a workdir: it has no config\.json"):
-            configuration.read_config(path)
+            read_config(path)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -353,8 +354,8 @@ def test_every_recipe_loads_and_survives_json(recipe, tmp_path):
     config = load_config(f"{CONFIGS}/{recipe}")
     name = recipe.split(":")[1]
     assert config.model.variant == {"digits": "custom", "smoke": "atto"}.get(name, name)
-    configuration.record_config(config, tmp_path)
-    again = configuration.read_config(tmp_path)
+    record_config(config, tmp_path)
+    again = read_config(tmp_path)
     assert flatten(again) == flatten(config)
     assert {k: type(v) for k, v in flatten(again).items()} == {k: type(v) for k, v in flatten(config).items()}
 
@@ -661,11 +662,11 @@ def test_older_configs_get_the_defaults_of_newer_keys(tmp_path):
     del values["model"]["layout"], values["model"]["scan"]
     values["model"]["mask_ratio"] = 0.7
     (tmp_path / "config.json").write_text(json.dumps(values))
-    config = configuration.read_config(tmp_path)
+    config = read_config(tmp_path)
     assert (config.model.layout, config.model.scan, config.model.mask_ratio) == ("auto", "auto", 0.7)
 
 
 def test_a_config_whose_group_is_no_group_is_damaged(tmp_path):
     (tmp_path / "config.json").write_text('{"task": "pretrain", "model": 3}')
     with pytest.raises(UserError, match="damaged: 'model' is 3, not a group of keys"):
-        configuration.read_config(tmp_path)
+        read_config(tmp_path)

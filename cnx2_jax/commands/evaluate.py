@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.cluster import processes
-from cnx2_jax.configuration import override, read_config
+from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import neighbours, robustness
 from cnx2_jax.models import ConvNeXtV2
@@ -20,6 +20,7 @@ from cnx2_jax.tasks import Task, make_task, models, weights
 from cnx2_jax.train import sharding
 from cnx2_jax.train.loop import AVERAGED
 from cnx2_jax.types import Metrics
+from cnx2_jax.workdir import read_config
 
 TAKES_OVERRIDES = True
 

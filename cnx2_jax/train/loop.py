@@ -30,6 +30,7 @@ from cnx2_jax.train.program import make_program
 from cnx2_jax.train.state import TrainState, saved_items
 from cnx2_jax.train.task import Task
 from cnx2_jax.types import Metrics
+from cnx2_jax.workdir import make_workdir, record_config
 
 AVERAGED = "ema_"  # before the metrics of averaged parameters
 
@@ -44,7 +45,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
       end; then everything is saved and the same call resumes it.
 
     Raises:
-      UserError: see `configuration.make_workdir`, `only_run_in`, `sharding.make_mesh`,
+      UserError: see `workdir.make_workdir`, `only_run_in`, `sharding.make_mesh`,
         `make_program`, `starting.first_state` and the task.
       RunError: the loss or the gradient is not finite, or something cannot be written.
     """
@@ -54,7 +55,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
     mesh = sharding.make_mesh(config.mesh)
     program = make_program(task, mesh)
     total, like = program.total_steps, program.like
-    configuration.make_workdir(config, workdir)
+    make_workdir(config, workdir)
 
     with (
         only_run_in(workdir),
@@ -73,7 +74,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         report = NoReport()
         if processes.is_first():
             # Not earlier: after a wrong init_from, the workdir is still free for the corrected command.
-            configuration.record_config(config, workdir)
+            record_config(config, workdir)
             report = Report(workdir, start_step=step, total_steps=total, batch_size=config.batch_size)
         say(_headline(task, mesh, total, step, like))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cnx2_jax.configuration import override, read_config
+from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.recipes import use_digits
@@ -16,6 +16,7 @@ from cnx2_jax.tasks import Task, defaults, make_task
 from cnx2_jax.tasks.models import build
 from cnx2_jax.train.loop import fit
 from cnx2_jax.train.terms import mean_of
+from cnx2_jax.workdir import read_config
 
 
 class Ink(Task, name="ink"):
