@@ -184,7 +184,7 @@ def cloud(recorder, tmp_path):
 
 
 def verbs(calls):
-    """What was called, without the words that begin and end it."""
+    """Returns the kind of each call, without repetitions."""
     found = [re.search(r"(queued-resources|tpu-vm) (\w+)|sleep", line).group() for line in calls]
     return [verb for verb, before in zip(found, [None, *found], strict=False) if verb != before]
 

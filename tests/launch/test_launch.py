@@ -82,8 +82,8 @@ def pids(record, name):
 
 
 def test_hosts_run_the_commit_and_are_told_of_each_other(launch, tmp_path):
-    words = ("run", "--name", "two", "--hosts", "2", "--", "python", "count.py", tmp_path)
-    out, _ = finish(launch(*words))
+    arguments = ("run", "--name", "two", "--hosts", "2", "--", "python", "count.py", tmp_path)
+    out, _ = finish(launch(*arguments))
     found = json.loads(out)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=launch.root, capture_output=True, text=True
@@ -94,10 +94,10 @@ def test_hosts_run_the_commit_and_are_told_of_each_other(launch, tmp_path):
         (launch.record / "two" / "logs" / f"host{host}.log").read_text().splitlines() for host in (0, 1)
     )
     assert first[1:] == second[1:] == ["done"]
-    words, others = first[0].split(), second[0].split()
-    assert words[:3] == ["from", "0", "--coordinator"] and words[3].startswith("127.0.0.1:")
-    assert words[4:] == ["--num-processes", "2", "--process-id", "0"]
-    assert others == [*words[:-1], "1"]
+    arguments, others = first[0].split(), second[0].split()
+    assert arguments[:3] == ["from", "0", "--coordinator"] and arguments[3].startswith("127.0.0.1:")
+    assert arguments[4:] == ["--num-processes", "2", "--process-id", "0"]
+    assert others == [*arguments[:-1], "1"]
 
     assert json.loads(finish(launch("status", "--name", "two"))[0]) == found
     logs, _ = finish(launch("logs", "--name", "two"))
@@ -106,8 +106,8 @@ def test_hosts_run_the_commit_and_are_told_of_each_other(launch, tmp_path):
 
 
 def test_a_killed_worker_ends_the_others_and_all_go_on(launch, tmp_path, wait_for):
-    words = ("--name", "killed", "--hosts", "2", "--retries", "1", "--backoff", "0.1", "--grace", "30")
-    running = launch("run", *words, "--", "python", "count.py", tmp_path)
+    arguments = ("--name", "killed", "--hosts", "2", "--retries", "1", "--backoff", "0.1", "--grace", "30")
+    running = launch("run", *arguments, "--", "python", "count.py", tmp_path)
     wait_for(lambda: (tmp_path / "count1").exists() and (tmp_path / "count0").exists())
     os.kill(wait_for(lambda: pids(launch.record, "killed").get("host1")), signal.SIGKILL)
     out, err = finish(running)
@@ -126,16 +126,16 @@ def test_a_killed_worker_ends_the_others_and_all_go_on(launch, tmp_path, wait_fo
 
 
 def test_who_does_not_heed_sigterm_is_killed_after_the_grace(launch):
-    words = ("--name", "deaf", "--hosts", "2", "--retries", "0", "--grace", "0.5")
-    out, err = finish(launch("run", *words, "--", "python", "deaf.py"), 1)
+    arguments = ("--name", "deaf", "--hosts", "2", "--retries", "0", "--grace", "0.5")
+    out, err = finish(launch("run", *arguments, "--", "python", "deaf.py"), 1)
     assert json.loads(out)["state"] == "failed" and json.loads(out)["alive"] == []
     assert "host0 ended with status 3" in err
 
 
 @pytest.mark.parametrize(("status", "attempts", "ours"), [(2, 1, 2), (3, 3, 1)])
 def test_failures_are_retried_unless_they_are_the_users(launch, status, attempts, ours):
-    words = ("--name", "failing", "--retries", "2", "--backoff", "0.01")
-    out, err = finish(launch("run", *words, "--", "bash", "-c", f"exit {status}"), ours)
+    arguments = ("--name", "failing", "--retries", "2", "--backoff", "0.01")
+    out, err = finish(launch("run", *arguments, "--", "bash", "-c", f"exit {status}"), ours)
     assert json.loads(out)["attempt"] == attempts and json.loads(out)["status"] == status
     assert err.count("ended with status") == attempts
     assert "Traceback" not in err
@@ -151,10 +151,10 @@ def test_delays_double_up_to_a_limit():
 
 
 def test_a_running_job_is_refused_and_stop_ends_it(launch, tmp_path, wait_for):
-    words = ("run", "--name", "long", "--", "python", "count.py", tmp_path)
-    running = launch(*words, env={**os.environ, **SLOWLY})
+    arguments = ("run", "--name", "long", "--", "python", "count.py", tmp_path)
+    running = launch(*arguments, env={**os.environ, **SLOWLY})
     wait_for((tmp_path / "count0").exists)
-    one_line(launch(*words), "'long' runs already")
+    one_line(launch(*arguments), "'long' runs already")
     status = json.loads(finish(launch("status", "--name", "long"))[0])
     assert status["state"] == "running" and status["alive"] == ["host0", "launcher"]
     stopped = json.loads(finish(launch("stop", "--name", "long"))[0])
@@ -163,25 +163,25 @@ def test_a_running_job_is_refused_and_stop_ends_it(launch, tmp_path, wait_for):
     assert json.loads(out)["state"] == "stopped"
     assert "stopped" in (launch.record / "long" / "logs" / "host0.log").read_text()
     assert int((tmp_path / "count0").read_text()) < 40
-    assert json.loads(finish(launch(*words))[0])["state"] == "finished"
+    assert json.loads(finish(launch(*arguments))[0])["state"] == "finished"
 
 
 def test_workers_whose_launcher_was_killed_are_found_and_stopped(launch, tmp_path, wait_for):
-    words = ("run", "--name", "orphan", "--", "python", "count.py", tmp_path)
-    running = launch(*words, env={**os.environ, **SLOWLY})
+    arguments = ("run", "--name", "orphan", "--", "python", "count.py", tmp_path)
+    running = launch(*arguments, env={**os.environ, **SLOWLY})
     wait_for((tmp_path / "count0").exists)
     running.kill()
     running.communicate()
     assert json.loads(finish(launch("status", "--name", "orphan"))[0])["state"] == "orphaned"
-    one_line(launch(*words), "host0 of job 'orphan' still run", "stop")
+    one_line(launch(*arguments), "host0 of job 'orphan' still run", "stop")
     assert json.loads(finish(launch("stop", "--name", "orphan"))[0])["alive"] == []
     assert json.loads(finish(launch("status", "--name", "orphan"))[0])["state"] == "stopped"
-    assert json.loads(finish(launch(*words))[0])["state"] == "finished"
+    assert json.loads(finish(launch(*arguments))[0])["state"] == "finished"
 
 
 def test_dry_run_prints_what_would_be_run(launch, tmp_path):
-    words = ("run", "--name", "dry", "--hosts", "2", "--dry-run", "--", "python", "count.py", tmp_path)
-    printed, err = finish(launch(*words))
+    arguments = ("run", "--name", "dry", "--hosts", "2", "--dry-run", "--", "python", "count.py", tmp_path)
+    printed, err = finish(launch(*arguments))
     assert err == "" and not launch.record.exists()
     subprocess.run(["bash", "-c", printed], check=True, timeout=60)
     assert [(tmp_path / f"count{host}").read_text() for host in (0, 1)] == ["40", "40"]
@@ -203,7 +203,7 @@ def test_outside_a_repository(start_launch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "said"),
     [
         (["run", "--name", "x"], "run needs a command after --"),
         (["run", "--name", "X_1", "--", "true"], "job name 'X_1' must be"),
@@ -221,9 +221,9 @@ def test_outside_a_repository(start_launch, tmp_path):
         (["restart", "--name", "x"], "invalid choice: 'restart'"),
     ],
 )
-def test_bad_arguments(repository, monkeypatch, capsys, words, said):
+def test_bad_arguments(repository, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(repository())
-    assert cli.main(["launch", "local", *words]) == 2
+    assert cli.main(["launch", "local", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and said in err and len(err.splitlines()) == 1
     assert not Path("runs").exists()
@@ -263,10 +263,10 @@ def test_a_training_run_whose_worker_is_killed_goes_on_from_its_checkpoint(launc
         "--config.batch_size=16", "--config.total_steps=60", "--config.log_steps=1",
         "--config.checkpoint_steps=5", "--config.eval_epochs=0",
     ]  # fmt: skip
-    words = ("--name", "train", "--hosts", "2", "--retries", "1", "--backoff", "0.1")
+    arguments = ("--name", "train", "--hosts", "2", "--retries", "1", "--backoff", "0.1")
     command = ["cnx2", "train", "--config", recipe, "--workdir", workdir, *small]
     kept = {"JAX_COMPILATION_CACHE_DIR": tmp_path / "kept", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    running = launch("run", *words, "--", *command, env={**os.environ, **kept})
+    running = launch("run", *arguments, "--", *command, env={**os.environ, **kept})
     wait_for(lambda: (workdir / "checkpoints" / "5").exists())
     os.kill(pids(launch.record, "train")["host1"], signal.SIGKILL)
     out, err = finish(running)

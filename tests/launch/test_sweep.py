@@ -137,13 +137,13 @@ def test_through_launch(sweep, tmp_path):
     assert status == 0
     commands = [shlex.split(line) for line in out.splitlines()[1::2]]
     names = set()
-    for words, name in zip(commands, NAMES, strict=True):
-        split = words.index("--")
-        assert words[:6] == [sys.executable, "-m", "cnx2_jax.cli", "launch", "slurm", "run"]
-        assert words[split + 1 :][:2] == ["cnx2", "train"] and words[-1].endswith(name)
+    for arguments, name in zip(commands, NAMES, strict=True):
+        split = arguments.index("--")
+        assert arguments[:6] == [sys.executable, "-m", "cnx2_jax.cli", "launch", "slurm", "run"]
+        assert arguments[split + 1 :][:2] == ["cnx2", "train"] and arguments[-1].endswith(name)
         parser = argparse.ArgumentParser()
         launch.add_arguments(parser)
-        args = parser.parse_args(words[4:split])
+        args = parser.parse_args(arguments[4:split])
         job.check_name(args.name)
         names.add(args.name)
         assert (args.nodes, args.record) == (4, tmp_path / "out" / "launch")
@@ -165,9 +165,9 @@ def test_launched_runs_are_finished_when_their_workdirs_say_so(
     monkeypatch.chdir(repository())
     recorder("squeue")
     recorder("sbatch", SBATCH)
-    words = ("--workers", "3", "--", "slurm", "--time", "1:00:00")
+    arguments = ("--workers", "3", "--", "slurm", "--time", "1:00:00")
     for submitted in (3, 4):  # the second time what is finished is left out
-        status, _, err = sweep("lr", *words)
+        status, _, err = sweep("lr", *arguments)
         assert status == 1 and "1 of 3 runs broke off (base_learning_rate=0.1)" in err
         rows = json.loads((tmp_path / "out" / "results.json").read_text())
         states = [(row["run"], row["state"]) for row in rows]
@@ -224,7 +224,7 @@ def test_equal_draws_are_one_run(sweep):
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "said"),
+    ("name", "arguments", "said"),
     [
         ("l", [], "has no sweep 'l'; did you mean 'lr'? (known: lr, erasing, chosen, wrong, alike, none)"),
         ("wrong", [], "unknown config key 'optimizer.base_learning_rat'"),
@@ -236,8 +236,8 @@ def test_equal_draws_are_one_run(sweep):
         ("lr", ["--worker"], "--worker"),
     ],
 )
-def test_bad_arguments(sweep, tmp_path, name, words, said):
-    status, out, err = sweep(name, *words)
+def test_bad_arguments(sweep, tmp_path, name, arguments, said):
+    status, out, err = sweep(name, *arguments)
     assert status == 2 and out == ""
     assert said in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
@@ -251,8 +251,8 @@ def test_an_unknown_metric_is_named(sweep, made_up):
 
 
 def test_no_more_runs_at_a_time_than_workers(tmp_path):
-    words = ["bash", "-c", f"echo 1 >>{tmp_path}/steps; sleep 0.3; echo -1 >>{tmp_path}/steps; exit $0"]
-    commands = {f"run{index}": [*words, str(index)] for index in range(5)}
+    arguments = ["bash", "-c", f"echo 1 >>{tmp_path}/steps; sleep 0.3; echo -1 >>{tmp_path}/steps; exit $0"]
+    commands = {f"run{index}": [*arguments, str(index)] for index in range(5)}
     statuses = runs.run_all(commands, tmp_path, 2)
     assert statuses == {f"run{index}": index for index in range(5)}
     running = list(itertools.accumulate(map(int, (tmp_path / "steps").read_text().split())))
@@ -260,8 +260,8 @@ def test_no_more_runs_at_a_time_than_workers(tmp_path):
 
 
 def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, wait_for):
-    words = ["bash", "-c", "trap 'echo saved >$0; exit' TERM; touch $0; while :; do sleep 0.1; done"]
-    commands = {name: [*words, str(tmp_path / name)] for name in ("a", "b", "c")}
+    arguments = ["bash", "-c", "trap 'echo saved >$0; exit' TERM; touch $0; while :; do sleep 0.1; done"]
+    commands = {name: [*arguments, str(tmp_path / name)] for name in ("a", "b", "c")}
 
     def stop():
         wait_for(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
