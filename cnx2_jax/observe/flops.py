@@ -31,18 +31,13 @@ def matrix_flops(jaxpr: Any) -> int:
     A multiply-add is two FLOPs. Padding counts; the zeros that a stride inserts between inputs do not. The
     body of a `scan` counts once per iteration, that of a `while` once. Rematerialised operations count again.
     Where platforms take different branches, the branch for GPUs counts: TPUs move pixels by products with
-    one-hot matrices, which would count as useful work. Unused results do not count: compilers drop them.
+    one-hot matrices, which would count as useful work. What a `scan` computes and does not return does not
+    count, as compilers drop it.
 
     Args:
       jaxpr: such as `jax.jit(f).trace(*args).jaxpr`. Inside `shard_map`, shapes are those of one device, and
         the count is multiplied by the size of the mesh.
     """
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _count(used)
-
-
-def _count(jaxpr: core.Jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -50,19 +45,22 @@ def _count(jaxpr: core.Jaxpr) -> int:
             total += _product(equation)
         elif name == "conv_general_dilated":
             total += _convolution(equation)
+        elif name == "scan":
+            total += params["length"] * matrix_flops(_needed(params["jaxpr"].jaxpr))
         elif name == "cond":
             branches = params["branches"]
             if platforms := params.get("branches_platforms"):
                 branches = [branches[_on_gpus(platforms)]]
-            total += max(_count(branch.jaxpr) for branch in branches)
+            total += max(matrix_flops(branch.jaxpr) for branch in branches)
         else:
-            inner = sum(_count(program) for program in _programs(params))
-            if name == "scan":
-                inner *= params["length"]
-            elif name == "shard_map":
-                inner *= params["mesh"].size
-            total += inner
+            inner = sum(matrix_flops(program) for program in _programs(params))
+            total += inner * params["mesh"].size if name == "shard_map" else inner
     return total
+
+
+def _needed(body: core.Jaxpr) -> core.Jaxpr:
+    """Returns the body of a loop without what none of its results depends on."""
+    return partial_eval.dce_jaxpr(body, [True] * len(body.outvars))[0]
 
 
 def _on_gpus(platforms: tuple) -> int:

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.classification import class_scores
 from cnx2_jax.evaluation.features import all_features
 from cnx2_jax.evaluation.metrics import evaluate
+from cnx2_jax.files import replacing
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.tasks.classify import Classify
@@ -188,19 +188,13 @@ def _kept(path: Path, compute: Callable[[], Features]) -> Features:
                 return stored["features"], stored["labels"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"data.feature_cache: '{path}' cannot be read ({error}); remove it") from None
-    partial = path.with_suffix(f".partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = partial.open("wb")
-    except OSError as error:
-        raise UserError(f"data.feature_cache: cannot write '{path}': {error.strerror}") from None
-    try:
-        with file:
+        with replacing(path) as partial, partial.open("wb") as file:
             features = compute()
             np.savez(file, features=features[0], labels=features[1])
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"data.feature_cache: cannot write '{path}': {error.strerror}") from None
     return features
 
 
