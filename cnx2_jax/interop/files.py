@@ -84,9 +84,7 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
                 "code; save its state dict alone, or as .safetensors"
             ) from None
         # PyTorch's own message advises loading such a file without the weights-only check.
-        raise UserError(
-            f"'{path}' is damaged, or not a file of tensors by PyTorch; download it again"
-        ) from None
+        raise UserError(f"'{path}' is damaged, or not a PyTorch file of tensors; download it again") from None
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]

@@ -197,4 +197,4 @@ def test_what_cannot_be_right_is_refused(tmp_path, capfd, classifier):
         assert "holds no float32 weights" in refusal(capfd, *place)
     assert not out.exists()
     assert main(["predict", "--checkpoint", str(path), str(path)]) == 2
-    assert "`cnx2 convert` makes them a checkpoint" in capfd.readouterr().err
+    assert "run `cnx2 convert` to make a checkpoint" in capfd.readouterr().err
