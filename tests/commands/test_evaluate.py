@@ -190,7 +190,7 @@ def test_neighbours_need_classes_and_so_many_images(runs, tmp_path, capfd):
     for arguments, message in (
         (
             ["--knn", 20, *folder],
-            f"with data.root '{tmp_path}' has none; put each",
+            f"with data.root '{tmp_path}' has none; put the images of each class",
         ),
         (["--knn", 1001], "--knn 1001 must be at least 1 and at most 1000; 20 is usual"),
         (["--knn", 0], "--knn 0 must be at least 1"),
