@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "launch": {"sweeps", "observe", "configuration", "commandline", *BOTTOM},
     "tasks": {
         *("evaluation", "train", "checkpoints", "data", "models", "observe", "configuration"),
-        *("types", "errors"),
+        *("types", *BOTTOM),
     },
     "evaluation": {"train", "data", "models", "cluster", "observe", "types", *BOTTOM},
     "train": {"checkpoints", "models", "cluster", "observe", "workdir", "configuration", "types", "errors"},

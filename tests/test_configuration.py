@@ -550,8 +550,15 @@ def test_every_key_and_learning_rate_is_as_recorded(path):
 
 
 class Counter(nnx.Module):
+    encoder_prefix = ""
+
     def __init__(self):
-        self.head = nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0))
+        def layer():
+            return nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0))
+
+        self.downsample_layers = nnx.List([nnx.List([layer()])])
+        self.stages = nnx.List([nnx.List([layer()])])
+        self.head = layer()
 
 
 class CheapTask:
