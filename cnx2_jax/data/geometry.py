@@ -59,7 +59,10 @@ class Geometry:
         return tf.ensure_shape(resized, [*self._static_result(), image.shape[-1]])
 
     def map(self, values: tf.Tensor) -> tf.Tensor:
-        """Returns [..., height, width] of [..., *source], any type: each pixel takes its nearest value."""
+        """Returns [..., height, width] of [..., *source], any type: each pixel takes its nearest value.
+
+        Sampling moves edges by up to half a pixel, so give an example one geometry instead of resizing twice.
+        """
         if self.crop is not None:
             top, left, height, width = tf.unstack(self.crop)
             values = values[..., top : top + height, left : left + width]

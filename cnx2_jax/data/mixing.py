@@ -1,7 +1,7 @@
-"""Mixup and cutmix: what happens between the images of a batch, on the accelerator.
+"""Mixup and cutmix, on the accelerator, where the images of all hosts form one batch.
 
-There the whole batch is at hand, whichever hosts its images came from. One draw serves the whole batch, and
-image i meets image B - 1 - i: the semantics of timm.data.mixup in its batch mode.
+One draw serves the whole batch, and image i is mixed with image B - 1 - i, as in the batch mode of
+timm.data.mixup.
 """
 
 from typing import NamedTuple
@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_SWITCH = 0.5  # how often a batch is cut where it could be mixed too
+_SWITCH = 0.5  # the share of batches that are cut if both kinds are on
 
 
 class Mix(NamedTuple):
     """How a batch is mixed.
 
     Attributes:
-      keep: float32 [H, W, 1]: how much of its own each pixel keeps, the rest being its partner's.
-      share: float32 scalar: how much of its own label an image keeps.
+      keep: float32 [H, W, 1]: the weight of each pixel; its partner's pixel has the rest.
+      share: float32 scalar: the weight of an image's own label.
     """
 
     keep: Float[Array, "height width 1"]
@@ -26,13 +26,13 @@ class Mix(NamedTuple):
 
 
 def draw_mix(key: jax.Array, size: tuple[int, int], mixup: float, cutmix: float) -> Mix:
-    """Draws one batch's mix: mixup, cutmix or, where both alphas are above 0, either with equal chance.
+    """Draws the mix of one batch: mixup, cutmix or, if both alphas are above 0, either with equal chance.
 
     Args:
       key: of the batch.
       size: height and width of the images.
-      mixup: alpha of the beta distribution of mixup's coefficient; 0: never.
-      cutmix: likewise of cutmix's.
+      mixup: alpha of the beta distribution of mixup's coefficient; 0 turns mixup off.
+      cutmix: the same for cutmix.
     """
     choice_key, share_key, row_key, column_key = jax.random.split(key, 4)
     chance = _SWITCH if mixup and cutmix else float(cutmix > 0)
@@ -47,9 +47,9 @@ def draw_mix(key: jax.Array, size: tuple[int, int], mixup: float, cutmix: float)
 
 
 def cutmix_at(share: Float[Array, ""], row: jax.Array, column: jax.Array, size: tuple[int, int]) -> Mix:
-    """Cuts a box of `1 - share` of the area around (row, column); what lies outside the image is lost.
+    """Cuts a box of `1 - share` of the area around (row, column), clipped to the image.
 
-    The label's share is then that of the pixels that are left (timm's `correct_lam`).
+    The share of the label is that of the pixels that remain (timm's `correct_lam`).
     """
     ratio = jnp.sqrt(1 - share)
     inside = jnp.ones((1, 1), bool)
@@ -70,6 +70,6 @@ def mix_images(images: Float[Array, "b height width c"], mix: Mix) -> Float[Arra
 def mix_targets(
     labels: Int[Array, " b"], num_classes: int, mix: Mix, smoothing: float
 ) -> Float[Array, "b classes"]:
-    """Returns the targets of mixed images: both labels by their shares, smoothed."""
+    """Returns the targets of mixed images: both labels weighted by their shares, smoothed."""
     targets = jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
     return targets * mix.share + targets[::-1] * (1 - mix.share)

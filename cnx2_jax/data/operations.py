@@ -1,12 +1,11 @@
-"""What do the operations of RandAugment and of colour jitter make of an image?
+"""The operations of RandAugment and of colour jitter, in TensorFlow, equal to Pillow's.
 
-What Pillow makes of it: each function here names the Pillow call that it equals, in TensorFlow, so that it
-runs inside tf.data. All take and return uint8 [height, width, C], C statically 1 or 3. Scalars are Python
-numbers or scalar tensors.
+Each function names the Pillow call that it equals. All take and return uint8 [height, width, C], where C is
+statically 1 or 3. Scalars are Python numbers or scalar tensors.
 
-TensorFlow pays a few microseconds an operation, a few nanoseconds for each slice gathered, however short,
-and much for a broadcast along a last axis of 3. Hence the arithmetic in place of tables, and the rows of
-width x C values.
+In TensorFlow an operation costs a few microseconds, each gathered slice a few nanoseconds however short it
+is, and a broadcast along a last axis of 3 a lot. So these functions use arithmetic instead of tables, and
+rows of width x C values.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ _LUMA = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)
 # The cubic convolution (a = -1) that Pillow's transforms use: the weight of tap t at the fraction d is
 # sum of _CUBIC[p, t] * d**p.
 _CUBIC = np.array([[0, 1, 0, 0], [-1, 0, 1, 0], [2, -2, 1, -1], [-1, 1, -1, 1]], np.float32)
-# Pillow cuts fractions off. In float32 a whole number may come out a little too small.
+# Pillow truncates fractions. In float32 a whole number may come out a little too small.
 _WHOLE = 2.0**-12
 
 
@@ -53,7 +52,7 @@ def posterize(image: tf.Tensor, bits: Scalar) -> tf.Tensor:
 def solarize(image: tf.Tensor, threshold: Scalar) -> tf.Tensor:
     """Inverts the values from `threshold` (integer) up, as `ImageOps.solarize` does."""
     threshold = _scalar(threshold, tf.int32)
-    # No uint8 is 256 or more; and a select costs several times this arithmetic.
+    # A threshold of 256 is out of the range of uint8. A select would cost several times this arithmetic.
     flipped = tf.cast(tf.where(threshold > 255, 0, 255), tf.uint8)
     reached = image >= tf.cast(tf.clip_by_value(threshold, 0, 255), tf.uint8)
     return tf.bitwise.bitwise_xor(image, tf.cast(reached, tf.uint8) * flipped)
@@ -67,7 +66,7 @@ def solarize_add(image: tf.Tensor, add: Scalar) -> tf.Tensor:
 def autocontrast(image: tf.Tensor) -> tf.Tensor:
     """Stretches each channel's range to 0..255, as `ImageOps.autocontrast` does.
 
-    A channel of one value stays as it is.
+    A channel of a single value is left unchanged.
     """
     planes = tf.unstack(image, axis=-1)
     low = tf.cast(tf.stack([tf.reduce_min(plane) for plane in planes]), tf.float64)
@@ -78,8 +77,8 @@ def autocontrast(image: tf.Tensor) -> tf.Tensor:
     levels = tf.range(256, dtype=tf.float64)[:, None]
     table = tf.cast(tf.clip_by_value(levels * scale + offset, 0, 255), tf.uint8)
 
-    # Where the exact result is a whole number, Pillow's doubles fall on either side of it. Arithmetic
-    # in float32, nudged to the side on which white fell, gives Pillow's table in nearly all cases.
+    # If the exact result is a whole number, Pillow's doubles fall on either side of it. Arithmetic in
+    # float32, nudged to the side on which white fell, gives Pillow's table in nearly all cases.
     white = tf.gather(tf.transpose(table), tf.cast(high, tf.int32), batch_dims=1)
     nudge = tf.where(flat | (white == 255), _WHOLE, -_WHOLE)
     scale, offset = tf.cast(scale, tf.float32), tf.cast(offset, tf.float32) + nudge
@@ -107,7 +106,7 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
     counts = tf.reshape(counts, [256, channels])
     last = tf.shape(image)[0] * tf.shape(image)[1]
     below = tf.cumsum(counts, exclusive=True)
-    # Of the last value that occurs all are left out: the largest count of smaller values.
+    # Pillow leaves out the pixels of the last value that occurs, so this is the largest count below a value.
     step = tf.reduce_max(tf.where(below < last, below, 0), axis=0) // 255
     spread = tf.minimum((step // 2 + below) // tf.maximum(step, 1), 255)
     table = tf.where(step > 0, spread, tf.range(256)[:, None])
@@ -140,7 +139,7 @@ def brightness(image: tf.Tensor, factor: Scalar) -> tf.Tensor:
 def sharpness(image: tf.Tensor, factor: Scalar) -> tf.Tensor:
     """Moves from the smoothed image (0) to the image (1) and beyond, as `ImageEnhance.Sharpness` does.
 
-    The outermost pixels stay as they are.
+    The outermost pixels are left unchanged.
     """
     step = _channels(image)
     rows = _rows(image)
@@ -151,7 +150,7 @@ def sharpness(image: tf.Tensor, factor: Scalar) -> tf.Tensor:
     # Ties cannot occur: 13 is odd.
     smooth = tf.floor((total + 4 * values) * (1 / 13) + 0.5)
     inner = rows[1:-1]
-    # An edge of an image one pixel wide must not come twice.
+    # If the image is one pixel wide, its only column must not appear twice.
     inner = tf.concat([inner[:, :step], _blend(smooth, values, factor), inner[:, step:][:, -step:]], axis=1)
     return tf.reshape(tf.concat([rows[:1], inner, rows[1:][-1:]], axis=0), tf.shape(image))
 
@@ -161,11 +160,11 @@ def translate_x(image: tf.Tensor, share: Scalar, fill: Sequence[int]) -> tf.Tens
 
     Args:
       image: uint8 [h, w, C].
-      share: of the width; below 0 to the right.
-      fill: the colour, C values, of what is uncovered.
+      share: of the width; negative values move it right.
+      fill: the colour, C values, of uncovered pixels.
 
     Returns:
-      uint8 [h, w, C]: of `Image.transform` with AFFINE (1, 0, share * w, 0, 1, 0), rarely one level off.
+      uint8 [h, w, C]: equals `Image.transform` with AFFINE (1, 0, share * w, 0, 1, 0), rarely one level off.
     """
     height, width = tf.unstack(tf.shape(image)[:2])
     pixels = _scalar(share, tf.float64) * tf.cast(width, tf.float64)
@@ -182,11 +181,11 @@ def shear_x(image: tf.Tensor, factor: Scalar, fill: Sequence[int]) -> tf.Tensor:
 
     Args:
       image: uint8 [h, w, C].
-      factor: below 0 to the right.
-      fill: the colour, C values, of what is uncovered.
+      factor: negative values move them right.
+      fill: the colour, C values, of uncovered pixels.
 
     Returns:
-      uint8 [h, w, C]: of `Image.transform` with AFFINE (1, factor, 0, 0, 1, 0), rarely one level off.
+      uint8 [h, w, C]: equals `Image.transform` with AFFINE (1, factor, 0, 0, 1, 0), rarely one level off.
     """
     return _slide(image, _scalar(factor, tf.float64) * _centres(tf.shape(image)[0]), fill)
 
@@ -202,18 +201,18 @@ def rotate(image: tf.Tensor, degrees: Scalar, fill: Sequence[int]) -> tf.Tensor:
     Args:
       image: uint8 [h, w, C].
       degrees: any angle.
-      fill: the colour, C values, of what is uncovered.
+      fill: the colour, C values, of uncovered pixels.
 
     Returns:
-      uint8 [h, w, C]: of `Image.rotate(degrees, BICUBIC, fillcolor=fill)`, rarely one level off.
+      uint8 [h, w, C]: equals `Image.rotate(degrees, BICUBIC, fillcolor=fill)`, rarely one level off.
     """
     channels = _channels(image)
     height, width = tf.unstack(tf.shape(image)[:2])
     inside, (left, across), (top, down) = _rotated_grid(height, width, _scalar(degrees, tf.float64))
 
-    # Two repeated pixels on each side, as taps reach beyond the edges, then four rows of `fill`, which is
-    # what uncovered pixels read. One slice holds four taps: the phase p of the table has the slices that
-    # start at the pixels p, p + 4, p + 8, ...
+    # Two repeated pixels on each side, because taps reach beyond the edges, then four rows of `fill` for
+    # uncovered pixels to read. One slice holds four taps: phase p of the table has the slices that start at
+    # the pixels p, p + 4, p + 8, ...
     quads = (width + 7) // 4
     padded = tf.concat([image[:1], image[:1], image, image[-1:], image[-1:]], axis=0)
     padded = tf.concat(
@@ -232,7 +231,7 @@ def rotate(image: tf.Tensor, degrees: Scalar, fill: Sequence[int]) -> tf.Tensor:
     start = tf.where(inside, start, (height + 4) * (4 * quads))
     start = tf.bitwise.bitwise_and(start, 3) * slices + tf.bitwise.right_shift(start, 2)
 
-    # Matrix products make the weights and add the taps up, as broadcasts of 3 or 12 values are slow.
+    # Matrix products make the weights and sum the taps, because broadcasts of 3 or 12 values are slow.
     along = np.repeat(_CUBIC, channels, axis=1)
     powers = [
         tf.stack([tf.ones_like(part), part, part * part, part * part * part]) for part in (across, down)
@@ -249,7 +248,7 @@ def rotate(image: tf.Tensor, degrees: Scalar, fill: Sequence[int]) -> tf.Tensor:
 
 
 def _rotated_grid(height: tf.Tensor, width: tf.Tensor, degrees: tf.Tensor):
-    """Where the pixels of a rotated image come from, row by row.
+    """Returns where the pixels of a rotated image come from, row by row.
 
     Returns:
       inside: bool [height * width]: whether the place is within the image.
@@ -257,15 +256,15 @@ def _rotated_grid(height: tf.Tensor, width: tf.Tensor, degrees: tf.Tensor):
         the left of and above the place, and the place's distance from it.
     """
     angle = -tf.math.floormod(degrees, 360) * (np.pi / 180)
-    # To 15 digits as Pillow does. TensorFlow would turn a division by a constant into a product.
+    # Rounded to 15 digits as in Pillow. TensorFlow would turn a division by a constant into a product.
     cosine, sine = (
         tf.math.divide_no_nan(tf.round(function(angle) * 1e15), 1e15) for function in (tf.cos, tf.sin)
     )
     sizes = [tf.cast(side, tf.float64) for side in (width, height)]
     middle_x, middle_y = (size / 2 for size in sizes)
     across, down = _centres(width), _centres(height)[:, None]
-    # In float64 and in Pillow's order, so that a place on an edge is on the same side of it. TensorFlow
-    # reorders sums of three, but no differences.
+    # In float64 and in Pillow's order, which decides on which side of an edge a place falls. TensorFlow
+    # reorders sums of three terms, but not differences.
     places = [
         (cosine * across + sine * down) - (cosine * middle_x + sine * middle_y - middle_x),
         (cosine * down - sine * across) - (cosine * middle_y - sine * middle_x - middle_y),
@@ -283,7 +282,7 @@ def _rotated_grid(height: tf.Tensor, width: tf.Tensor, degrees: tf.Tensor):
 def _slide(image: tf.Tensor, pixels: tf.Tensor, fill: Sequence[int]) -> tf.Tensor:
     """Moves each row of uint8 [h, w, C] left by its number of pixels (float64 [h]), bicubic.
 
-    Interpolates between all neighbours first, with one set of weights a row, and then takes whole pixels.
+    Interpolates between all neighbours first, with one set of weights per row, and then moves whole pixels.
     """
     channels = _channels(image)
     height, width = tf.unstack(tf.shape(image)[:2])
@@ -323,17 +322,17 @@ def _slide(image: tf.Tensor, pixels: tf.Tensor, fill: Sequence[int]) -> tf.Tenso
 
 
 def _turned(operation, image: tf.Tensor, *arguments) -> tf.Tensor:
-    """Does to columns what `operation` does to rows."""
+    """Applies `operation`, which works on rows, to columns."""
     return tf.transpose(operation(tf.transpose(image, [1, 0, 2]), *arguments), [1, 0, 2])
 
 
 def _blend(start: tf.Tensor, end: tf.Tensor, factor: Scalar) -> tf.Tensor:
-    # The order of Pillow's C, as each step rounds.
+    # In the order of Pillow's C code, because each step rounds.
     return _to_uint8(start + _scalar(factor, tf.float32) * (end - start))
 
 
 def _to_uint8(values: tf.Tensor) -> tf.Tensor:
-    """Clips, and cuts off the fraction."""
+    """Clips to 0..255 and truncates the fraction."""
     return tf.cast(tf.clip_by_value(values, 0, 255), tf.uint8)
 
 
@@ -345,7 +344,7 @@ def _table_indices(image: tf.Tensor) -> tf.Tensor:
 
 
 def _look_up(table: tf.Tensor, indices: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
-    # gather_nd is the faster one for single values.
+    # gather_nd is faster than gather for single values.
     return tf.reshape(tf.gather_nd(tf.reshape(table, [-1]), indices[..., None]), tf.shape(image))
 
 
@@ -361,10 +360,10 @@ def _centres(count: tf.Tensor) -> tf.Tensor:
 def _channels(image: tf.Tensor) -> int:
     channels = image.shape[-1]
     if channels not in (1, 3):
-        raise ValueError(f"an image must have 1 or 3 channels, known before it runs, not {channels}")
+        raise ValueError(f"an image must have 1 or 3 channels, known before the graph runs, not {channels}")
     return channels
 
 
 def _scalar(value: Scalar, dtype: tf.DType) -> tf.Tensor:
-    # A cast would take a Python number through float32.
+    # A cast would turn a Python number into float32 first.
     return tf.cast(value, dtype) if tf.is_tensor(value) else tf.constant(value, dtype)

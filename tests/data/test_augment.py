@@ -193,7 +193,7 @@ def test_another_set_is_a_small_addition(photo, monkeypatch):
     ("name", "message"),
     [
         ("rnd-m9-inc1", "unknown data.augment 'rnd-m9-inc1'; did you mean 'rand'"),
-        ("rand-m9-mstd0.5", "only timm's increasing operations are here; add -inc1"),
+        ("rand-m9-mstd0.5", "only timm's increasing operations are supported; add -inc1"),
         ("rand-m11-inc1", "m must be at most 10"),
         ("rand-m9-p2-inc1", "p at most 1"),
         ("rand-m9-n0-inc1", "n from 1"),

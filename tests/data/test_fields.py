@@ -151,7 +151,8 @@ def test_instances_are_padded_and_the_smallest_left_out(batches):
         count = len(kept)
         np.testing.assert_array_equal(valid[index], np.arange(3) < count)
         np.testing.assert_array_equal(classes[index], kept + [0] * (3 - count))
-        np.testing.assert_array_equal(boxes[index, :count], [[0, 0, c + 1, 2 * c + 2] for c in kept])
+        expected = np.reshape([[0, 0, c + 1, 2 * c + 2] for c in kept], (-1, 4))
+        np.testing.assert_array_equal(boxes[index, :count], expected)
         assert not boxes[index, count:].any() and not masks[index, count:].any()
         for mask in masks[index, :count]:
             assert mask.sum() == height(index) * WIDTH and mask[: height(index), :WIDTH].all()
@@ -223,9 +224,9 @@ def test_an_unreadable_record_of_many_fields_is_blank_in_evaluation(encode, caps
 @pytest.mark.parametrize("mode", ["P", "1", "I;16", "RGB"])
 def test_maps_that_are_no_grey_levels_are_refused(encode, mode):
     data = source(encode)
-    wrong = encode(PillowImage.new(mode, (WIDTH, 20)), "PNG")
+    content = encode(PillowImage.new(mode, (WIDTH, 20)), "PNG")
     wrong = dataclasses.replace(
-        data, read=lambda index: {**data.read(index), "segmentation": tf.constant(wrong)}
+        data, read=lambda index: {**data.read(index), "segmentation": tf.constant(content)}
     )
     tolerance = faults.Tolerance("error", 0.0)
     with pytest.raises(UserError, match=r"map of 'record 0' is not an 8-bit greyscale PNG; convert it"):

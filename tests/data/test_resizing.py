@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cnx2_jax.data.resizing import resize
+from cnx2_jax.data.resizing import BILINEAR, resize, resize_nearest
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -54,3 +54,45 @@ def test_one_channel(photo):
     resized = resize(np.asarray(grey)[..., None], (100, 90)).numpy()
     difference = resized[..., 0].astype(int) - np.asarray(grey.resize((90, 100), BICUBIC))
     assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.001
+
+
+@pytest.mark.parametrize("size", [(112, 160), (300, 90), (853, 1000)])
+def test_bilinear_photograph(photo, size, close):
+    resized = resize(np.asarray(photo), size, kernel=BILINEAR).numpy()
+    assert close(resized, photo.resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    mirrored=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_nearest_takes_the_pixel_that_the_centre_lies_in(shape, size, mirrored, seed):
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 9, (2, *shape), np.int32)
+    top, left = (int(rng.integers(0, side)) for side in size)
+    window = tf.constant([top, left, size[0] - top, size[1] - left])
+    resized = resize_nearest(tf.constant(values), size, window=window, mirrored=mirrored).numpy()
+    # In whole numbers: output pixel i of n lies at (2 i + 1) / (2 n) of the side.
+    rows, columns = (
+        (2 * np.arange(first, count) + 1) * side // (2 * count)
+        for first, count, side in zip((top, left), size, shape, strict=True)
+    )
+    expected = values[:, rows][:, :, columns[::-1] if mirrored else columns]
+    assert resized.dtype == values.dtype
+    # A centre on the edge between two pixels may fall to either of them in floating point.
+    edges = [
+        ((2 * np.arange(first, count) + 1) * side % (2 * count) == 0)
+        for first, count, side in zip((top, left), size, shape, strict=True)
+    ]
+    exact = ~edges[0][:, None] & ~(edges[1][::-1] if mirrored else edges[1])[None]
+    np.testing.assert_array_equal(resized[:, exact], expected[:, exact])
+
+
+def test_nearest_equals_pillow(photo):
+    grey = photo.convert("L")
+    for size in [(100, 90), (427, 640), (500, 700)]:
+        resized = resize_nearest(tf.constant(np.asarray(grey)), size).numpy()
+        np.testing.assert_array_equal(resized, grey.resize(size[::-1], Image.Resampling.NEAREST))

@@ -1,4 +1,4 @@
-"""How the records of a data set that TensorFlow Datasets prepared are read by index, from its files."""
+"""Data sets that TensorFlow Datasets prepared: their records by index, read from the files."""
 
 import bisect
 import concurrent.futures
@@ -21,7 +21,7 @@ from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.files import replacing
 
-# tensorflow_datasets and array_record are imported where they are used: they take half a second.
+# tensorflow_datasets and array_record are imported where they are used, because that takes half a second.
 
 _SPEC = re.compile(r"((?P<name>[A-Za-z]\w*)(/[\w+.-]+)?(:[\d*]+(\.[\d*]+){2})?):(?P<split>[A-Za-z].*)")
 # A TFRecord: the length as 8 bytes, their CRC in 4, the data, and its CRC in 4.
@@ -29,23 +29,23 @@ _LENGTH, _HEADER, _FOOTER = struct.Struct("<Q"), 12, 4
 
 
 def open_tfds(spec: str, data_dir: str) -> Source:
-    """Opens one split of a prepared data set, in the order in which its files hold it.
+    """Opens one split of a prepared data set, in the order of its files.
 
-    Nothing is ever downloaded, and the code that made the data set is not needed. An index of TFRecord
-    files is kept in `$XDG_CACHE_HOME/cnx2_jax`, or below `~/.cache`.
+    Downloads nothing and does not need the code that made the data set. Keeps an index of TFRecord files in
+    `$XDG_CACHE_HOME/cnx2_jax`, or below `~/.cache`.
 
     Args:
       spec: `NAME[/CONFIG][:VERSION]:SPLIT`; the split may be a slice or a sum, as in
-        https://www.tensorflow.org/datasets/splits. Without a version the newest one that is there.
-      data_dir: where TFDS keeps its data sets; empty for TFDS's default.
+        https://www.tensorflow.org/datasets/splits. Without a version, the newest prepared one.
+      data_dir: the directory of TFDS's data sets; empty for TFDS's default.
 
     Returns:
-      A source without `labels`. `read` gives the images as they are stored, JPEG or PNG, and raises
-      tf.errors.OpError at run time where a record is damaged.
+      A source without `labels`. `read` returns the images as stored, JPEG or PNG, and raises
+      tf.errors.OpError when it runs if a record is damaged.
 
     Raises:
       UserError: a malformed spec, an unknown or unprepared data set, an unknown split, one without
-        records, images or class labels, or files that are missing, damaged or not to be read by index.
+        records, images or class labels, or files that are missing, damaged or not readable by index.
     """
     builder, split, named = _load(spec, data_dir)
     class_names = _class_names(builder)
@@ -61,7 +61,7 @@ def open_tfds(spec: str, data_dir: str) -> Source:
     def record_at(index: np.int64) -> bytes:
         try:
             return read_record(*locate(int(index)))
-        except Exception as error:  # In graphs TensorFlow makes an OpError of it, but not eagerly.
+        except Exception as error:  # TensorFlow turns it into an OpError in graphs, but not eagerly.
             raise tf.errors.DataLossError(None, None, str(error)) from error
 
     def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -80,10 +80,10 @@ def open_tfds(spec: str, data_dir: str) -> Source:
 def val_spec(spec: str, data_dir: str) -> str | None:
     """Returns the spec of the same data set's `validation` split, or else of its `test` split.
 
-    None where it has neither, or only those that `spec` itself takes records from.
+    Returns None if the data set has neither, or if `spec` itself takes records from them.
 
     Raises:
-      UserError: as `open_tfds`, for the data set; the splits that `spec` names are not checked.
+      UserError: as `open_tfds`, for the data set; the splits in `spec` are not checked.
     """
     builder, split, named = _load(spec, data_dir)
     for name in ("validation", "test"):
@@ -93,7 +93,7 @@ def val_spec(spec: str, data_dir: str) -> str | None:
 
 
 def _load(spec: str, data_dir: str) -> tuple[Any, str, set[str]]:
-    """The data set's builder, made from its files alone, the split, and the names of splits in it."""
+    """Returns the builder of the data set, made from its files alone, the split, and its split names."""
     from tensorflow_datasets.core import constants, read_only_builder, registered
 
     matched = _SPEC.fullmatch(spec)
@@ -105,16 +105,18 @@ def _load(spec: str, data_dir: str) -> tuple[Any, str, set[str]]:
         return read_only_builder.builder_from_files(wanted, data_dir=directory), matched["split"], named
     except registered.DatasetNotFoundError as error:
         raise _not_found(wanted, matched["name"], directory) from error
-    except Exception as error:  # Whatever is wrong with the metadata: TFDS lets anything through.
-        raise UserError(f"cannot load '{wanted}' from '{directory}': {error!r}; make it anew") from error
+    except Exception as error:  # TFDS raises all kinds of exceptions for wrong metadata.
+        raise UserError(f"cannot load '{wanted}' from '{directory}': {error!r}; prepare it again") from error
 
 
 def _not_found(wanted: str, name: str, directory: str) -> UserError:
     from tensorflow_datasets.core import registered
 
     if os.path.isdir(folder := os.path.join(directory, name)):
-        there = ", ".join(sorted(os.listdir(folder))) or "nothing"
-        return UserError(f"data set '{wanted}' is not prepared in '{directory}'; of {name} there is: {there}")
+        prepared = ", ".join(sorted(os.listdir(folder))) or "nothing"
+        return UserError(
+            f"data set '{wanted}' is not prepared in '{directory}'; of {name} there is: {prepared}"
+        )
     try:
         maker = registered.imported_builder_cls(name)
     except registered.DatasetNotFoundError:
@@ -144,14 +146,14 @@ def _class_names(builder: Any) -> tuple[str, ...]:
 
 
 def _instructions(builder: Any, split: str, named: set[str]) -> list[Any]:
-    """What to take from which file: TFDS's FileInstructions, none of them empty."""
+    """Returns what to read from which file: TFDS's FileInstructions, none of them empty."""
     name, splits = builder.info.full_name, builder.info.splits
     if unknown := named - {*splits, "all"}:
         hint = nearest(min(unknown), splits)
         raise UserError(f"'{name}' has no split '{min(unknown)}'{hint}; it has: {', '.join(splits)}")
     try:
         instructions = splits[split].file_instructions
-    except Exception as error:  # As varied as the ways to write a slice wrongly.
+    except Exception as error:  # TFDS raises all kinds of exceptions for a malformed slice.
         raise UserError(f"no split '{split}' of '{name}': {error!r}; write as train[:90%]") from error
     if not instructions:
         raise UserError(f"split '{split}' of '{name}' has no records; take another split or slice")
@@ -160,15 +162,15 @@ def _instructions(builder: Any, split: str, named: set[str]) -> list[Any]:
 
 def _open_files(builder: Any, counts: Mapping[str, int]) -> Callable[[str, int], bytes]:
     """Returns a thread-safe function (path, position in the file) -> record; `counts` are by path."""
-    import resource  # Not there on Windows, where the other sources run.
+    import resource  # Missing on Windows, where the other sources work.
 
-    # All stay open, and ImageNet's 1024 exceed the usual limit.
+    # All files stay open, and ImageNet's 1024 exceed the usual limit.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = soft + len(counts)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard >= 0 else wanted, hard))
     if (kind := builder.info.file_format.value) not in ("tfrecord", "array_record"):
-        raise UserError(f"TFDS files of the format {kind} cannot be read here; make array_record or tfrecord")
+        raise UserError(f"TFDS files of the format {kind} are not supported; use array_record or tfrecord")
     return _TFRecords(counts) if kind == "tfrecord" else _array_records(counts)
 
 
@@ -176,10 +178,10 @@ def _array_records(counts: Mapping[str, int]) -> Callable[[str, int], bytes]:
     from array_record.python import array_record_module
 
     def opened(path: str) -> Any:
-        # Nothing is read ahead, which would be in vain, and buffers stay small over many files.
+        # No reading ahead, which random access would not use, and small buffers, because files are many.
         options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
         reader = array_record_module.ArrayRecordReader(path, **options)
-        if reader.num_records() != counts[path]:  # It takes a missing or damaged file for an empty one.
+        if reader.num_records() != counts[path]:  # It treats a missing or damaged file as empty.
             raise _damaged(path, reader.num_records(), counts[path])
         return reader
 
@@ -188,7 +190,7 @@ def _array_records(counts: Mapping[str, int]) -> Callable[[str, int], bytes]:
 
 
 class _TFRecords:
-    """Random access to TFRecord files, which are made to be read from start to end."""
+    """Random access to TFRecord files, a format for reading from start to end."""
 
     def __init__(self, counts: Mapping[str, int]):
         self._files: dict[str, int] = {}
@@ -206,13 +208,13 @@ class _TFRecords:
         record = os.pread(self._files[path], end - start, start)
         if len(record) != end - start or _LENGTH.unpack_from(record)[0] != len(record) - _HEADER - _FOOTER:
             raise ValueError(f"'{path}' has changed: no record of {end - start} bytes at {start}")
-        # A check, as TensorFlow's own parser quotes damage in a message that Python then cannot decode.
+        # Checked here, because TensorFlow's parser quotes damage in a message that Python cannot decode.
         tf.train.Example.FromString(record := record[_HEADER:-_FOOTER])
         return record
 
 
 def _record_bounds(files: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Where the records of each file start, and where the last one ends: int64 [count + 1]."""
+    """Returns where the records of each file start and the last one ends: int64 [count + 1]."""
     key = repr([(p, counts[p], (of := os.fstat(f)).st_size, of.st_mtime_ns) for p, f in files.items()])
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cnx2_jax")
     name = f"tfrecord-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
@@ -220,9 +222,9 @@ def _record_bounds(files: Mapping[str, int], counts: Mapping[str, int]) -> dict[
     try:
         with np.load(os.path.join(folder, name)) as arrays:
             bounds = arrays["bounds"]
-    except Exception:  # Missing or damaged, in whatever way: made anew.
+    except Exception:  # A missing or damaged index is made again.
         bounds = np.concatenate(_in_threads(lambda path: _walk(path, files[path], counts[path]), files))
-        with contextlib.suppress(OSError):  # An index that cannot be kept is made again by the next run.
+        with contextlib.suppress(OSError):  # If the index cannot be kept, the next run makes it again.
             os.makedirs(folder, exist_ok=True)
             with replacing(Path(folder, name)) as partial, partial.open("wb") as file:
                 np.savez(file, bounds=bounds)
@@ -231,7 +233,7 @@ def _record_bounds(files: Mapping[str, int], counts: Mapping[str, int]) -> dict[
 
 def _walk(path: str, file: int, count: int) -> np.ndarray:
     bounds, size = [0], os.fstat(file).st_size
-    if hasattr(os, "posix_fadvise"):  # Else the system reads ahead: the images with the headers.
+    if hasattr(os, "posix_fadvise"):  # Otherwise the system reads ahead, the images with the headers.
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
     while (start := bounds[-1]) < size:
         header = os.pread(file, _HEADER, start)
