@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cnx2_jax.data.images import preprocess_files
+from cnx2_jax.models.pixels import normalise
 
 # In HELPER: batches of 48 of 359 images, which neither 8 devices, nor 2 processes, nor the batch divide.
 
@@ -43,7 +44,6 @@ from cnx2_jax.tasks import defaults
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import make_task
 from cnx2_jax.models.state import merge, split
-from cnx2_jax.models.pixels import normalise
 
 
 def task_and_model():

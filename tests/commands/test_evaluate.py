@@ -15,6 +15,7 @@ from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.cli import main
 from cnx2_jax.data.images import ImageData, eval_batches
+from cnx2_jax.models.pixels import normalise
 from cnx2_jax.models.state import split
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import defaults, models, weights
