@@ -13,15 +13,19 @@ __all__ = ["TASKS", "Classify", "Pretrain", "Probe", "Task", "defaults", "make_t
 
 
 def make_task(config: ConfigDict, platform: str | None = None, data: Data | None = None) -> Task:
-    """Returns the task that `config.task` names.
+    """Returns the task that `config.task` names, its keys and its data checked.
 
     Args:
       config: the run's.
       platform: what the model is built for; see `Task`.
-      data: used instead of opening the config's data; see `Task`.
+      data: used instead of opening the config's data, and not checked; see `Task`.
 
     Raises:
       UserError: there is no such task; see the tasks.
     """
     check_task(config.task)
-    return TASKS[config.task](config, platform, data)
+    task = TASKS[config.task](config, platform, data)
+    task.check()
+    if data is None:
+        task.check_data()
+    return task

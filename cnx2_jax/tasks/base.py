@@ -54,10 +54,7 @@ class Task:
     Args:
       config: the run's.
       platform: what the model is built for: `cpu`, `tpu` or `gpu`; JAX's default backend by default.
-      data: used instead of opening the config's data, and not checked, such as `Described`.
-
-    Raises:
-      UserError: keys that do not fit each other; see `check`.
+      data: used instead of opening the config's data, such as `Described`.
     """
 
     name: ClassVar[str] = ""
@@ -79,14 +76,11 @@ class Task:
     def __init__(self, config: ConfigDict, platform: str | None = None, data: Data | None = None):
         self.config = config
         self.platform = platform or jax.default_backend()
-        self.check()
-        if data is None:
-            self.check_data()
-        else:
+        if data is not None:
             self.data = data
 
     def check(self) -> None:
-        """Checks keys against each other, before anything is opened.
+        """Checks keys against each other, before anything is opened; called by `make_task`.
 
         Raises:
           UserError: the image size is not a multiple of the stride, or a tuple of per-channel or range values
@@ -95,7 +89,7 @@ class Task:
         check_keys(self.config)
 
     def check_data(self) -> None:
-        """Raises UserError if the data does not fit the task."""
+        """Raises UserError if the data does not fit the task; called by `make_task`, not for given data."""
 
     @functools.cached_property
     def data(self) -> Any:

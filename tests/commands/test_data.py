@@ -53,12 +53,6 @@ def test_sheet_of_a_folder_for_pretraining_beginning_at_a_step(tmp_path, capfd):
     assert "train: 11 images, 0 classes" in capfd.readouterr().err
 
 
-def test_captions():
-    names = ("cat", "dog", "ox")
-    assert data._caption(np.float32([0.1 / 3, 0.9 + 0.1 / 3, 0.1 / 3]), names, 0.1) == "dog"
-    assert data._caption(np.float32([0.3, 0.0, 0.7]), names, 0.0) == "ox 70%, cat 30%"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

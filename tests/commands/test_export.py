@@ -144,7 +144,7 @@ MISTAKES = {
         "--naming is for --format safetensors, ",
     ),
     "onto something": ("--format stablehlo --out {stored}/classify", "'{stored}/classify' exists already"),
-    "below a file": ("--format savedmodel --out {tmp}/file/x", "'{tmp}/file' is no folder"),
+    "below a file": ("--format savedmodel --out {tmp}/file/x", "'{tmp}/file' is not a folder"),
     "unknown input": ("--format onnx --out {tmp}/x --input int8", "int8"),
     "no such checkpoint": ("--format onnx --out {tmp}/x --checkpoint {tmp}/no", "'{tmp}/no' does not exist"),
 }

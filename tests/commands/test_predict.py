@@ -159,7 +159,7 @@ def test_features(kind, request, images, tmp_path, capfd):
         assert captured.out == ""
     else:
         check_lines(captured.out, images, shares)
-    assert captured.err == f"wrote {out}, its rows named in {tmp_path}/new/out.json\n"
+    assert captured.err == f"wrote {out}, and the names of its rows to {tmp_path}/new/out.json\n"
     stored = np.load(out)
     assert (stored.shape, stored.dtype) == ((5, 12), np.float32)
     np.testing.assert_allclose(stored, vectors, atol=2e-5)
@@ -174,7 +174,7 @@ def test_a_corrupt_image_in_a_later_batch(classifier, images, tmp_path, capfd):
     captured = capfd.readouterr()
     check_lines(captured.out, images[:2], expected(classifier, images[:2])[1])
     assert captured.err == (
-        f"cnx2: error: image '{images[3]}' is not a readable JPEG, PNG or WebP image; it may be cut off or "
+        f"cnx2: error: image '{images[3]}' is not a readable JPEG, PNG or WebP image; it may be truncated or "
         "animated: repair or remove it\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["images"]

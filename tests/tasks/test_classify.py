@@ -13,6 +13,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import defaults, make_task
+from cnx2_jax.tasks.base import Described
 from cnx2_jax.train.terms import value
 
 
@@ -145,3 +146,17 @@ def test_prepare_alone_changes_nothing():
     expected = normalise(jnp.asarray(images), task.config.data.mean, task.config.data.std)
     np.testing.assert_allclose(batch["image"], expected, atol=1e-6)
     np.testing.assert_array_equal(batch["target"], np.eye(10)[labels])
+
+
+@pytest.mark.parametrize(
+    ("target", "smoothing", "caption"),
+    [([0.1 / 3, 0.9 + 0.1 / 3, 0.1 / 3], 0.1, "dog"), ([0.3, 0.0, 0.7], 0.0, "ox 70%, cat 30%")],
+)
+def test_captions(target, smoothing, caption):
+    config = defaults("classify")
+    config.label_smoothing = smoothing
+    task = make_task(config, data=Described(class_names=("cat", "dog", "ox")))
+    images = np.zeros((1, 4, 4, 3), np.uint8)
+    batch = {"image": images, "label": np.int32([1])}
+    drawn, captions = task.sheet(batch, {"image": jnp.asarray(images), "target": jnp.float32([target])})
+    assert captions == [caption] and (drawn == images).all()
