@@ -32,7 +32,7 @@ SMALL_DIGITS = [*SMALL, "--config.image_size=16"]
 SMALL_PRETRAIN = [*SMALL_DIGITS, "--config.model.decoder_dim=8"]
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.usefixtures("compile_quickly"), pytest.mark.slow]
 
 
 def run_process(*arguments, **environment):

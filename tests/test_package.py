@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 SIZE = [
     f"--config.{key}"

@@ -19,6 +19,8 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.observe.report import read_metrics
 from cnx2_jax.observe.timing import TIMED
 
+pytestmark = pytest.mark.slow
+
 ARCHIVE = Path(__file__).parents[1] / "golden" / "runs_0_1.tar.gz"
 RECIPES = {"classify": "finetune:digits", "pretrain": "pretrain:digits"}
 # The overrides that both were started with.

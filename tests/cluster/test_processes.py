@@ -14,6 +14,8 @@ import pytest
 from cnx2_jax.data.images import preprocess_files
 from cnx2_jax.models.pixels import normalise
 
+pytestmark = pytest.mark.processes
+
 # In HELPER: batches of 48 of 359 images, which neither 8 devices, nor 2 processes, nor the batch divide.
 
 PROGRAM = """

@@ -12,6 +12,8 @@ from cnx2_jax import cli
 from cnx2_jax.launch import pid_files
 from cnx2_jax.launch.plan import delays
 
+pytestmark = pytest.mark.processes
+
 # A stand-in for `cnx2 train`: counts to 40 in a file and, when started again, resumes from the count there.
 COUNT = """
 import os, signal, sys, time

@@ -18,6 +18,8 @@ from cnx2_jax.commands import launch
 from cnx2_jax.errors import RunError
 from cnx2_jax.launch import job, runs
 
+pytestmark = pytest.mark.processes
+
 CONFIG = """
 from cnx2_jax.tasks import defaults
 from cnx2_jax.recipes import use_digits

@@ -30,7 +30,7 @@ transformers = pytest.importorskip("transformers")
 BOUND = 1e-5  # largest absolute difference over largest absolute value, in float32
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.usefixtures("compile_quickly"), pytest.mark.slow]
 
 
 def hugging_face(variant):

@@ -11,6 +11,8 @@ import pytest
 from cnx2_jax import cli
 from cnx2_jax.preflight.compile import FINENESS, largest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 STEP = """

@@ -17,6 +17,8 @@ import pytest
 
 from cnx2_jax.observe.timing import TIMED
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 SMALL = [

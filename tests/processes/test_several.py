@@ -16,6 +16,8 @@ import pytest
 from cnx2_jax.launch.local import free_port
 from experiments import chaos
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 SMALL = [

@@ -20,6 +20,8 @@ from cnx2_jax.observe.report import read_metrics
 from cnx2_jax.observe.timing import TIMED
 from cnx2_jax.train.loop import fit
 
+pytestmark = pytest.mark.processes
+
 SKIP = "on_nonfinite=skip"
 ITEMS = ("opt_state", "params")
 
@@ -288,7 +290,7 @@ fit(task, Path(sys.argv[1]))
 
 
 def test_a_hang_shows_where_it_is_and_ends(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     done = subprocess.run(
         [sys.executable, "-c", HANG, tmp_path], env=environment, capture_output=True, text=True, timeout=200
     )

@@ -13,6 +13,8 @@ from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.cli import main
 from cnx2_jax.observe.timing import TIMED
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 # Runs in one process, as to start takes longer than they do. A line is a run: JSON, the words of its command.
