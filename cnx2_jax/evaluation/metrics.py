@@ -40,7 +40,7 @@ class Metric(Protocol):
         ...
 
     def merge(self, total: Any) -> Any:
-        """Returns the total over all processes, each of which calls it."""
+        """Returns the total over all processes; all of them must call it."""
         ...
 
     def result(self, total: Any) -> Metrics:
@@ -49,7 +49,7 @@ class Metric(Protocol):
 
 
 class Scorer(Protocol):
-    """What is evaluated: a task, or any hashable object with its two methods."""
+    """A task, or any hashable object with its two methods."""
 
     def score(self, model: Any, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
         """See `tasks.base.Task.score`."""

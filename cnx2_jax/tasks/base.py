@@ -1,4 +1,4 @@
-"""What a task is: a model with its keys, data, loss, metrics and pictures. A task is one file.
+"""The base class of tasks. A task is one file: a model with its keys, data, loss, metrics and pictures.
 
 A new task derives from `Task`, gives itself a name, and overrides what the defaults here do not fit; the
 smallest one needs `init`, `loss` and `score`. No other file has to change (docs/contributing.md).
@@ -30,7 +30,7 @@ TASKS: dict[str, type["Task"]] = {}
 
 
 class Described:
-    """Data of which only the counts are known: enough to build and compile a task, not to train it.
+    """A stand-in for data: its counts alone, which are enough to build and compile a task, not to train it.
 
     Args:
       num_train, num_val: how many images there are.

@@ -152,7 +152,7 @@ def _agreed(state: Params) -> Params:
 
 
 def _gathered(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Returns the whole of a parameter of which this device holds a shard."""
+    """Returns a whole parameter from the shards that the devices hold."""
     for axis, name in enumerate(spec):
         if name is not None:
             leaf = jax.lax.all_gather(leaf, name, axis=axis, tiled=True)

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on equals one that was left alone, bit for bit.
+"""A run that is killed and resumed equals one that was left alone, bit for bit.
 
 Real processes, real signals, real checkpoints on disk.
 """
@@ -138,7 +138,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(reference, tmp_path):
         wait_until(lambda moment=moment: len(rows(workdir)) >= moment, process)
         process.send_signal(number)
         out, err = finish(process)
-        assert "the same command goes on" in err
+        assert "the same command resumes there" in err
         assert "Traceback" not in err
         assert out == ""  # no final metrics: the run has not ended
         stopped = max(row["step"] for row in rows(workdir))

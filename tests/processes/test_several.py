@@ -122,7 +122,7 @@ def test_a_run_stopped_on_two_processes_and_finished_by_one(alone, tmp_path):
     processes[1].send_signal(signal.SIGTERM)  # one of them is told, and not the one that writes
     ends = finish(processes)
     assert [status for status, _, _ in ends] == [0, 0], ends
-    said = re.search(r"stopped after step (\d+) of 24; the same command goes on", ends[0][2])
+    said = re.search(r"stopped after step (\d+) of 24; the same command resumes", ends[0][2])
     stopped = int(said[1])
     assert 6 <= stopped < STEPS
     assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == stopped

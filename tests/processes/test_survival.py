@@ -110,7 +110,7 @@ def test_counts_of_skipped_updates_go_on_after_a_stop(tmp_path):
         return TinyTask(SKIP, "max_nonfinite=3", "checkpoint_steps=1", poisoned={2, 6, 7, 8})
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    message = "loss is nan at step 8; stopped, as 3 updates in a row were not finite"
+    message = "loss is nan at step 8; stopped because 3 updates in a row were not finite"
     with pytest.raises(RunError, match=message):
         fit(task(), whole)
 
