@@ -17,10 +17,10 @@ VERBS = {
     "predict": "name the top classes of image files",
     "reconstruct": "mask images and draw the reconstructions of a pretrained model",
     "convert": "take weights from PyTorch, timm or Hugging Face, as a checkpoint",
-    "export": "write a checkpoint in a format of another library, and check it there",
-    "preflight": "compile a run for TPUs or GPUs that are not there: whether it fits, what a step costs",
+    "export": "write a checkpoint for another library, and check it there",
+    "preflight": "compile a run for absent TPUs or GPUs: memory and cost",
     "launch": "run a command on hosts, and again when a host dies",
-    "sweep": "train a config with each set of overrides of a sweep, and compare the results",
+    "sweep": "train a config with each override of a sweep; compare",
 }
 
 

@@ -74,9 +74,6 @@ def environment(wheel, tmp_path_factory):
 def call(*command, cwd=None, stdin=""):
     """Runs a program outside the checkout's reach and returns what it printed."""
     settings = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    settings["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
-        "true"  # nothing runs long enough to earn back what they take
-    )
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=settings, input=stdin, capture_output=True, text=True
     )
