@@ -96,12 +96,21 @@ def one(request, tmp_path_factory):
     return request.param, *outcome(workdir)
 
 
+def check_evaluation(row, other, mesh):
+    """Equal but for rounding, which decides about an image whose two best classes are equally likely."""
+    for name in row:
+        near = {"abs": 1.5 / 359} if "accuracy" in name else {"rel": 3e-5, "abs": 1e-5}
+        assert row[name] == pytest.approx(other[name], **near), (mesh, name)
+    assert row.keys() == other.keys()
+
+
 def test_metrics_and_parameters_do_not_depend_on_the_devices(eight, one):
     task, expected_rows, expected = one
     for mesh in (mesh for of, mesh in RUNS if of == task):
         rows, params = outcome(eight / task / mesh)
         assert params.keys() == expected.keys()
-        for row, other in zip(rows, expected_rows, strict=True):
+        for row, other in zip(rows[:-1], expected_rows[:-1], strict=True):
             assert row == pytest.approx(other, rel=3e-5, abs=1e-5), mesh
+        check_evaluation(rows[-1], expected_rows[-1], mesh)
         for path, value in expected.items():
             np.testing.assert_allclose(params[path], value, rtol=0, atol=1e-5, err_msg=f"{mesh} {path}")
