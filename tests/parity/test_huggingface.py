@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnx2_jax.models import ConvNeXtV2
+from cnx2_jax.models import ConvNeXtV2, EncoderConfig
 from cnx2_jax.models.layouts import Dense
 
 torch = pytest.importorskip("torch")
@@ -20,14 +20,8 @@ BOUND = 1e-5  # largest absolute difference over largest absolute value, in floa
 @pytest.fixture(scope="module", params=[4, 1])
 def pair(request, build, parameters, twin_of):
     """A small network with some stem patch size, and its twin."""
-    model = build(
-        ConvNeXtV2,
-        (1, 2, 1, 1),
-        (8, 16, 24, 40),
-        patch_size=request.param,
-        in_chans=5,
-        num_classes=7,
-    )
+    config = EncoderConfig((1, 2, 1, 1), (8, 16, 24, 40), patch_size=request.param, in_chans=5)
+    model = build(ConvNeXtV2, config, num_classes=7)
     return model, twin_of(model, parameters(model))
 
 
