@@ -61,16 +61,15 @@ def _run(argv: list[str]) -> int | None:
     assert command is not None
     if overrides and not command.TAKES_OVERRIDES:
         parser.error(f"{args.verb} takes no {overrides[0].partition('=')[0]}")
-    takes_command = getattr(command, "TAKES_COMMAND", False)
-    if len(own) < len(argv) and not takes_command and "--" in argv:
-        raise UserError(f"{args.verb} takes no command after --")
-    if takes_command:
+    if getattr(command, "TAKES_COMMAND", False):
         args.command = argv[argv.index("--") + 1 :] if "--" in argv else []
+    elif "--" in argv:
+        raise UserError(f"{args.verb} takes no command after --")
     return command.run(args, overrides)
 
 
 def _take_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Separates `--config.KEY=VALUE` and `--config.KEY VALUE`, both of which are common, from the rest."""
+    """Separates `--config.KEY=VALUE` and `--config.KEY VALUE` from the other arguments."""
     rest: list[str] = []
     overrides: list[str] = []
     words = iter(argv)

@@ -155,7 +155,7 @@ class MultiLabel(Field):
 
 @dataclasses.dataclass(frozen=True)
 class Value(Field):
-    """What a regression predicts: `size` numbers per example, float32."""
+    """Regression targets: `size` numbers per example, float32."""
 
     size: int = 1
 

@@ -91,7 +91,7 @@ def state_sharding(state, mesh: Mesh):
 
 
 def put_params(params: Mapping[str, ArrayLike], mesh: Mesh) -> Params:
-    """Replicates parameters, of which each process holds all, on the mesh."""
+    """Replicates parameters on the mesh; each process must hold all of them."""
     # From the host: arrays on one process's device cannot be put on a mesh of several processes.
     host = {name: np.asarray(leaf) for name, leaf in params.items()}
     return jax.device_put(host, NamedSharding(mesh, PartitionSpec()))

@@ -1,4 +1,4 @@
-"""What a run carries from step to step."""
+"""The state of a run: the pytree that each train step maps to the next one."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the loop asks of a task; `tasks.base.Task` implements it."""
+"""The interface that the loop uses; `tasks.base.Task` implements it."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Protocol
