@@ -39,6 +39,7 @@ RANGES = {
     "data.eval_crop": (0.1, 1),
     "optimizer.min_learning_rate": (0, INFINITY),
     "optimizer.warmup_epochs": (0, 1e9),
+    "optimizer.warmup_steps": (0, 2**31 - 2),
     "optimizer.weight_decay": (0, 1e9),
     "optimizer.b1": (0, 0.999999),
     "optimizer.b2": (0, 0.9999999),
@@ -121,14 +122,16 @@ def defaults(task: str) -> ConfigDict:
     optimizer = config.optimizer = ConfigDict()
     optimizer.base_learning_rate = 1.5e-4  # for a batch of 256; scales with batch_size
     optimizer.min_learning_rate = 0.0
+    optimizer.schedule = "cosine"  # or poly: linear in the step
     optimizer.warmup_epochs = 0.0
+    optimizer.warmup_steps = 0  # replaces warmup_epochs unless 0
     optimizer.weight_decay = 0.05
     optimizer.decay_grn = False  # also decay GRN and the mask token, as the official pretraining code does
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.clip_norm = 0.0  # 0: no clipping
     optimizer.layer_decay = 1.0  # multiplies the learning rate once per layer below the head
-    optimizer.layer_decay_type = "single"  # a layer is a single block, or a group of them
+    optimizer.layer_decay_type = "single"  # a layer is a single block, a group of them, or a stage
     optimizer.trainable = ""  # a regular expression: train only parameters whose names contain a match
 
     mesh = config.mesh = ConfigDict()
@@ -280,6 +283,11 @@ def image_hw(config: ConfigDict) -> tuple[int, int]:
 def total_steps(config: ConfigDict, num_train: int) -> int:
     """Returns the length of the run in updates."""
     return config.total_steps or in_steps(config.total_epochs, config, num_train)
+
+
+def warmup_steps(config: ConfigDict, num_train: int) -> int:
+    """Returns the length of the warm-up in updates."""
+    return config.optimizer.warmup_steps or in_steps(config.optimizer.warmup_epochs, config, num_train)
 
 
 def in_steps(epochs: float, config: ConfigDict, num_train: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cnx2_jax.configuration import flatten, in_steps, load_config, total_steps
+from cnx2_jax.configuration import flatten, load_config, total_steps, warmup_steps
 from cnx2_jax.errors import UserError
 from cnx2_jax.train.optimizer import learning_rate_schedule
 
@@ -33,7 +33,7 @@ def recipes(path: Path) -> list[str]:
 def learning_rates(config: ConfigDict, images: int) -> dict[str, float]:
     """The learning rate at the start, the peak, the end, and three steps between."""
     total = total_steps(config, images)
-    warmup = in_steps(config.optimizer.warmup_epochs, config, images)
+    warmup = warmup_steps(config, images)
     schedule = learning_rate_schedule(config.optimizer, config.batch_size, warmup, total)
     between = {f"at {share:.0%}": round(share * total) for share in (0.25, 0.5, 0.75)}
     steps = {"at start": 0, "after warmup": min(warmup, total), **between, "at end": total}

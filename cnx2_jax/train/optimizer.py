@@ -12,7 +12,8 @@ from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models.state import Params
 
 BASE_BATCH = 256  # recipes give the learning rate for this batch size; it grows linearly with the batch size
-LAYER_KINDS = ("single", "group")
+LAYER_KINDS = ("single", "group", "stage")
+SCHEDULES = ("cosine", "poly")
 _LAYER = re.compile(r"(downsample_layers\.(?P<down>\d)|stages\.(?P<stage>\d)\.(?P<block>\d+))\.")
 
 
@@ -59,12 +60,15 @@ def layers(names: Iterable[str], kind: str, encoder_prefix: str) -> tuple[dict[s
     """Numbers the layers for layer-wise learning rates, from the stem upwards.
 
     `single`: every block is a layer. `group`: the first two stages are one layer each, the blocks of the
-    third are grouped in threes, the fourth is the last layer (official `optim_factory.py`). Everything
-    outside the encoder, such as norm, head or decoder, gets the number after the last layer.
+    third are grouped in threes, the fourth is the last layer (official `optim_factory.py`). `stage`: the stem
+    and all down-sampling are layer 0, stage i is layer i + 1, and of layers there are 6, or 12 with more than
+    9 blocks in the third stage; so the fourth stage is several layers below the last (`num_layers` of
+    ConvNeXt's configs for UperNet, and `get_num_layer_stage_wise` there). Everything outside the encoder,
+    such as norm, head or decoder, gets the number after the last layer.
 
     Args:
       names: dotted names of the parameters.
-      kind: `single` or `group`.
+      kind: `single`, `group` or `stage`.
       encoder_prefix: what precedes the encoder's names, as the model's class declares it: `""` for a
         classifier, `encoder.` for an FCMAE.
 
@@ -98,7 +102,7 @@ def layers(names: Iterable[str], kind: str, encoder_prefix: str) -> tuple[dict[s
             f"optimizer.layer_decay_type=group takes at most 27 blocks in stage 3, "
             f"not {depths[2]}; use single"
         )
-    last = sum(depths) if kind == "single" else 12
+    last = sum(depths) if kind == "single" else 6 if kind == "stage" and depths[2] <= 9 else 12
 
     def number(match: re.Match | None) -> int:
         if match is None:
@@ -107,6 +111,8 @@ def layers(names: Iterable[str], kind: str, encoder_prefix: str) -> tuple[dict[s
         stage, block = int(match["down"] or match["stage"]), int(match["block"] or 0)
         if kind == "single":
             return sum(depths[:stage]) + block + 1
+        if kind == "stage":
+            return 0 if down else stage + 1
         if down:
             return (0, 2, 3, 12)[stage]
         return (1, 2, 3 + block // 3, 12)[stage]
@@ -143,19 +149,30 @@ def learning_rate_scales(
 def learning_rate_schedule(
     optimizer: ConfigDict, batch_size: int, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """Returns step -> learning rate: linear warm-up from 0, then half a cosine down to the minimum.
+    """Returns step -> learning rate: linear warm-up from 0, then `optimizer.schedule` down to the minimum.
 
+    `cosine`: half a cosine over the steps after the warm-up. `poly`: linear in the step over the whole run,
+    the warm-up included, during which it is multiplied by the warm-up's share (mmcv's `poly` with power 1).
     The rate changes at every step. The peak is `base_learning_rate * batch_size / 256`.
 
     Raises:
-      UserError: the base learning rate is not positive and finite.
+      UserError: the base learning rate is not positive and finite, or there is no such schedule.
     """
+    if optimizer.schedule not in SCHEDULES:
+        raise UserError(
+            f"unknown optimizer.schedule '{optimizer.schedule}'{nearest(optimizer.schedule, SCHEDULES)} "
+            f"(known: {', '.join(SCHEDULES)})"
+        )
     if not 0 < optimizer.base_learning_rate < math.inf:
         raise UserError(
             f"optimizer.base_learning_rate {optimizer.base_learning_rate} must be above 0 and finite"
         )
     peak = optimizer.base_learning_rate * batch_size / BASE_BATCH
     warmup_steps = min(warmup_steps, total_steps)
+    if optimizer.schedule == "poly":
+        warmup = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else lambda _: 1.0
+        decay = optax.linear_schedule(peak, optimizer.min_learning_rate, total_steps)
+        return lambda step: warmup(step) * decay(step)
     cosine_steps = max(total_steps - warmup_steps, 1)
     return optax.join_schedules(
         [

@@ -48,7 +48,7 @@ def make_program(task: Task, mesh: Mesh) -> Program:
     schedule = optimizer.learning_rate_schedule(
         config.optimizer,
         config.batch_size,
-        configuration.in_steps(config.optimizer.warmup_epochs, config, num_train),
+        configuration.warmup_steps(config, num_train),
         total,
     )
     model = starting.describe(task)

@@ -130,6 +130,23 @@ def test_schedule_shorter_than_its_warmup():
     assert [float(schedule(s)) for s in (0, 5, 10)] == pytest.approx([0, 5e-4, 1e-3])
 
 
+def test_poly_schedule_falls_linearly_from_the_start_of_the_warmup():
+    """mmcv's `poly` of power 1 with a linear warm-up, as ConvNeXt's recipes for UperNet use it."""
+    config = settings(base_learning_rate=1.6e-3, min_learning_rate=1e-6, schedule="poly")
+    schedule = learning_rate_schedule(config, 16, warmup_steps=15, total_steps=1600)
+    for step in (0, 1, 14, 15, 16, 800, 1599, 1600):
+        decayed = (1e-4 - 1e-6) * (1 - step / 1600) + 1e-6
+        expected = decayed * min(1, step / 15)
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-4, abs=1e-12), step
+    schedule = learning_rate_schedule(config, 16, warmup_steps=0, total_steps=1600)
+    assert float(schedule(0)) == pytest.approx(1e-4)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(UserError, match=r"unknown optimizer\.schedule 'polly'; did you mean 'poly'"):
+        learning_rate_schedule(settings(schedule="polly"), 256, 0, 100)
+
+
 @pytest.mark.parametrize("rate", [0.0, -1e-3, math.nan])
 def test_learning_rate_must_be_positive(rate):
     with pytest.raises(UserError, match="base_learning_rate"):
@@ -247,7 +264,20 @@ def test_layers_are_those_of_the_published_rules(variant, kind, expected):
     assert scales["head.kernel"] == 1
 
 
-@pytest.mark.parametrize("kind", ["single", "group"])
+@pytest.mark.parametrize(("variant", "last"), [("atto", 6), ("tiny", 6), ("small", 12), ("huge", 12)])
+def test_stages_as_layers_are_those_of_the_published_rule(variant, last):
+    """ConvNeXt's `get_num_layer_stage_wise`, with `num_layers` 6 for tiny and 12 for the deeper ones."""
+    names = shapes_of(f"convnextv2_{variant}")
+    scales = learning_rate_scales(names, 0.9, "stage", "")
+    for name, scale in scales.items():
+        folder, stage, *_ = name.split(".")
+        number = {"downsample_layers": "0", "stages": stage}.get(folder)
+        number = last + 1 if number is None else int(number) + (folder == "stages")
+        assert scale == pytest.approx(0.9 ** (last + 1 - number)), name
+    assert {scales[name] for name in ("norm.scale", "head.kernel")} == {1}
+
+
+@pytest.mark.parametrize("kind", ["single", "group", "stage"])
 def test_an_encoder_in_a_larger_model_has_the_same_layers(kind):
     numbers, after = layers(shapes_of("fcmae_atto"), kind, FCMAE.encoder_prefix)
     alone, _ = layers(shapes_of("convnextv2_atto"), kind, ConvNeXtV2.encoder_prefix)
