@@ -72,12 +72,26 @@ def check_class_names(theirs: dict, ours: dict, source: str) -> None:
 
 
 def starting_params(
-    path: Path, config: ConfigDict, fresh: Params, class_names: tuple[str, ...] = ()
+    path: Path,
+    config: ConfigDict,
+    fresh: Params,
+    class_names: tuple[str, ...] = (),
+    *,
+    encoder_prefix: str = "",
+    heads: tuple[str, ...] = ("head.",),
 ) -> Params:
-    """Returns `fresh` with the encoder's parameters taken from a checkpoint.
+    """Returns `fresh` with arrays of the same meaning taken from a checkpoint of any task.
 
-    From an FCMAE checkpoint the encoder, the final norm and the head staying fresh; from a classifier
-    everything but a head of another class count, or of classes of other names than `class_names`.
+    From a checkpoint of the same kind of model, everything is taken but heads of another number of classes,
+    or of classes of other names than `class_names`. From any other kind only the encoder is taken.
+
+    Args:
+      path: see `checkpoint.find`.
+      config: of the run that starts.
+      fresh: by dotted name.
+      class_names: of the run that starts.
+      encoder_prefix: what precedes the encoder's names in `fresh`.
+      heads: what the names of the layers begin with whose results are one per class.
 
     Raises:
       UserError: there is no checkpoint, or it is of another variant.
@@ -91,18 +105,38 @@ def starting_params(
             f"set model.variant={theirs} or choose another init_from"
         )
     stored = checkpoint.read_params(folder)
-    pretrained = any(name.startswith("encoder.") for name in stored)
-    if pretrained:
-        prefix = "encoder."
-        stored = {n.removeprefix(prefix): value for n, value in stored.items() if n.startswith(prefix)}
-    others = bool(class_names and metadata["class_names"]) and tuple(metadata["class_names"]) != class_names
-    mine = ("norm.", "head.") if pretrained else ("head.",) if others else ()
-    own = {
-        name
-        for name in fresh
-        if name.startswith(mine)
-        or (name.startswith("head.") and (name not in stored or stored[name].shape != fresh[name].shape))
-    }
-    taken = {name: leaf for name, leaf in stored.items() if name not in own}
-    check_params(taken, {name: leaf for name, leaf in fresh.items() if name not in own}, str(path))
-    return {name: leaf if name in own else jax.device_get(stored[name]) for name, leaf in fresh.items()}
+    their_prefix = _encoder_prefix(stored, path)
+    if their_prefix == encoder_prefix:
+        others = bool(class_names and metadata["class_names"])
+        others = others and tuple(metadata["class_names"]) != class_names
+        kept = {
+            name
+            for name in fresh
+            if name.startswith(heads)
+            and (others or name not in stored or stored[name].shape != fresh[name].shape)
+        }
+        taken = {name: leaf for name, leaf in stored.items() if name not in kept}
+    else:
+        kept = {name for name in fresh if not _is_encoder(name, encoder_prefix)}
+        taken = {
+            encoder_prefix + name.removeprefix(their_prefix): leaf
+            for name, leaf in stored.items()
+            if _is_encoder(name, their_prefix)
+        }
+    check_params(taken, {name: leaf for name, leaf in fresh.items() if name not in kept}, str(path))
+    return {name: leaf if name in kept else jax.device_get(taken[name]) for name, leaf in fresh.items()}
+
+
+_STEM = "downsample_layers.0.0.kernel"
+
+
+def _encoder_prefix(params: Params, path: Path) -> str:
+    """Returns what precedes the encoder's names."""
+    for name in params:
+        if name.endswith(_STEM):
+            return name.removesuffix(_STEM)
+    raise UserError(f"checkpoint '{path}' has no encoder: no parameter's name ends in '{_STEM}'")
+
+
+def _is_encoder(name: str, prefix: str) -> bool:
+    return name.startswith((f"{prefix}downsample_layers.", f"{prefix}stages."))
