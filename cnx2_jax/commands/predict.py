@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -11,9 +12,9 @@ from tqdm import tqdm
 
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import feature_file
-from cnx2_jax.evaluation.features import predictions
-from cnx2_jax.observe.progress import say, watched
-from cnx2_jax.tasks import models, weights
+from cnx2_jax.files import check_new, creating
+from cnx2_jax.observe.progress import say
+from cnx2_jax.tasks import Task, models, weights
 
 TAKES_OVERRIDES = False
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         action="store_true",
         help='print one JSON line per image: {"image": ..., "predictions": '
-        '[{"class", "name", "probability"}, ...]}',
+        '[{"class", "name", "probability"}, ...]}; for segmentation {"image": ..., "shares": {CLASS: SHARE}}',
     )
     parser.add_argument(
         "--features",
@@ -40,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUT.npy",
         help="also write one feature vector per image (float32 [images, dim], the head's input), and "
         "OUT.json, the list of the images; works for pretraining runs too, which have no classes",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write pictures of the predictions into a new folder; for segmentation: NAME.overlay.png, and "
+        "NAME.map.png, whose pixels are class numbers",
     )
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="images per batch; 32 by default"
@@ -54,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     # TensorFlow, which data needs, takes seconds to import; --help should not wait for it.
-    from cnx2_jax.data.images import eval_batches
     from cnx2_jax.data.sources.folder import open_files
 
     for name, value in (("--top", args.top), ("--batch-size", args.batch_size)):
@@ -62,38 +69,62 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError(f"{name} {value} must be at least 1")
     if args.features is not None:
         feature_file.check(args.features)
+    if args.out is not None:
+        check_new(args.out, "--out")
     source = open_files(args.images)
     model, task = weights.load_task(args.checkpoint)
-    config, class_names = task.config, task.class_names
-    if not class_names and args.features is None:
-        kind = "is of pretraining" if config.task == "pretrain" else "has no head"
+    _check_options(args, task)
+    paths = [source.describe(index) for index in range(source.num_records)]
+    with contextlib.ExitStack() as stack:
+        write = None
+        if args.features is not None:
+            write = stack.enter_context(
+                feature_file.writer(args.features, paths, models.without_decoder(model).config.dims[-1])
+            )
+        if args.out is not None:
+            names = _unique_names(paths)
+            folder = stack.enter_context(creating(args.out))
+            folder.mkdir()
+        for index, outputs in enumerate(task.predict(model, source, args.batch_size)):
+            if write is not None:
+                write(outputs["features"][None])
+            if args.out is not None:
+                for name, picture in task.prediction_pictures(outputs).items():
+                    picture.save(folder / f"{names[index]}.{name}.png")
+            if task.class_names:
+                prediction = task.prediction(outputs, args.top)
+                if args.json:
+                    text = json.dumps({"image": paths[index], **prediction})
+                else:
+                    shown = os.fsencode(paths[index]).decode(errors="replace")  # need not be valid text
+                    text = "\n".join([shown, *task.prediction_lines(prediction)])
+                tqdm.write(text)  # above a progress bar, if there is one
+                sys.stdout.flush()
+    if args.features is not None:
+        say(f"wrote {args.features}, and the names of its rows to {feature_file.names_path(args.features)}")
+    if args.out is not None:
+        say(f"wrote the pictures to {args.out}")
+
+
+def _check_options(args: argparse.Namespace, task: Task) -> None:
+    """Raises UserError if the task cannot give what the options ask for."""
+    if not task.class_names and args.features is None:
+        kind = "is of pretraining" if task.config.task == "pretrain" else "has no head"
         raise UserError(
             f"checkpoint '{args.checkpoint}' {kind} and so has no classes; fine-tune it first, or "
             "give --features"
         )
-    config.batch_size = min(args.batch_size, source.num_records)
-    config.data.unreadable = "error"  # training may skip images, but here every image must give a result
-    model = models.without_decoder(model)
-    paths = [source.describe(index) for index in range(source.num_records)]
-    batches = watched(eval_batches(source, config), source.num_records)
-    with contextlib.ExitStack() as stack:
-        write = None
-        if args.features is not None:
-            write = stack.enter_context(feature_file.writer(args.features, paths, model.config.dims[-1]))
-        rest = iter(paths)
-        for vectors, probabilities in predictions(model, config, batches):
-            if write is not None:
-                write(vectors)
-            if class_names:
-                # `rest` is the second argument, as zip takes one more item from the first before it stops.
-                for row, path in zip(probabilities, rest, strict=False):
-                    prediction = task.prediction({"probability": row}, args.top)
-                    if args.json:
-                        text = json.dumps({"image": path, **prediction})
-                    else:
-                        shown = os.fsencode(path).decode(errors="replace")  # a path need not be valid text
-                        text = "\n".join([shown, *task.prediction_lines(prediction)])
-                    tqdm.write(text)  # above a progress bar, if there is one
-                sys.stdout.flush()
-    if args.features is not None:
-        say(f"wrote {args.features}, and the names of its rows to {feature_file.names_path(args.features)}")
+    if args.features is not None and not task.gives_features:
+        raise UserError(f"--features: task '{task.config.task}' has no feature vectors; leave it out")
+    if args.out is not None and not task.gives_pictures:
+        raise UserError(f"--out: task '{task.config.task}' draws no pictures; leave it out")
+
+
+def _unique_names(paths: list[str]) -> list[str]:
+    """Returns the names of the files without folder and suffix, numbered where they repeat."""
+    names: dict[str, None] = {}  # in order
+    for path in paths:
+        stem = Path(path).stem
+        candidates = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        names[next(name for name in candidates if name not in names)] = None
+    return list(names)

@@ -55,8 +55,9 @@ class Examples:
     tolerance: faults.Tolerance
 
     def __post_init__(self) -> None:
-        # Traced once, for however many streams are opened.
+        # Traced once, for however many streams are opened: every evaluation opens one.
         self.train_transform = _Traced(self.train_transform)
+        self.eval_transform = _Traced(self.eval_transform)
 
     @property
     def num_train(self) -> int:

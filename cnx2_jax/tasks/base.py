@@ -4,8 +4,9 @@ A new task derives from `Task`, gives itself a name, and overrides what the defa
 smallest one needs `init`, `loss` and `score`. No other file has to change (docs/contributing.md).
 """
 
+import copy
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -14,14 +15,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
+from PIL import Image
 
 from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import image_hw, register_task
 from cnx2_jax.errors import UserError
+from cnx2_jax.evaluation.features import predictions
 from cnx2_jax.evaluation.metrics import Mean, Metric, evaluate
 from cnx2_jax.models import pixels
 from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.models.state import Params
+from cnx2_jax.observe.progress import watched
+from cnx2_jax.tasks import models
 from cnx2_jax.train.task import Data
 from cnx2_jax.train.terms import Terms
 from cnx2_jax.types import Batch, HostBatch, Metrics
@@ -60,6 +65,9 @@ class Task:
     name: ClassVar[str] = ""
     # The metric of `evaluate` by which checkpoints are ranked, and which end of it is good.
     best: ClassVar[tuple[str, Literal["max", "min"]]] = ("loss", "min")
+    # Whether `predict` gives feature vectors, and whether it gives pictures.
+    gives_features: ClassVar[bool] = True
+    gives_pictures: ClassVar[bool] = False
     # Least and greatest value of the task's own keys.
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
 
@@ -177,11 +185,36 @@ class Task:
         """Returns the metrics over one pass of padded batches."""
         return evaluate(self, model, batches)
 
+    def predict(self, model: Any, source: Any, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yields what the model makes of each image, in order.
+
+        Args:
+          model: from a checkpoint of this task.
+          source: a `data.sources.Source` with a field "image".
+          batch_size: images per batch.
+
+        Yields:
+          By default `features` `[dim]`, the head's input, and `probability` `[classes]`: of a classifier, or
+          of an FCMAE's encoder.
+
+        Raises:
+          UserError: an image cannot be read.
+        """
+        from cnx2_jax.data.images import eval_batches  # TensorFlow is needed for reading images alone
+
+        config = copy.deepcopy(self.config)
+        config.batch_size = min(batch_size, source.num_records)
+        config.data.unreadable = "error"  # training may skip images, but here each must give a result
+        batches = watched(eval_batches(source, config), source.num_records)
+        for vectors, probabilities in predictions(models.without_decoder(model), config, batches):
+            for vector, probability in zip(vectors, probabilities, strict=True):
+                yield {"features": vector, "probability": probability}
+
     def prediction(self, outputs: Mapping[str, np.ndarray], top: int) -> dict:
         """Returns what `cnx2 predict --json` prints of one image, as JSON.
 
         Args:
-          outputs: of the model for this image: `features`, and `probability` where it has a head.
+          outputs: from `predict`.
           top: how many alternatives to name.
         """
         return {}
@@ -189,6 +222,10 @@ class Task:
     def prediction_lines(self, prediction: dict) -> list[str]:
         """Returns a prediction as lines for people."""
         return [f"{name}: {value}" for name, value in prediction.items()]
+
+    def prediction_pictures(self, outputs: Mapping[str, np.ndarray]) -> dict[str, Image.Image]:
+        """Returns pictures of a prediction by name, which `cnx2 predict --out` writes."""
+        return {}
 
     def sheet(self, batch: HostBatch, prepared: Batch) -> tuple[np.ndarray, list[str]]:
         """Returns training images as `cnx2 data` draws them, uint8 `[B, H, W, C]`, and a caption for each.

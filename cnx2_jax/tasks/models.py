@@ -25,29 +25,43 @@ def build(
         default JAX's default backend.
 
     Raises:
-      UserError: an unknown dtype or scan mode; see the models.
+      UserError: see `encoder_config` and the models.
     """
     model = config.model
     platform = platform or jax.default_backend()
+    encoder = encoder_config(config, platform)
+    if config.task == "pretrain":
+        names = ("mask_ratio", "mask_patch", "decoder_dim", "decoder_depth", "layout")
+        options = {name: model[name] for name in names}
+        return FCMAE(encoder, platform=platform, rngs=rngs, **options)
+    return ConvNeXtV2(encoder, num_classes=num_classes, head_init_scale=model.head_init_scale, rngs=rngs)
+
+
+def encoder_config(config: ConfigDict, platform: str | None = None) -> EncoderConfig:
+    """Returns the options of a run's encoder.
+
+    Args:
+      config: the run's.
+      platform: see `build`.
+
+    Raises:
+      UserError: an unknown variant, dtype or scan mode; see EncoderConfig.
+    """
+    model = config.model
     depths, dims = _sizes(model)
     if model.dtype not in DTYPES:
         hint = nearest(model.dtype, DTYPES)
         raise UserError(f"unknown model.dtype '{model.dtype}'{hint} (known: {', '.join(DTYPES)})")
-    encoder = EncoderConfig(
+    return EncoderConfig(
         depths,
         dims,
         in_chans=model.in_chans,
         patch_size=model.patch_size,
         drop_path=model.drop_path,
         remat=model.remat,
-        scan=_scan(model.scan, platform),
+        scan=_scan(model.scan, platform or jax.default_backend()),
         dtype=DTYPES[model.dtype],
     )
-    if config.task == "pretrain":
-        names = ("mask_ratio", "mask_patch", "decoder_dim", "decoder_depth", "layout")
-        options = {name: model[name] for name in names}
-        return FCMAE(encoder, platform=platform, rngs=rngs, **options)
-    return ConvNeXtV2(encoder, num_classes=num_classes, head_init_scale=model.head_init_scale, rngs=rngs)
 
 
 def _scan(choice: str, platform: str) -> bool:
