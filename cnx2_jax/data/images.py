@@ -102,7 +102,7 @@ def preprocess_files(
             record = {"image": tf.io.read_file(os.fsencode(path))}
             images[index] = transform.finish(transform.decode(record, seed), seed)["image"]
         except pipeline.FAILURES as error:
-            raise pipeline.unreadable(os.fspath(path), error) from error
+            raise pipeline.unreadable(os.fspath(path), error, transform.fields["image"]) from error
     return images
 
 
