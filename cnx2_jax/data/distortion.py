@@ -13,6 +13,8 @@ HUE = 18  # changes are whole numbers from -HUE to HUE - 1
 # Four pairs of (whether, how much), in the order of the operations, and the place of contrast.
 DRAWS = 9
 _SHIFT = 12  # OpenCV's fixed point
+# In float32 a whole number may come out a little too small.
+_WHOLE = 2.0**-12
 
 
 def distort(image: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
@@ -73,7 +75,13 @@ def to_hsv(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
 
 
 def from_hsv(hue: tf.Tensor, saturation: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-    """Returns uint8 [h, w, 3], RGB, of the parts that `to_hsv` returns."""
+    """Returns what `cv2.cvtColor(image, cv2.COLOR_HSV2RGB)` does of the parts that `to_hsv` returns.
+
+    Levels are truncated, as by OpenCV's vector instructions; it rounds the last few pixels of a row instead.
+
+    Returns:
+      uint8 [h, w, 3].
+    """
     sector = tf.cast(hue, tf.float32) * (6 / HUES)
     value = tf.cast(value, tf.float32)
     chroma = value * (tf.cast(saturation, tf.float32) * (1 / 255))
@@ -82,7 +90,7 @@ def from_hsv(hue: tf.Tensor, saturation: tf.Tensor, value: tf.Tensor) -> tf.Tens
     def channel(place: int) -> tf.Tensor:
         distance = tf.math.floormod(place + sector, 6.0)
         away = tf.clip_by_value(tf.minimum(distance, 4 - distance), 0.0, 1.0)
-        return tf.cast(tf.round(value - chroma * away), tf.uint8)
+        return tf.cast(value - chroma * away + _WHOLE, tf.uint8)
 
     return tf.stack([channel(5), channel(3), channel(1)], axis=-1)
 

@@ -28,11 +28,12 @@ def test_hsv_and_back(images):
     for image in images:
         hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
         ours = tf.stack(to_hsv(tf.constant(image)), axis=-1).numpy()
-        hue = np.abs(ours[..., :1] - hsv[..., :1].astype(int))
-        assert (np.minimum(hue, 180 - hue) <= 1).mean() >= 0.999
-        assert_close(ours[..., 1:], hsv[..., 1:])
-        back = from_hsv(*tf.unstack(tf.cast(hsv, tf.int32), axis=-1))
-        assert_close(back, cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
+        np.testing.assert_array_equal(ours, hsv)
+        back = from_hsv(*tf.unstack(tf.cast(hsv, tf.int32), axis=-1)).numpy()
+        theirs = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        assert_close(back, theirs)
+        # Off by a level at the end of each row, and where OpenCV truncates 24.9999 for 25.
+        assert (back == theirs)[:, :256].mean() > 0.98
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.93, 1.5])
