@@ -122,7 +122,7 @@ def decode_map(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def decoded_size(encoded: tf.Tensor) -> tf.Tensor:
-    """Returns height and width, int32 [2], of what `decode` returns; of a JPEG, from its header alone.
+    """Returns height and width, int32 [2], of what `decode` returns; of a JPEG or PNG, from its header alone.
 
     Raises:
       tf.errors.OpError: see `decode`.
@@ -132,7 +132,17 @@ def decoded_size(encoded: tf.Tensor) -> tf.Tensor:
         size = tf.io.extract_jpeg_shape(encoded)[:2]
         return tf.cond(_orientation(encoded) >= 5, lambda: size[::-1], lambda: size)
 
-    return tf.cond(tf.io.is_jpeg(encoded), from_jpeg, lambda: tf.shape(decode(encoded, 3))[:2])
+    def from_png() -> tf.Tensor:
+        width_height = tf.io.decode_raw(tf.strings.substr(encoded, 16, 8), tf.int32, little_endian=False)
+        return tf.ensure_shape(width_height, [2])[::-1]
+
+    return tf.case(
+        [
+            (tf.io.is_jpeg(encoded), from_jpeg),
+            (tf.strings.substr(encoded, 0, len(_PNG)) == _PNG, from_png),
+        ],
+        default=lambda: tf.shape(decode(encoded, 3))[:2],
+    )
 
 
 # A PNG starts with a signature and the chunk IHDR: length, type, height, width, depth, colour type, three

@@ -8,6 +8,7 @@ from PIL import Image
 
 from cnx2_jax.data import inspection
 from cnx2_jax.data.images import ImageData
+from cnx2_jax.data.sizes import image_sizes
 from cnx2_jax.data.sources.folder import open_whole_folder
 from cnx2_jax.tasks import defaults
 
@@ -31,9 +32,9 @@ def images(tmp_path_factory):
 def test_counts_and_sizes(images):
     np.testing.assert_array_equal(inspection.class_counts(images.train), [10, 20])
     np.testing.assert_array_equal(inspection.class_counts(images.val), [1, 0])
-    sizes = inspection.image_sizes(images.train, 1000)
+    sizes = image_sizes(images.train, 1000)
     assert sorted(sizes.tolist()) == [[20 + index, 40] for index in range(30)]
-    few = inspection.image_sizes(images.train, 5)
+    few = image_sizes(images.train, 5)
     assert 4 <= len(few) <= 5 and np.ptp(few[:, 0]) > 20
 
 
@@ -50,7 +51,7 @@ def test_unreadable_images_have_no_size(tmp_path):
         Image.new("RGB", (9, 8)).save(tmp_path / f"{index}.png")
     (tmp_path / "2.png").write_bytes(b"")
     source = open_whole_folder(str(tmp_path))
-    np.testing.assert_array_equal(inspection.image_sizes(source, 10), [[8, 9]] * 3)
+    np.testing.assert_array_equal(image_sizes(source, 10), [[8, 9]] * 3)
 
 
 def right(step, host, hosts):

@@ -33,7 +33,7 @@ def test_hsv_and_back(images):
         theirs = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
         assert_close(back, theirs)
         # Off by a level at the end of each row, and where OpenCV truncates 24.9999 for 25.
-        assert (back == theirs)[:, :256].mean() > 0.98
+        assert (back == theirs)[:, :256].mean() > 0.95
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.93, 1.5])
