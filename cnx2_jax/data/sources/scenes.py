@@ -100,9 +100,13 @@ def make_scene(digits: Digits, split: str, index: int) -> Scene:
         placed = _placed(digits.ink[chosen], [other.mask for other in instances], rng)
         if placed is None:
             continue
-        instances.append(Instance(placed >= _INK, int(digits.labels[chosen])))
-        shade = np.clip((placed - _INK) / _SOFT + 0.5, 0, 1)  # half of it at the edge
-        canvas += shade * (_contrasting(tone, rng) - canvas)
+        ink, box = placed
+        mask = np.zeros((SIDE, SIDE), bool)
+        mask[box] = ink >= _INK
+        instances.append(Instance(mask, int(digits.labels[chosen])))
+        shade = np.clip((ink - _INK) / _SOFT + 0.5, 0, 1)  # half of it at the edge
+        below = canvas[:, *box]
+        below += shade * (_contrasting(tone, rng) - below)
     canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(4, 14))
     image = np.clip(canvas, 0, 255).astype(np.uint8).transpose(1, 2, 0)
     return Scene(np.ascontiguousarray(image), instances)
@@ -139,8 +143,10 @@ def _draw_stroke(canvas: np.ndarray, rng: np.random.Generator) -> None:
         canvas[:, row[inside], column[inside]] = colour
 
 
-def _placed(ink: np.ndarray, others: list[np.ndarray], rng: np.random.Generator) -> np.ndarray | None:
-    """Returns the ink of a digit scaled and placed, float32 [SIDE, SIDE]; None if it would cover too much."""
+def _placed(
+    ink: np.ndarray, others: list[np.ndarray], rng: np.random.Generator
+) -> tuple[np.ndarray, tuple[slice, slice]] | None:
+    """Returns the scaled ink of a digit, float32 [h, w], and its place; None if it would cover too much."""
     height = int(rng.integers(_DIGIT_SIDES[0], _DIGIT_SIDES[1] + 1))
     width = min(max(round(height * rng.uniform(0.8, 1.2)), _DIGIT_SIDES[0]), _DIGIT_SIDES[1])
     scaled = _linear(8, height) @ ink.astype(np.float32) @ _linear(8, width).T
@@ -149,9 +155,7 @@ def _placed(ink: np.ndarray, others: list[np.ndarray], rng: np.random.Generator)
         top, left = int(rng.integers(SIDE - height + 1)), int(rng.integers(SIDE - width + 1))
         box = np.s_[top : top + height, left : left + width]
         if all((mask & other[box]).sum() <= _OVERLAP * min(mask.sum(), other.sum()) for other in others):
-            placed = np.zeros((SIDE, SIDE), np.float32)
-            placed[box] = scaled
-            return placed
+            return scaled, box
     return None
 
 
