@@ -111,7 +111,7 @@ def defaults(task: str) -> ConfigDict:
     data.crop_scale = (0.08, 1.0)  # the share of the image's area that a random crop covers
     data.crop_ratio = (3 / 4, 4 / 3)
     data.flip = True
-    data.augment = ""  # rand-m9-mstd0.5-inc1: RandAugment; jitter-0.4: colour jitter
+    data.augment = ""  # rand-m9-mstd0.5-inc1: RandAugment; jitter-0.4: colour jitter; distort
     data.random_erasing = 0.0  # the probability that a box of the image becomes noise
     data.unreadable = "error"  # or skip: use another image instead and count it in the metrics
     data.max_unreadable = 0.01  # the run stops if a larger share of all images is skipped

@@ -90,6 +90,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _describe(split: str, source: "Source") -> None:
     from cnx2_jax.data import inspection
+    from cnx2_jax.data.sizes import image_sizes
 
     counts = inspection.class_counts(source)
     line = f"{split}: {source.num_records:,} images, {len(source.class_names):,} classes"
@@ -102,7 +103,7 @@ def _describe(split: str, source: "Source") -> None:
         names = ", ".join(f"{source.class_names[label]}: {counts[label]:,}" for label in shown)
         line += f" of {counts.min():,} to {counts.max():,} images, median {np.median(counts):,.0f} ({names})"
     say(line)
-    sizes = inspection.image_sizes(source, SIZES_OF)
+    sizes = image_sizes(source, SIZES_OF)
     if len(sizes):
         heights, widths = np.percentile(sizes, [0, 50, 100], axis=0).T
         say(

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from cnx2_jax.data import distortion
 from cnx2_jax.data import operations as ops
 from cnx2_jax.data.fields import Field
 from cnx2_jax.data.tensorflow import tf
@@ -33,7 +34,8 @@ def make_augmentation(name: str, fill: Fill, fields: Mapping[str, Field]) -> Aug
     Args:
       name: "rand-mM[-mstdS][-nN][-pP]-inc1": timm's RandAugment with its increasing set: N operations
         (2), each with probability P (0.5), of magnitude M + S x normal noise within [0, 10]. Or
-        "jitter-V": torchvision's ColorJitter(V, V, V), which timm applies in place of RandAugment.
+        "jitter-V": torchvision's ColorJitter(V, V, V), which timm applies in place of RandAugment. Or
+        "distort": mmsegmentation's PhotoMetricDistortion.
       fill: the colour, one value per channel, of the pixels that geometric operations uncover.
       fields: of the examples whose images are augmented.
 
@@ -46,14 +48,15 @@ def make_augmentation(name: str, fill: Fill, fields: Mapping[str, Field]) -> Aug
     kind, *settings = name.split("-")
     if kind not in _KINDS:
         raise UserError(
-            f"unknown data.augment '{name}'{nearest(kind, _KINDS)}; known: rand-m9-mstd0.5-inc1, jitter-0.4"
+            f"unknown data.augment '{name}'{nearest(kind, _KINDS)}; known: rand-m9-mstd0.5-inc1, jitter-0.4, "
+            "distort"
         )
     augmentation = _KINDS[kind](name, settings, fill)
     aligned = next((name for name, field in fields.items() if field.aligned), None)
     if augmentation.geometric and aligned is not None:
         raise UserError(
             f"data.augment '{name}' rotates, shears and shifts images, but not their '{aligned}'; "
-            "set data.augment to jitter-0.4 or to ''"
+            "set data.augment to distort, jitter-0.4 or ''"
         )
     return augmentation
 
@@ -189,7 +192,18 @@ def _parse_jitter(name: str, settings: Sequence[str], fill: Fill) -> Augmentatio
     return colour_jitter(strength)
 
 
+def _parse_distort(name: str, settings: Sequence[str], fill: Fill) -> Augmentation:
+    if settings:
+        raise UserError(f"data.augment '{name}': distort has no settings; set it to distort")
+    if len(fill) != 3:  # one value per channel
+        raise UserError(
+            f"data.augment '{name}' changes hues, but images have {len(fill)} channel; set it to jitter-0.4"
+        )
+    return Augmentation(distortion.DRAWS, distortion.distort, geometric=False)
+
+
 _KINDS: dict[str, Callable[[str, Sequence[str], Fill], Augmentation]] = {
     "rand": _parse_rand,
     "jitter": _parse_jitter,
+    "distort": _parse_distort,
 }

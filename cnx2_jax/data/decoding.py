@@ -1,15 +1,16 @@
 """Bytes to pixels: which files are readable images, and which way up they are."""
 
+import zlib
 from collections.abc import Callable
 from typing import TypeAlias
 
+import numpy as np
+
 from cnx2_jax.data.operations import to_gray
+from cnx2_jax.data.refusals import refuse_unless
 from cnx2_jax.data.tensorflow import tf
 
 BoxOf: TypeAlias = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-
-# In the error of a map in another format; TensorFlow's error type alone does not tell it from damage.
-MAP_REFUSED = "not an 8-bit greyscale PNG"
 
 # EXIF data is at the start of a file, after a few bytes of JFIF; its first directory has the orientation.
 _EXIF_STARTS_WITHIN = 64
@@ -88,10 +89,9 @@ def decode_crop(encoded: tf.Tensor, channels: int, box_of: BoxOf) -> tuple[tf.Te
 
 
 def decode_map(encoded: tf.Tensor) -> tf.Tensor:
-    """Decodes a map of class indices, a greyscale PNG of 8 bits.
+    """Decodes a map of class indices, a greyscale or palette PNG of 1, 2, 4 or 8 bits.
 
-    TensorFlow turns the indices of a palette into colours and scales other depths to 8 bits, so such files
-    are refused.
+    The indices of a palette are the classes, not its colours; so are the grey levels of low depths, unscaled.
 
     Args:
       encoded: scalar string.
@@ -102,11 +102,89 @@ def decode_map(encoded: tf.Tensor) -> tf.Tensor:
     Raises:
       tf.errors.OpError: when it runs, if the bytes are not such a PNG.
     """
-    # Bit depth and colour type, in the header that every PNG starts with.
-    form = tf.strings.substr(encoded + bytes(26), 24, 2)
-    check = tf.debugging.Assert(form == b"\x08\x00", [MAP_REFUSED])
-    with tf.control_dependencies([check] if check is not None else []):
-        return tf.io.decode_png(encoded, channels=1)[..., 0]
+    start = tf.io.decode_raw(tf.strings.substr(encoded + bytes(_PNG_START), 0, _PNG_START), tf.uint8)
+    depth, colour = tf.cast(start[_DEPTH], tf.int32), tf.cast(start[_COLOUR], tf.int32)
+    is_png = tf.reduce_all(start[: len(_PNG)] == np.frombuffer(_PNG, np.uint8))
+    encoded = refuse_unless(is_png, "is not a PNG; maps are PNGs of class indices", encoded)
+    reason = tf.strings.join(
+        [
+            "is in ",
+            tf.gather(_COLOURS, tf.clip_by_value(colour, 0, len(_COLOURS) - 1)),
+            tf.strings.format(" of {} bits", depth),
+            " instead of index form; save the class of each pixel as a greyscale or palette PNG of 8 bits",
+        ]
+    )
+    indexed = ((colour == _GREY) | (colour == _PALETTE)) & (depth <= 8)
+    levels = tf.io.decode_png(_as_grey(refuse_unless(indexed, reason, encoded), colour), channels=1)[..., 0]
+    # The decoder scales levels of fewer bits to the range of 8.
+    highest = tf.bitwise.left_shift(1, tf.clip_by_value(depth, 1, 8)) - 1
+    return levels // tf.cast(255 // highest, tf.uint8)
+
+
+def decoded_size(encoded: tf.Tensor) -> tf.Tensor:
+    """Returns height and width, int32 [2], of what `decode` returns; of a JPEG or PNG, from its header alone.
+
+    Raises:
+      tf.errors.OpError: see `decode`.
+    """
+
+    def from_jpeg() -> tf.Tensor:
+        size = tf.io.extract_jpeg_shape(encoded)[:2]
+        return tf.cond(_orientation(encoded) >= 5, lambda: size[::-1], lambda: size)
+
+    def from_png() -> tf.Tensor:
+        width_height = tf.io.decode_raw(tf.strings.substr(encoded, 16, 8), tf.int32, little_endian=False)
+        return tf.ensure_shape(width_height, [2])[::-1]
+
+    return tf.case(
+        [
+            (tf.io.is_jpeg(encoded), from_jpeg),
+            (tf.strings.substr(encoded, 0, len(_PNG)) == _PNG, from_png),
+        ],
+        default=lambda: tf.shape(decode(encoded, 3))[:2],
+    )
+
+
+# A PNG starts with a signature and the chunk IHDR: length, type, height, width, depth, colour type, three
+# more bytes, CRC.
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_START, _DEPTH, _COLOUR, _CRC = 33, 24, 25, 29
+_GREY, _PALETTE = 0, 3
+_COLOURS = ("greyscale", "colour", "RGB", "a palette", "greyscale with alpha", "colour", "RGBA")
+_BEFORE_DATA = 4096
+
+
+def _palette_to_grey() -> np.ndarray:
+    """Returns the change that makes a palette PNG grey, as XOR: uint8 [8], from the colour type to the CRC.
+
+    A change of the same bits at the same place changes a CRC by the same bits, whatever the other bytes are.
+    """
+    change = np.zeros(_PNG_START, np.uint8)
+    change[_COLOUR] = _PALETTE ^ _GREY
+    covered = change[12:_CRC].tobytes()
+    crc = zlib.crc32(covered) ^ zlib.crc32(bytes(len(covered)))
+    change[_CRC:] = np.frombuffer(crc.to_bytes(4, "big"), np.uint8)
+    return change[_COLOUR:]
+
+
+_TO_GREY = _palette_to_grey()
+_BYTES = [bytes([value]) for value in range(256)]
+
+
+def _as_grey(encoded: tf.Tensor, colour: tf.Tensor) -> tf.Tensor:
+    """Returns a PNG in which the indices of a palette are grey levels, because the decoder applies palettes.
+
+    Drops the chunks before the data, PLTE and tRNS among them, about which the decoder would warn.
+    """
+    change = tf.cast(colour == _PALETTE, tf.uint8) * _TO_GREY
+    values = tf.io.decode_raw(tf.strings.substr(encoded, _COLOUR, _PNG_START - _COLOUR), tf.uint8)
+    changed = tf.gather(_BYTES, tf.cast(tf.bitwise.bitwise_xor(values, change), tf.int32))
+    # Only the chunks at the start, because a regular expression is slow over megabytes.
+    end = tf.minimum(_PNG_START + _BEFORE_DATA, tf.strings.length(encoded))
+    chunks = tf.strings.substr(encoded, _PNG_START, end - _PNG_START)
+    chunks = tf.strings.regex_replace(chunks, rb"\A\C*?(\C{4}IDAT)", rb"\1", replace_global=False)
+    start, rest = tf.strings.substr(encoded, 0, _COLOUR), tf.strings.substr(encoded, end, -1)
+    return tf.strings.join([start, tf.strings.reduce_join(changed), chunks, rest])
 
 
 # TensorFlow's default is a fast, inexact inverse transform, off by up to 4 levels.

@@ -11,7 +11,7 @@ module asks for the kind of a field.
 | Label           | int32                              | NAME int32 [b]                                    |
 | MultiLabel      | int32 [k], any k                   | NAME float32 [b, classes], 0 or 1                 |
 | Value           | float [size]                       | NAME float32 [b, size]                            |
-| SegmentationMap | string: greyscale PNG of 8 bits    | NAME uint8 [b, h, w]                              |
+| SegmentationMap | string: greyscale or palette PNG   | NAME uint8 [b, h, w]                              |
 | Instances       | {"boxes": float32 [n, 4],          | boxes float32 [b, most, 4], classes int32         |
 |                 | "classes": int32 [n], "masks":     | [b, most], masks uint8 [b, most, h, w],           |
 |                 | uint8 [n, h, w]}                   | NAME_valid bool [b, most]                         |
@@ -20,11 +20,13 @@ module asks for the kind of a field.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from cnx2_jax.data import decoding
 from cnx2_jax.data.geometry import Draw, Geometry, pad
+from cnx2_jax.data.refusals import refuse_unless
 from cnx2_jax.data.tensorflow import tf
+from cnx2_jax.errors import UserError
 from cnx2_jax.types import HOST
 
 Canvas: TypeAlias = tuple[int, int]
@@ -40,10 +42,14 @@ class Field:
     Attributes:
       host_only: whether its arrays stay on the host.
       aligned: whether it describes places in the image, and is wrong if the image alone is moved.
+      noun: what messages call an entry.
+      readable: the form of an entry that can be decoded, and how a file may fall short of it.
     """
 
     host_only: bool = False
     aligned: bool = False
+    noun: ClassVar[str] = "entry"
+    readable: ClassVar[str] = "a readable record; it may be damaged"
 
     def decode(self, stored: Entry) -> Entry:
         """Decodes the stored entry; may fail with tf.errors.OpError when it runs."""
@@ -100,6 +106,8 @@ class Image(Field):
     """
 
     channels: int = 3
+    noun = "image"
+    readable = "a readable JPEG, PNG or WebP image; it may be truncated or animated"
 
     def decode(self, stored: Entry) -> Entry:
         return decoding.decode(stored, self.channels)
@@ -170,17 +178,52 @@ class SegmentationMap(Field):
     Attributes:
       class_names: the name of each class.
       ignore: the value of pixels without a class, and of padding.
+      unlabelled_first: whether stored maps have 0 for pixels without a class and k for class k - 1.
+
+    Raises:
+      UserError: a pixel cannot hold that many classes, or `ignore` is not a pixel value beside theirs.
     """
 
     class_names: tuple[str, ...]
     ignore: int = 255
+    unlabelled_first: bool = False
     aligned = True
+    noun = "map"
+    readable = "a readable PNG; it may be truncated"
+
+    def __post_init__(self) -> None:
+        count = len(self.class_names)
+        if count > 255:
+            raise UserError(f"{count} classes are more than the 255 that a map of 8 bits holds; merge some")
+        if not count <= self.ignore <= 255:
+            raise UserError(
+                f"data.ignore {self.ignore} must be from {count}, the number of classes, to 255; 255 is usual"
+            )
 
     def decode(self, stored: Entry) -> Entry:
-        return decoding.decode_map(stored)
+        """Raises tf.errors.OpError when it runs, also if a pixel is neither of a class nor ignored."""
+        values = decoding.decode_map(stored)
+        if self.unlabelled_first:
+            values = tf.where(values == 0, tf.constant(self.ignore, tf.uint8), values - 1)
+        ignored = values == self.ignore
+        highest = tf.reduce_max(tf.where(ignored, tf.constant(0, tf.uint8), values))
+        count = len(self.class_names)
+        stored_highest = tf.cast(highest, tf.int32) + int(self.unlabelled_first)
+        reason = tf.strings.format(
+            f"has the value {{}}, but there are {count} classes, from {int(self.unlabelled_first)} on, and "
+            f"data.ignore is {self.ignore}; check data.classes and data.ignore",
+            stored_highest,
+        )
+        return refuse_unless(highest < count, reason, values)
 
     def moved(self, value: Entry, geometry: Geometry) -> Entry:
-        return geometry.map(value)
+        """Raises tf.errors.InvalidArgumentError when it runs, if the map has another size than the image."""
+        size, expected = tf.shape(value), tf.convert_to_tensor(geometry.source)
+        reason = tf.strings.format(
+            "has {} x {} pixels (height x width), but its map {} x {}; make both the same size",
+            (expected[0], expected[1], size[0], size[1]),
+        )
+        return geometry.map(refuse_unless(tf.reduce_all(size == expected), reason, value))
 
     def padded(self, value: Entry, canvas: Canvas) -> Entry:
         return pad(value, canvas, self.ignore, first_axis=0)

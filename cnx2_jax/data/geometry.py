@@ -27,6 +27,7 @@ class Geometry:
       offset: top and left of the window in the resized box, int32 [2]; None takes all of it.
       visible: height and width of the window; given if and only if `offset` is.
       mirrored: scalar bool; whether the window is mirrored left to right.
+      kernel: the filter that images are resized with.
     """
 
     source: Size
@@ -35,6 +36,7 @@ class Geometry:
     offset: tf.Tensor | None = None
     visible: Size | None = None
     mirrored: tf.Tensor | bool = False
+    kernel: resizing.Kernel = resizing.BICUBIC
 
     @property
     def result(self) -> Size:
@@ -47,7 +49,7 @@ class Geometry:
         return tf.concat([[0, 0], self.source], axis=0) if self.crop is None else self.crop
 
     def image(self, image: tf.Tensor) -> tf.Tensor:
-        """Returns uint8 [height, width, C] of uint8 [*source, C], resized bicubically with antialiasing."""
+        """Returns uint8 [height, width, C] of uint8 [*source, C], resized with `kernel`."""
         if self.crop is not None:
             top, left, height, width = tf.unstack(self.crop)
             image = image[top : top + height, left : left + width]
@@ -55,7 +57,9 @@ class Geometry:
 
     def cropped_image(self, image: tf.Tensor) -> tf.Tensor:
         """Does to the pixels of the crop alone, uint8 [h, w, C], what `image` does after cropping."""
-        resized = resizing.resize(image, self.size, window=self._window(), mirrored=self.mirrored)
+        resized = resizing.resize(
+            image, self.size, window=self._window(), mirrored=self.mirrored, kernel=self.kernel
+        )
         return tf.ensure_shape(resized, [*self._static_result(), image.shape[-1]])
 
     def map(self, values: tf.Tensor) -> tf.Tensor:

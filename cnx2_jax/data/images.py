@@ -30,12 +30,16 @@ class ImageData(Examples):
 
         Raises:
           UserError: as `open_source`, `open_set`, `make_augmentation` and `faults.Tolerance`, or if images
-            cannot have `model.in_chans` channels.
+            cannot have `model.in_chans` channels or have no labels.
         """
         data, seed = config.data, config.seed
         tolerance = _tolerance(config)
         _check_channels(config.model.in_chans)
         train = open_source(data, "train", seed)
+        if "label" not in train.fields:
+            raise UserError(
+                f"data.source '{data.source}' has maps, but no label per image; take a folder or tfds"
+            )
         if data.val_root and not data.val_source:
             raise UserError(
                 f"data.val_root '{data.val_root}' without data.val_source; set it to folder or tfds:..."
@@ -102,7 +106,7 @@ def preprocess_files(
             record = {"image": tf.io.read_file(os.fsencode(path))}
             images[index] = transform.finish(transform.decode(record, seed), seed)["image"]
         except pipeline.FAILURES as error:
-            raise pipeline.unreadable(os.fspath(path), error) from error
+            raise pipeline.unreadable(os.fspath(path), error, transform.fields["image"]) from error
     return images
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cnx2_jax.data.decoding import decode
 from cnx2_jax.data.order import epoch_order
 from cnx2_jax.data.pipeline import PREFETCHED_BATCHES, Batch
 from cnx2_jax.data.sources import Source
@@ -23,27 +22,6 @@ def class_counts(source: Source) -> np.ndarray | None:
     if source.labels is None or not source.class_names:
         return None
     return np.bincount(source.labels, minlength=len(source.class_names))
-
-
-def image_sizes(source: Source, most: int) -> np.ndarray:
-    """Returns height and width, int32 [n, 2], of up to `most` records spread over the source.
-
-    Records that cannot be read are left out.
-    """
-
-    @tf.autograph.experimental.do_not_convert
-    def size(index: tf.Tensor) -> tf.Tensor:
-        encoded = source.read(index)["image"]
-        # The header of a JPEG is enough.
-        return tf.cond(
-            tf.io.is_jpeg(encoded),
-            lambda: tf.io.extract_jpeg_shape(encoded)[:2],
-            lambda: tf.shape(decode(encoded, 3))[:2],
-        )
-
-    chosen = np.unique(np.linspace(0, source.num_records - 1, most).astype(np.int64))
-    sizes = tf.data.Dataset.from_tensor_slices(chosen).map(size, num_parallel_calls=4).ignore_errors()
-    return np.array(list(sizes.as_numpy_iterator()), np.int32).reshape(-1, 2)
 
 
 def order_checks(num_records: int, seed: int, stream: Stream) -> dict[str, bool]:

@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from cnx2_jax.data import faults
-from cnx2_jax.data.decoding import MAP_REFUSED
-from cnx2_jax.data.fields import Entries
+from cnx2_jax.data.fields import Entries, Entry, Field
 from cnx2_jax.data.order import shuffled_record
+from cnx2_jax.data.refusals import refusal
 from cnx2_jax.data.sources import Source
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import Transform
@@ -269,8 +269,7 @@ def _guarded(
                 try:
                     decoded(position, position)
                 except FAILURES as error:
-                    name = source.describe(int(record_at(position)))
-                    raise unreadable(name, error) from error
+                    raise _blamed(source, int(record_at(position)), error) from error
             raise  # All records can be read now, so the failure was not theirs: show TensorFlow's error.
         yield batch
         step += 1
@@ -301,17 +300,28 @@ def _counted(
         yield batch
 
 
-def unreadable(name: str, error: Exception) -> UserError:
-    """Returns the UserError for the record called `name` whose reading or decoding failed with `error`."""
+def _blamed(source: Source, index: int, error: Exception) -> UserError:
+    """Returns the UserError for a record that failed with `error`; names the first entry that fails alone."""
+    for name, field in source.fields.items():
+
+        def decoded(name: str = name, field: Field = field) -> Entry:
+            return field.decode(source.read(tf.constant(index, tf.int64))[name])
+
+        try:
+            # As a graph, of which only what this entry needs is run; eagerly, all files would be read.
+            tf.function(decoded, autograph=False)()
+        except FAILURES as failure:
+            return unreadable(source.name_of(index, name), failure, field)
+    return unreadable(source.describe(index), error, next(iter(source.fields.values())))
+
+
+def unreadable(name: str, error: Exception, field: Field) -> UserError:
+    """Returns the UserError for the entry called `name` whose reading or decoding failed with `error`."""
+    entry = f"{field.noun} '{name}'"
     if isinstance(error, tf.errors.NotFoundError):
-        return UserError(f"image '{name}' does not exist; check the path or restore it")
+        return UserError(f"{entry} does not exist; check the path or restore it")
     if isinstance(error, tf.errors.PermissionDeniedError):
-        return UserError(f"image '{name}' may not be read; change its permissions")
-    if MAP_REFUSED in str(error):
-        return UserError(
-            f"the map of '{name}' is {MAP_REFUSED}; convert it so that each pixel's grey level is its class"
-        )
-    return UserError(
-        f"image '{name}' is not a readable JPEG, PNG or WebP image; it may be truncated or animated: "
-        "repair or remove it"
-    )
+        return UserError(f"{entry} may not be read; change its permissions")
+    if reason := refusal(error):
+        return UserError(f"{entry} {reason}")
+    return UserError(f"{entry} is not {field.readable}: repair or remove it")

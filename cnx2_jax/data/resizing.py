@@ -1,4 +1,4 @@
-"""Bicubic and bilinear resizing that equals Pillow's, as two small matrix products, and nearest-neighbour."""
+"""Bicubic and bilinear resizing, as Pillow's or OpenCV's, in two small matrix products; nearest-neighbour."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,15 +7,17 @@ from cnx2_jax.data.tensorflow import tf
 
 
 class Kernel(NamedTuple):
-    """A filter of antialiased resizing.
+    """A filter of resizing.
 
     Attributes:
       radius: its reach in output pixels when shrinking, in input pixels when enlarging.
       weight: maps distances >= 0 to weights, elementwise.
+      antialias: whether it widens when shrinking; if not, its reach is in input pixels always.
     """
 
     radius: float
     weight: Callable[[tf.Tensor], tf.Tensor]
+    antialias: bool = True
 
 
 def _cubic(x: tf.Tensor) -> tf.Tensor:
@@ -27,6 +29,8 @@ def _cubic(x: tf.Tensor) -> tf.Tensor:
 
 BICUBIC = Kernel(2.0, _cubic)
 BILINEAR = Kernel(1.0, lambda x: tf.maximum(1 - x, 0.0))
+# OpenCV's INTER_LINEAR, within a level.
+PLAIN_BILINEAR = BILINEAR._replace(antialias=False)
 
 # Outputs that share one dense block of weights: larger blocks multiply more zeros, smaller ones make
 # more and slower products.
@@ -52,7 +56,7 @@ def resize(
       size: height and width of the whole result.
       window: int32 [4]: top, left, height, width of the part to compute; all of the result if None.
       mirrored: scalar bool; whether to mirror the result left to right, at no cost.
-      kernel: BICUBIC or BILINEAR.
+      kernel: BICUBIC, BILINEAR or PLAIN_BILINEAR.
 
     Returns:
       uint8 [height, width, C], of the window.
@@ -134,7 +138,7 @@ def _filters(
     """
     # Float64 as in Pillow.
     scale = tf.cast(inputs, tf.float64) / tf.cast(size, tf.float64)
-    stretch = tf.maximum(scale, 1.0)
+    stretch = tf.maximum(scale, 1.0) if kernel.antialias else tf.ones_like(scale)
     reach = kernel.radius * stretch
     starts, counts = window[:2], window[2:]
     blocks = (tf.reduce_max(counts) + _BLOCK - 1) // _BLOCK

@@ -1,13 +1,14 @@
 """Decoding against Pillow: every kind of file that a folder of images may hold."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from cnx2_jax.data.decoding import decode, decode_crop
+from cnx2_jax.data.decoding import decode, decode_crop, decode_map, decoded_size
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -183,3 +184,59 @@ def test_part_of_a_broken_image_raises(photo, in_tf_data):
     for broken in (b"", encoded(photo, "JPEG")[:300], encoded(photo, "PNG")[:9000]):
         with pytest.raises(tf.errors.OpError):
             in_tf_data(lambda v: decode_crop(v, 3, lambda h, w: tf.stack([0, 0, h, w]))[0], broken)
+
+
+def index_png(values, bits, palette, transparency=None) -> bytes:
+    """A PNG of the indices themselves, whatever their colours, written by Pillow."""
+    image = Image.fromarray(values, "P")
+    image.putpalette(palette)
+    kinds = {} if transparency is None else {"transparency": transparency}
+    return encoded(image, "PNG", bits=bits, **kinds)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_maps_are_the_indices_of_palettes(bits, in_tf_data, capfd):
+    count = 2**bits
+    rng = np.random.default_rng(bits)
+    values = rng.integers(0, count, (9, 13), np.uint8)
+    palette = rng.integers(0, 256, 3 * count, np.uint8).tobytes()
+    for transparency in (None, 1, bytes([0, 255]), bytes(range(count))):
+        content = index_png(values, bits, palette, transparency)
+        assert content[24:26] == bytes([bits, 3])
+        np.testing.assert_array_equal(in_tf_data(decode_map, content), values)
+    assert "PNG warning" not in capfd.readouterr().err  # which would come once per image
+
+
+def as_grey(content: bytes) -> bytes:
+    """The PNG with a palette, without it: by the definition of the format, with Python's CRC."""
+    chunks, start = [], 8
+    while start < len(content):
+        size = int.from_bytes(content[start : start + 4], "big")
+        chunks.append((content[start + 4 : start + 8], content[start + 8 : start + 8 + size]))
+        start += size + 12
+    result = content[:8]
+    for kind, body in chunks:
+        if kind != b"PLTE":
+            body = body[:9] + b"\0" + body[10:] if kind == b"IHDR" else body
+            result += len(body).to_bytes(4, "big") + kind + body
+            result += zlib.crc32(kind + body).to_bytes(4, "big")
+    return result
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_maps_are_the_levels_of_grey(bits, in_tf_data):
+    values = np.random.default_rng(0).integers(0, 2**bits, (9, 13), np.uint8)
+    content = as_grey(index_png(values, bits, bytes(3 * 2**bits)))
+    assert Image.open(io.BytesIO(content)).mode in ("1", "L")
+    np.testing.assert_array_equal(in_tf_data(decode_map, content), values)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_size_is_that_of_the_decoded_image(photo, kind):
+    np.testing.assert_array_equal(decoded_size(encoded(photo, kind)), [427, 640])
+
+
+def test_size_is_that_of_the_upright_image(photo):
+    for orientation in (1, 3, 5, 6, 8):
+        content = rotated(photo.resize((48, 32)), orientation)
+        np.testing.assert_array_equal(decoded_size(content), decode(content, 3).shape[:2])

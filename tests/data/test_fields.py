@@ -35,7 +35,7 @@ FIELDS = {
     "label": Label(("even", "odd")),
     "labels": MultiLabel(("a", "b", "c")),
     "value": Value(2),
-    "segmentation": SegmentationMap(("dark", "light")),
+    "segmentation": SegmentationMap(tuple("abcdef")),
     "instances": Instances(("thing",), most=3, masks=True),
     "id": Identifier(),
 }
@@ -221,16 +221,69 @@ def test_an_unreadable_record_of_many_fields_is_blank_in_evaluation(encode, caps
     assert "record 5" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", ["P", "1", "I;16", "RGB"])
-def test_maps_that_are_no_grey_levels_are_refused(encode, mode):
+@pytest.fixture(scope="module")
+def message_of(encode):
+    """The function `message(content)`: the error of a record whose map is a PNG with this content."""
     data = source(encode)
-    content = encode(PillowImage.new(mode, (WIDTH, 20)), "PNG")
-    wrong = dataclasses.replace(
-        data, read=lambda index: {**data.read(index), "segmentation": tf.constant(content)}
-    )
     tolerance = faults.Tolerance("error", 0.0)
-    with pytest.raises(UserError, match=r"map of 'record 0' is not an 8-bit greyscale PNG; convert it"):
-        next(pipeline.one_pass(wrong, Whole(FIELDS), batch_size=1, tolerance=tolerance))
+
+    def message(content):
+        wrong = dataclasses.replace(
+            data, read=lambda index: {**data.read(index), "segmentation": tf.constant(content)}
+        )
+        with pytest.raises(UserError) as caught:
+            next(pipeline.one_pass(wrong, Whole(FIELDS), batch_size=1, tolerance=tolerance))
+        return str(caught.value)
+
+    return message
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [
+        ("I;16", "greyscale of 16 bits"),
+        ("RGB", "RGB of 8 bits"),
+        ("RGBA", "RGBA of 8 bits"),
+        ("LA", "greyscale with alpha of 8 bits"),
+    ],
+)
+def test_maps_that_do_not_hold_classes_are_refused(encode, message_of, mode, form):
+    message = message_of(encode(PillowImage.new(mode, (WIDTH, 20)), "PNG"))
+    assert message.startswith(f"map 'record 0' is in {form} instead of index form; save the class of each")
+
+
+def test_a_map_names_what_is_wrong_with_it(encode, message_of):
+    jpeg = encode(PillowImage.new("L", (WIDTH, 20)), "JPEG")
+    assert message_of(jpeg) == "map 'record 0' is not a PNG; maps are PNGs of class indices"
+    cut = encode(PillowImage.new("L", (WIDTH, 20)), "PNG")[:60]
+    assert message_of(cut) == (
+        "map 'record 0' is not a readable PNG; it may be truncated: repair or remove it"
+    )
+    assert message_of(encode(PillowImage.new("L", (WIDTH, 20), 6), "PNG")) == (
+        "map 'record 0' has the value 6, but there are 6 classes, from 0 on, and data.ignore is 255; "
+        "check data.classes and data.ignore"
+    )
+    assert message_of(encode(PillowImage.new("L", (20, WIDTH)), "PNG")) == (
+        "image 'record 0' has 20 x 30 pixels (height x width), but its map 30 x 20; make both the same size"
+    )
+
+
+def test_zero_is_unlabelled_where_classes_start_at_one(encode):
+    field = SegmentationMap(("a", "b"), ignore=9, unlabelled_first=True)
+    stored = PillowImage.fromarray(np.array([[0, 1], [2, 10]], np.uint8))
+    np.testing.assert_array_equal(field.decode(encode(stored, "PNG")), [[9, 0], [1, 9]])
+    with pytest.raises(tf.errors.OpError, match="has the value 3, but there are 2 classes, from 1 on"):
+        field.decode(encode(PillowImage.new("L", (2, 2), 3), "PNG"))
+
+
+def test_a_map_holds_255_classes_and_a_value_beside_them():
+    names = tuple(map(str, range(256)))
+    assert SegmentationMap(names[:255]).ignore == 255
+    with pytest.raises(UserError, match="256 classes are more than the 255"):
+        SegmentationMap(names)
+    for ignore in (2, -1, 256):
+        with pytest.raises(UserError, match=rf"data\.ignore {ignore} must be from 3, .* to 255"):
+            SegmentationMap(names[:3], ignore=ignore)
 
 
 def test_class_names_are_those_of_the_first_field_that_has_any(encode):

@@ -1,6 +1,7 @@
 """Where records come from: the kinds of source, by the names that configs give them."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,47 @@ import numpy as np
 from cnx2_jax.data.sources.base import Source, first_of_each_class, held_out
 from cnx2_jax.data.sources.digits import open_digits
 from cnx2_jax.data.sources.folder import open_folder, open_whole_folder
+from cnx2_jax.data.sources.masks import open_ade20k, open_masks
+from cnx2_jax.data.sources.scenes import open_scenes
 from cnx2_jax.data.sources.synthetic import open_synthetic
 from cnx2_jax.data.sources.tfds import open_tfds, val_spec
 from cnx2_jax.errors import UserError, nearest
 
-KINDS = ("folder", "digits", "tfds", "synthetic")
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of source.
+
+    Attributes:
+      open: maps `config.data`, what follows the colon in its name, and "train" or "val" to one split.
+      detailed: whether something may follow a colon.
+      open_set: maps what follows the colon, and `data.val_root`, to an evaluation set of labelled images;
+        None if the kind has no such sets.
+    """
+
+    open: Callable[[Any, str, str], Source]
+    detailed: bool = False
+    open_set: Callable[[str, str], Source] | None = None
+
+
+KINDS: dict[str, Kind] = {
+    "folder": Kind(
+        lambda data, _, split: open_folder(data.root, split, data.val_fraction),
+        open_set=lambda _, root: open_whole_folder(root),
+    ),
+    "digits": Kind(lambda data, _, split: open_digits(split), open_set=lambda *_: open_digits("val")),
+    "tfds": Kind(
+        lambda data, spec, split: _open_tfds_split(spec, data, split), detailed=True, open_set=open_tfds
+    ),
+    "synthetic": Kind(
+        lambda data, size, split: open_synthetic(size, split),
+        detailed=True,
+        open_set=lambda size, _: open_synthetic(size, "val"),
+    ),
+    "masks": Kind(lambda data, _, split: open_masks(data, split)),
+    "ade20k": Kind(lambda data, _, split: open_ade20k(data, split)),
+    "scenes": Kind(lambda data, records, split: open_scenes(records, split), detailed=True),
+}
 
 
 def open_source(data: Any, split: str, seed: int) -> Source:
@@ -23,8 +60,9 @@ def open_source(data: Any, split: str, seed: int) -> Source:
 
     Args:
       data: `config.data`. `source` is "digits"; "folder", with its path in `root`;
-        "tfds:NAME[/CONFIG]:SPLIT", with TFDS's data directory in `root` or its default one; or
-        "synthetic[:RECORDS[:CLASSES]]". Its val split is a folder's `val`, a TFDS data set's
+        "tfds:NAME[/CONFIG]:SPLIT", with TFDS's data directory in `root` or its default one;
+        "synthetic[:RECORDS[:CLASSES]]"; or, with maps of classes, "masks" and "ade20k", in `root`, and
+        "scenes[:RECORDS]". Its val split is a folder's `val`, a TFDS data set's
         `validation` or `test`, or else `val_fraction` of each class, held out of training.
         `train_per_class` keeps that many training records per class, chosen by `seed`; 0 keeps all.
       split: "train" or "val".
@@ -36,16 +74,8 @@ def open_source(data: Any, split: str, seed: int) -> Source:
     """
     if data.train_per_class < 0:
         raise UserError(f"data.train_per_class {data.train_per_class} is negative; 0 keeps all")
-    kind, detail = _kind(data.source, "data.source")
-    match kind:
-        case "digits":
-            source = open_digits(split)
-        case "folder":
-            source = open_folder(data.root, split, data.val_fraction)
-        case "tfds":
-            source = _open_tfds_split(detail, data, split)
-        case _:
-            source = open_synthetic(detail, split)
+    kind, detail = _kind(data.source, "data.source", KINDS)
+    source = KINDS[kind].open(data, detail, split)
     if split == "train" and data.train_per_class:
         if source.labels is None:
             raise UserError(
@@ -72,23 +102,16 @@ def open_set(name: str, root: str, class_names: Sequence[str]) -> Source:
     Raises:
       UserError: as `open_source`; or the set has no classes, or one that the model was not trained on.
     """
-    kind, detail = _kind(name, "data.val_source")
-    match kind:
-        case "digits":
-            source = open_digits("val")
-        case "folder":
-            source = open_whole_folder(root)
-        case "tfds":
-            source = open_tfds(detail, root)
-        case _:
-            source = open_synthetic(detail, "val")
+    openers = {kind: each.open_set for kind, each in KINDS.items() if each.open_set}
+    kind, detail = _kind(name, "data.val_source", openers)
+    source = openers[kind](detail, root)
     return _matched(source, class_names, name if kind == "tfds" else root or name)
 
 
-def _kind(name: str, key: str) -> tuple[str, str]:
+def _kind(name: str, key: str, known: Mapping[str, Any]) -> tuple[str, str]:
     kind, _, detail = name.partition(":")
-    if kind not in KINDS or (detail and kind in ("digits", "folder")):
-        raise UserError(f"unknown {key} '{name}'{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
+    if kind not in known or (detail and not KINDS[kind].detailed):
+        raise UserError(f"unknown {key} '{name}'{nearest(kind, known)}; known: {', '.join(known)}")
     return kind, detail
 
 

@@ -23,6 +23,7 @@ class Source:
       read: maps a scalar int64 index to the stored entries of the record by name, one per field; see
         `fields` for their form. Runs eagerly and inside tf.data.
       describe: maps an index to the path of the file or the name of the record, for error messages.
+      describe_entry: the same for one field, by its name, where records consist of several files.
     """
 
     num_records: int
@@ -30,6 +31,11 @@ class Source:
     labels: np.ndarray | None
     read: Callable[[tf.Tensor], dict[str, Entry]]
     describe: Callable[[int], str]
+    describe_entry: Callable[[int, str], str] | None = None
+
+    def name_of(self, index: int, field: str) -> str:
+        """Returns what an error message calls the entry of one field."""
+        return self.describe_entry(index, field) if self.describe_entry else self.describe(index)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -41,12 +47,13 @@ class Source:
         """Returns the records where `chosen`, boolean [num_records], is true, in their order."""
         indices = np.flatnonzero(chosen)
         places = tf.constant(indices, tf.int64)
-        return Source(
+        return dataclasses.replace(
+            self,
             num_records=len(indices),
-            fields=self.fields,
             labels=None if self.labels is None else self.labels[indices],
             read=lambda index: self.read(places[index]),
             describe=lambda index: self.describe(int(indices[index])),
+            describe_entry=lambda index, field: self.name_of(int(indices[index]), field),
         )
 
     def all_labels(self) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The 1,797 handwritten digits that scikit-learn ships: a data set that needs no download."""
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,23 +16,45 @@ from cnx2_jax.data.tensorflow import tf
 _VAL_FRACTION = 0.2
 
 
-def open_digits(split: str) -> Source:
-    """Opens the 8x8 digits of one split, as PNGs: encoded like the images of every other source."""
+class Digits(NamedTuple):
+    """The digits of one split.
+
+    Attributes:
+      ink: float64 [n, 8, 8], 0 to 16.
+      labels: int32 [n], the digit.
+      indices: int64 [n], the place in scikit-learn's order.
+      names: of the labels.
+    """
+
+    ink: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    names: tuple[str, ...]
+
+
+def split_digits(split: str) -> Digits:
+    """Returns the digits of "train" or "val", which have none in common."""
     digits = load_digits()
     labels = digits.target.astype(np.int32)
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    val = held_out((f"digits/{index}".encode() for index in range(len(labels))), labels, _VAL_FRACTION)
+    indices = np.flatnonzero(val if split == "val" else ~val)
+    names = tuple(str(name) for name in digits.target_names)
+    return Digits(digits.images[indices], labels[indices], indices, names)
+
+
+def open_digits(split: str) -> Source:
+    """Opens the 8x8 digits of one split, as PNGs: encoded like the images of every other source."""
+    digits = split_digits(split)
+    pixels = np.round(digits.ink * (255 / 16)).astype(np.uint8)
     contents = tf.constant([_png(image) for image in pixels])
-    numbers = tf.constant(labels)
-    source = Source(
-        num_records=len(labels),
-        fields={"image": ImageField(), "label": Label(tuple(str(name) for name in digits.target_names))},
-        labels=labels,
+    numbers = tf.constant(digits.labels)
+    return Source(
+        num_records=len(digits.labels),
+        fields={"image": ImageField(), "label": Label(digits.names)},
+        labels=digits.labels,
         read=lambda index: {"image": contents[index], "label": numbers[index]},
-        describe=lambda index: f"digits/{index}",
+        describe=lambda index: f"digits/{digits.indices[index]}",
     )
-    names = (f"digits/{index}".encode() for index in range(len(labels)))
-    val = held_out(names, labels, _VAL_FRACTION)
-    return source.only(val if split == "val" else ~val)
 
 
 def _png(image: np.ndarray) -> bytes:

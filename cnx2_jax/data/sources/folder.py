@@ -21,7 +21,7 @@ def open_folder(root: str, split: str, val_fraction: float) -> Source:
     Raises:
       UserError: the folder is missing, empty, cannot be listed, or is laid out inconsistently.
     """
-    root = _existing(root, "data.root")
+    root = existing_folder(root, "data.root")
     train, val = os.path.join(root, "train"), os.path.join(root, "val")
     has_train, has_val = os.path.isdir(train), os.path.isdir(val)
     if has_val and not has_train:
@@ -35,7 +35,7 @@ def open_folder(root: str, split: str, val_fraction: float) -> Source:
     present = np.bincount(source.labels, minlength=len(class_names)) > 0
     if not present.all():
         empty = os.path.join(base, class_names[int(np.argmin(present))])
-        raise UserError(f"class folder '{empty}' has no {_kinds()}; add some or remove it")
+        raise UserError(f"class folder '{empty}' has no {image_kinds()}; add some or remove it")
     if has_val:
         return source
     if not 0 <= val_fraction < 1:
@@ -53,7 +53,7 @@ def open_whole_folder(root: str) -> Source:
     Raises:
       UserError: as `open_folder`.
     """
-    root = _existing(root, "data.val_root")
+    root = existing_folder(root, "data.val_root")
     return _list_records(root, _sub_folders(root))
 
 
@@ -68,9 +68,9 @@ def open_files(paths: Sequence[str]) -> Source:
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            names = sorted(_image_names(path))
+            names = sorted(image_names(path))
             if not names:
-                raise UserError(f"no {_kinds()} in '{path}'; check the path")
+                raise UserError(f"no {image_kinds()} in '{path}'; check the path")
             found.extend(os.path.join(path, name) for name in names)
         elif os.path.lexists(path):
             found.append(path)
@@ -79,7 +79,12 @@ def open_files(paths: Sequence[str]) -> Source:
     return _records_of("", found, (), np.zeros(len(found), np.int32))
 
 
-def _existing(root: str, key: str) -> str:
+def existing_folder(root: str, key: str) -> str:
+    """Returns the path that the config key `key` holds, with `~` expanded.
+
+    Raises:
+      UserError: the key is empty, or the path is not a folder.
+    """
     root = os.path.expanduser(root)
     if not root:
         raise UserError(f"{key} is not set; pass --config.{key}=FOLDER with your images")
@@ -94,9 +99,9 @@ def _list_records(folder: str, class_names: Sequence[str]) -> Source:
     if unknown:
         raise UserError(f"class '{unknown[0]}' is only in '{folder}'; add it to train or remove it")
     # Sorted: the order in which a file system lists differs between machines.
-    names = sorted(_image_names(folder))
+    names = sorted(image_names(folder))
     if not names:
-        raise UserError(f"no {_kinds()} in '{folder}'; check the path")
+        raise UserError(f"no {image_kinds()} in '{folder}'; check the path")
     if class_names:
         loose = next((name for name in names if "/" not in name), None)
         if loose is not None:
@@ -134,11 +139,11 @@ def _sub_folders(folder: str) -> tuple[str, ...]:
     return tuple(sorted(name for name, is_folder in _listed(folder) if is_folder))
 
 
-def _image_names(folder: str, prefix: str = "") -> Iterator[str]:
-    """Yields paths relative to the top folder, in no particular order."""
+def image_names(folder: str, prefix: str = "") -> Iterator[str]:
+    """Yields the images below a folder, as paths relative to the top folder, in no particular order."""
     for name, is_folder in _listed(folder):
         if is_folder:
-            yield from _image_names(os.path.join(folder, name), f"{prefix}{name}/")
+            yield from image_names(os.path.join(folder, name), f"{prefix}{name}/")
         elif name.lower().endswith(_ENDINGS):
             yield prefix + name
 
@@ -152,5 +157,6 @@ def _listed(folder: str) -> list[tuple[str, bool]]:
         raise UserError(f"cannot list '{error.filename or folder}': {error.strerror}") from error
 
 
-def _kinds() -> str:
+def image_kinds() -> str:
+    """Returns what error messages call the files that `image_names` looks for."""
     return f"images ({', '.join(_ENDINGS)})"
