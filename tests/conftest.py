@@ -126,10 +126,20 @@ def parameters():
 def build_randomly(kind, *arguments, seed: int = 0, fill_dtype=np.float32, **options) -> nnx.Module:
     """Builds `kind(*arguments, **options)` without initialising it, and fills it by `fill_randomly`.
 
-    Much faster than an eager initialisation, which compiles a sampler for every shape.
+    Much faster than an eager initialisation, which compiles a sampler for every shape. Running averages are
+    filled too, variances above zero.
     """
     model = nnx.eval_shape(lambda: kind(*arguments, rngs=nnx.Rngs(0), **options))
-    return fill_randomly(model, seed, fill_dtype)
+    fill_randomly(model, seed, fill_dtype)
+    rng = np.random.default_rng([seed, 1])  # another generator, or parameters would depend on these
+    averages = []
+    statistics = nnx.to_flat_state(nnx.state(model, nnx.BatchStat))
+    for path, variable in sorted(statistics, key=lambda item: ".".join(map(str, item[0]))):
+        noise = 0.3 * rng.standard_normal(variable.shape)
+        value = np.exp(noise) if path[-1] == "var" else noise
+        averages.append((path, variable.replace(jnp.asarray(value.astype(fill_dtype)))))
+    nnx.update(model, nnx.from_flat_state(averages))
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -209,4 +219,37 @@ REFERENCES = [
 @pytest.fixture(scope="session", params=REFERENCES, ids=str)
 def reference(request) -> Reference:
     """Each of the networks that are compared with Hugging Face's."""
+    return request.param
+
+
+@dataclasses.dataclass(frozen=True)
+class UperNetReference(Reference):
+    """The same for UperNet: two images, and the logits of both heads."""
+
+    def __str__(self) -> str:
+        return f"upernet_{super().__str__()}"
+
+    def model(self):
+        """The network, with weights and running averages by `build_randomly`."""
+        create = functools.partial(create_model, f"upernet_{self.variant}")
+        return build_randomly(create, num_classes=150, seed=1)
+
+    @functools.cache  # noqa: B019 - two small results, for the whole session
+    def outputs(self) -> tuple[np.ndarray, ...]:
+        """This package's logits of both heads."""
+        found = jax.jit(lambda model, x: model(x))(self.model(), jnp.asarray(self.images()))
+        return tuple(map(np.asarray, found))
+
+    @staticmethod
+    def stored(main: np.ndarray, auxiliary: np.ndarray) -> dict[str, np.ndarray]:
+        """What is kept of outputs: some positions and classes."""
+        return {"main": main[:, ::3, ::3, ::5], "auxiliary": auxiliary[..., ::5]}
+
+
+UPERNET_REFERENCES = [UperNetReference("atto", 64, 96), UperNetReference("tiny", 64, 64)]
+
+
+@pytest.fixture(scope="session", params=UPERNET_REFERENCES, ids=str)
+def upernet_reference(request) -> UperNetReference:
+    """Each of the UperNets that are compared with Hugging Face's."""
     return request.param

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     check_new(args.to, "--to")
     path = hub.fetch(args.source) if args.source.startswith(hub.SCHEME) else Path(args.source)
     imported = from_torch(read_tensors(path), args.source)
+    if imported.heads:
+        raise UserError(f"'{args.source}' is an UperNet, which cnx2 convert does not take; give a classifier")
     for name, value in imported.params.items():
         if value.dtype != np.float32 or not np.isfinite(value).all():
             raise UserError(

@@ -1,7 +1,8 @@
 """The names and layouts of one parameter in each library: pure functions on names and NumPy arrays.
 
 Sources: the authors' `models/convnextv2.py`, `models/fcmae.py` and `remap_checkpoint_keys` (`utils.py`);
-timm's `models/convnext.py`; transformers' `modeling_convnextv2.py`.
+timm's `models/convnext.py`; transformers' `modeling_convnextv2.py` and `modeling_upernet.py`; for UperNet the
+authors' `semantic_segmentation/backbone/convnext.py`, mmsegmentation's `uper_head.py` and `fcn_head.py`.
 """
 
 import math
@@ -29,14 +30,22 @@ BLOCKS = {
 # transformers' classifier holds the encoder under this prefix; a bare encoder has no prefix.
 HUGGINGFACE_PREFIX = "convnextv2."
 
+# UperNet holds the encoder under this prefix, in all namings and here.
+UPERNET_PREFIX = "backbone."
+
+# PyTorch's BatchNorm counts its batches too; nothing reads the number while `momentum` is set.
+BATCHES = "num_batches_tracked"
+
 # timm computes the linear layers of these variants as 1x1 convolutions, whose weights have two more axes.
 TIMM_CONV_MLP = ("atto", "femto", "pico", "nano")
 
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_HUGGINGFACE_HEADS = {"bn": "batch_norm", "conv_seg": "classifier"}
 _TIMM_LAYERS = {"dwconv": "conv_dw", "pwconv1": "mlp.fc1", "pwconv2": "mlp.fc2", "grn": "mlp.grn"}
 
 
 def renamer(naming: str, prefix: str = "") -> Callable[[str], str]:
-    """Returns a function that maps our dotted name of a parameter to the library's name.
+    """Returns a function that maps our dotted name of a parameter or running average to the library's name.
 
     Args:
       naming: one of NAMINGS.
@@ -45,7 +54,7 @@ def renamer(naming: str, prefix: str = "") -> Callable[[str], str]:
 
     def rename(name: str) -> str:
         *modules, leaf = name.split(".")
-        leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+        leaf = _LEAVES.get(leaf, leaf)
         if naming == "official":
             return ".".join([*modules, leaf])
         leaf = {"gamma": "weight", "beta": "bias"}.get(leaf, leaf)
@@ -78,6 +87,12 @@ def _huggingface_module(modules: list[str]) -> str:
             return f"encoder.stages.{stage}.layers.{block}.{'layernorm' if layer == 'norm' else layer}"
         case ["head"]:
             return "classifier"
+        case ["backbone", norm] if norm.startswith("norm"):
+            return f"backbone.hidden_states_norms.stage{int(norm.removeprefix('norm')) + 1}"
+        case ["backbone", *inside]:
+            return f"backbone.{_huggingface_module(inside)}"
+        case ["decode_head" | "auxiliary_head", *inside]:
+            return ".".join([modules[0], *(_HUGGINGFACE_HEADS.get(name, name) for name in inside)])
     return "layernorm"
 
 

@@ -13,6 +13,8 @@ from cnx2_jax.models import VARIANTS
 WARP_FROM = 384
 
 HUGGINGFACE_CLASSIFIER = "ConvNextV2ForImageClassification"
+HUGGINGFACE_SEGMENTER = "UperNetForSemanticSegmentation"
+IGNORED_LABEL = 255  # of pixels that have no class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +39,8 @@ def huggingface_config(
     facts: Facts, depths: tuple[int, ...], dims: tuple[int, ...], in_chans: int, patch_size: int
 ) -> dict[str, Any]:
     """Returns the `config.json` that transformers reads; without classes it describes a ConvNextV2Model."""
-    named = dict(enumerate(facts.class_names))
-    labels = {"id2label": named, "label2id": {name: index for index, name in named.items()}} if named else {}
     return {
-        "architectures": [HUGGINGFACE_CLASSIFIER if named else "ConvNextV2Model"],
+        "architectures": [HUGGINGFACE_CLASSIFIER if facts.class_names else "ConvNextV2Model"],
         "model_type": "convnextv2",
         "depths": list(depths),
         "hidden_sizes": list(dims),
@@ -51,7 +51,68 @@ def huggingface_config(
         "hidden_act": "gelu",
         "drop_path_rate": 0.0,
         "layer_norm_eps": 1e-6,  # of the final norm; transformers' default is 1e-12
-        **labels,
+        **(_labels(facts.class_names) if facts.class_names else {}),
+    }
+
+
+def huggingface_upernet_config(
+    facts: Facts,
+    depths: tuple[int, ...],
+    dims: tuple[int, ...],
+    in_chans: int,
+    patch_size: int,
+    *,
+    channels: int,
+    auxiliary_channels: int,
+    pool_scales: tuple[int, ...],
+) -> dict[str, Any]:
+    """Returns the `config.json` of transformers' UperNetForSemanticSegmentation; see `models.UperNet`."""
+    encoder = huggingface_config(
+        dataclasses.replace(facts, class_names=()), depths, dims, in_chans, patch_size
+    )
+    del encoder["architectures"]
+    return {
+        "architectures": [HUGGINGFACE_SEGMENTER],
+        "model_type": "upernet",
+        "backbone_config": {**encoder, "out_features": [f"stage{i}" for i in range(1, len(dims) + 1)]},
+        "hidden_size": channels,
+        "pool_scales": list(pool_scales),
+        "use_auxiliary_head": True,
+        "auxiliary_loss_weight": 0.4,
+        "auxiliary_in_channels": dims[2],
+        "auxiliary_channels": auxiliary_channels,
+        "auxiliary_num_convs": 1,
+        "auxiliary_concat_input": False,
+        "loss_ignore_index": IGNORED_LABEL,
+        **_labels(facts.class_names),
+    }
+
+
+def _labels(names: tuple[str, ...]) -> dict[str, Any]:
+    """Returns transformers' names of classes by number, and the inverse."""
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def huggingface_segmenter_preprocessor(facts: Facts) -> dict[str, Any]:
+    """Returns the `preprocessor_config.json` of an UperNet, which warps images to `image_size`.
+
+    transformers has no sliding window, so results differ from those of our evaluation.
+    """
+    height, width = facts.image_size
+    return {
+        "image_processor_type": "SegformerImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,  # PIL's constant for bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(facts.mean),
+        "image_std": list(facts.std),
+        "do_reduce_labels": False,
     }
 
 
@@ -125,8 +186,9 @@ def timm_config(
 def read(folder: Path) -> dict[str, Any]:
     """Returns the fields of Facts that the JSON files of transformers or timm in a folder contain.
 
-    If `config.json` describes another model than ConvNeXt V2, all JSON files are ignored. Class names that
-    only number the classes (`LABEL_0`) are ignored too.
+    For an UperNet of transformers, `pool_scales` is a field too. If `config.json` describes another model
+    than ConvNeXt V2 or an UperNet, all JSON files are ignored. Class names that only number the classes
+    (`LABEL_0`) are ignored too.
 
     Raises:
       UserError: the JSON is damaged.
@@ -135,7 +197,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         if str(config.get("architecture")).startswith("convnextv2"):
             found = _from_timm(config)
-        elif config.get("model_type", "convnextv2") == "convnextv2":
+        elif config.get("model_type", "convnextv2") in ("convnextv2", "upernet"):
             found = _from_huggingface(config, processor)
         else:
             return {}
@@ -149,6 +211,8 @@ def read(folder: Path) -> dict[str, Any]:
 def check_sizes(folder: Path, depths: tuple[int, ...], dims: tuple[int, ...]) -> None:
     """Raises UserError if the JSON of transformers or timm in a folder describes a model of other sizes."""
     config = _read_json(folder / "config.json")
+    if config.get("model_type") == "upernet":
+        config = config.get("backbone_config") or {}
     stated = (config.get("depths"), config.get("hidden_sizes"))
     if config.get("model_type") == "convnextv2" and all(stated) and stated != (list(depths), list(dims)):
         raise UserError(
@@ -190,6 +254,7 @@ def _from_huggingface(config: dict[str, Any], processor: dict[str, Any]) -> dict
         "eval_crop": float(processor.get("crop_pct") or 0),
         "mean": tuple(map(float, processor.get("image_mean") or ())),
         "std": tuple(map(float, processor.get("image_std") or ())),
+        "pool_scales": tuple(map(int, config.get("pool_scales") or ())),
     }
 
 

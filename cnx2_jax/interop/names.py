@@ -1,4 +1,4 @@
-"""Converts our parameters to state dicts of other libraries and back, and checks all names and shapes."""
+"""Converts our arrays to state dicts of other libraries and back, and checks all names and shapes."""
 
 import dataclasses
 import math
@@ -10,18 +10,21 @@ from flax import nnx
 
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.interop.dialects import (
+    BATCHES,
     BLOCKS,
     HUGGINGFACE_PREFIX,
     MARKERS,
     NAMINGS,
     TIMM_CONV_MLP,
+    UPERNET_PREFIX,
     dense,
     our_layout,
     renamer,
     their_layout,
 )
-from cnx2_jax.models import FCMAE, VARIANTS, ConvNeXtV2, EncoderConfig
+from cnx2_jax.models import FCMAE, VARIANTS, ConvNeXtV2, EncoderConfig, UperNet
 from cnx2_jax.models.convnextv2 import STAGES
+from cnx2_jax.models.state import split
 
 _DECODER = ("decoder.", "proj.", "pred.", "mask_token")
 _NORM = ("norm.scale", "norm.bias")
@@ -34,21 +37,39 @@ _FORMS = (
     ("timm", ""),
     ("huggingface", ""),
     ("huggingface", HUGGINGFACE_PREFIX),
+    ("official", UPERNET_PREFIX),  # mmsegmentation's
+    ("huggingface", UPERNET_PREFIX),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Imported:
-    """Parameters, and the properties of the model that follow from their names and shapes.
+class Heads:
+    """The widths of an UperNet's heads.
 
     Attributes:
-      params: by our dotted name, in our layout, in their original dtype.
+      channels: of the decoding head.
+      auxiliary_channels: of the auxiliary head.
+      pools: levels of pyramid pooling. Their scales are in no tensor; see `facts.read`.
+    """
+
+    channels: int
+    auxiliary_channels: int
+    pools: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """The arrays of a model, and the properties that follow from their names and shapes.
+
+    Attributes:
+      params: parameters and running averages by our dotted name, in our layout, in their original dtype.
       depths, dims, in_chans, patch_size: of the encoder.
       num_classes: 0 if there is no head.
       naming: one of NAMINGS.
       decoder_dim, decoder_depth: of FCMAE's decoder; 0 for a ConvNeXtV2, which has none.
       fresh_norm: whether the final norm was missing, as in all FCMAE encoders; its scale is 1 and its bias 0
         then.
+      heads: of an UperNet, otherwise None.
     """
 
     params: dict[str, np.ndarray]
@@ -61,6 +82,7 @@ class Imported:
     decoder_dim: int
     decoder_depth: int
     fresh_norm: bool
+    heads: Heads | None
 
     @property
     def has_decoder(self) -> bool:
@@ -80,46 +102,58 @@ def variant_of(depths: Iterable[int], dims: Iterable[int]) -> str:
 
 
 def sizes_of(params: Mapping[str, np.ndarray]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns depths and dims of a ConvNeXtV2's parameters by our names."""
-    dims = tuple(len(params[f"stages.{stage}.0.dwconv.bias"]) for stage in range(STAGES))
-    return _count_blocks(params, BLOCKS["official"]), dims
+    """Returns depths and dims of a ConvNeXtV2's or UperNet's parameters by our names."""
+    prefix = UPERNET_PREFIX if _is_upernet(params) else ""
+    dims = tuple(len(params[f"{prefix}stages.{stage}.0.dwconv.bias"]) for stage in range(STAGES))
+    return _count_blocks(params, re.escape(prefix) + BLOCKS["official"]), dims
+
+
+def _is_upernet(params: Mapping[str, np.ndarray]) -> bool:
+    return "decode_head.conv_seg.bias" in params
 
 
 def to_torch(params: Mapping[str, np.ndarray], naming: str) -> dict[str, np.ndarray]:
-    """Returns the parameters under the names and in the layouts of another library.
+    """Returns a model's arrays under the names and in the layouts of another library.
 
     Linear weights are `[out, in]`, convolutions `[out, in, rows, columns]`, GRN `[1, 1, 1, C]` (timm: `[C]`).
     Names for Hugging Face are those of ConvNextV2ForImageClassification, without a head of ConvNextV2Model.
-    An FCMAE gets the names of the authors' training code with a dense encoder.
+    An FCMAE gets the names of the authors' training code with a dense encoder. An UperNet gets those of
+    UperNetForSemanticSegmentation, or of mmsegmentation for `official`.
 
     Args:
-      params: parameters of a ConvNeXtV2 or an FCMAE by our names.
-      naming: one of NAMINGS; only `official` has an FCMAE.
+      params: parameters of a ConvNeXtV2, an FCMAE or an UperNet by our names, with all running averages.
+      naming: one of NAMINGS; only `official` has an FCMAE, and timm has no UperNet.
 
     Returns:
       Contiguous arrays in the dtype of `params`.
 
     Raises:
-      UserError: the naming is unknown, or is not `official` for an FCMAE.
+      UserError: the naming is unknown, or the library has no such model.
     """
     if naming not in NAMINGS:
         raise UserError(f"unknown naming '{naming}'{nearest(naming, NAMINGS)} (known: {', '.join(NAMINGS)})")
     if "mask_token" in params and naming != "official":
         raise UserError(f"{naming} has no FCMAE; export the encoder alone, or use naming official")
+    if _is_upernet(params) and naming == "timm":
+        raise UserError("timm has no UperNet; use naming huggingface or official")
     prefixed = naming == "huggingface" and "head.kernel" in params
     rename = renamer(naming, HUGGINGFACE_PREFIX if prefixed else "")
     conv_mlp = naming == "timm" and variant_of(*sizes_of(params)) in TIMM_CONV_MLP
-    return {
+    tensors = {
         rename(name): np.ascontiguousarray(their_layout(name, np.asarray(value), naming, conv_mlp))
         for name, value in params.items()
     }
+    averages = [name.removesuffix("running_var") for name in tensors if name.endswith(".running_var")]
+    return tensors | {f"{module}{BATCHES}": np.array(0, np.int64) for module in averages}
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
-    """Recognises the naming of a state dict and returns its parameters under our names.
+    """Recognises the naming of a state dict and returns its arrays under our names.
 
-    A prefix `module.` is dropped. An official state dict may be a fine-tuned model, an FCMAE with its
-    decoder, or an encoder with or without the prefix `encoder.`; encoders may be dense or MinkowskiEngine's.
+    A prefix `module.` is dropped, and so are BatchNorm's numbers of batches. An official state dict may be a
+    fine-tuned model, an FCMAE with its decoder, or an encoder with or without the prefix `encoder.`; encoders
+    may be dense or MinkowskiEngine's. With the prefix `backbone.` it is an UperNet of mmsegmentation or
+    transformers.
 
     Args:
       tensors: the state dict.
@@ -130,6 +164,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
     """
     if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel's
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    tensors = {name: value for name, value in tensors.items() if not name.endswith(f".{BATCHES}")}
     form = next((form for form in _FORMS if form[1] + MARKERS[form[0]] in tensors), None)
     if form is None:
         raise UserError(
@@ -138,26 +173,28 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
         )
     naming, prefix = form
     has_decoder = naming == "official" and any(name.startswith(_DECODER) for name in tensors)
-    if naming == "official" and not has_decoder:
+    has_heads = prefix == UPERNET_PREFIX
+    if naming == "official" and not (has_decoder or has_heads):
         tensors, prefix = {name.removeprefix(prefix): value for name, value in tensors.items()}, ""
     if naming == "official":
         tensors = dense(tensors)
-    # In an FCMAE, the prefix is part of our names too.
-    rename = renamer(naming, "" if has_decoder else prefix)
+    # In an FCMAE and an UperNet, the prefix is part of our names too.
+    inside = prefix if has_decoder or has_heads else ""
+    rename = renamer(naming, "" if inside else prefix)
 
     def shape(ours: str) -> tuple[int, ...]:
         if rename(ours) not in tensors:
             raise UserError(f"'{source}' is not a complete {naming} ConvNeXt V2: '{rename(ours)}' is missing")
         return tensors[rename(ours)].shape
 
-    inside = prefix if has_decoder else ""
     stem = shape(f"{inside}downsample_layers.0.0.kernel")
     if len(stem) != 4:
         raise UserError(f"'{source}': '{MARKERS[naming]}' {list(stem)} does not have 4 axes")
     down = [f"{inside}downsample_layers.{stage}.{min(stage, 1)}.bias" for stage in range(STAGES)]
     dims = tuple(math.prod(shape(name)) for name in down)
     depths = _count_blocks(tensors, re.escape(prefix) + BLOCKS[naming])
-    has_head = any(rename(name) in tensors for name in ("head.kernel", "head.bias"))
+    head = "decode_head.conv_seg" if has_heads else "head"
+    has_head = has_heads or any(rename(f"{head}.{leaf}") in tensors for leaf in ("kernel", "bias"))
     in_decoder = {match[1] for name in tensors if (match := re.match(r"decoder\.(\d+)\.", name))}
     imported = Imported(
         params={},
@@ -165,11 +202,12 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
         dims=dims,
         in_chans=stem[1],
         patch_size=stem[2],
-        num_classes=math.prod(shape("head.bias")) if has_head else 0,
+        num_classes=math.prod(shape(f"{head}.bias")) if has_head else 0,
         naming=naming,
         decoder_dim=math.prod(shape("mask_token")) if has_decoder else 0,
         decoder_depth=max(1, len(in_decoder)) if has_decoder else 0,
         fresh_norm=not (has_decoder or has_head or any(rename(name) in tensors for name in _NORM)),
+        heads=_heads(tensors, shape) if has_heads else None,
     )
     absent = _NORM if imported.fresh_norm else ()
     wanted = {name: shape for name, shape in _model_shapes(imported).items() if name not in absent}
@@ -181,6 +219,16 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
     return dataclasses.replace(imported, params=params)
 
 
+def _heads(names: Iterable[str], shape: Callable[[str], tuple[int, ...]]) -> Heads:
+    """Returns the widths of an UperNet's heads; `shape` returns a tensor's shape by our name."""
+    levels = {match[1] for name in names if (match := re.match(r"decode_head\.psp_modules\.(\d+)\.", name))}
+    return Heads(
+        channels=math.prod(shape("decode_head.bottleneck.bn.bias")),
+        auxiliary_channels=math.prod(shape("auxiliary_head.convs.0.bn.bias")),
+        pools=max(1, len(levels)),
+    )
+
+
 def _count_blocks(names: Iterable[str], pattern: str) -> tuple[int, ...]:
     """Returns the number of blocks of each stage, at least 1: then a missing stage is reported."""
     found = {match.groups() for name in names if (match := re.match(pattern, name))}
@@ -188,18 +236,26 @@ def _count_blocks(names: Iterable[str], pattern: str) -> tuple[int, ...]:
 
 
 def _model_shapes(model: Imported) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of our parameters by name, from the model itself."""
+    """Returns the shapes of our arrays by name, from the model itself."""
     config = EncoderConfig(model.depths, model.dims, in_chans=model.in_chans, patch_size=model.patch_size)
 
-    def build() -> ConvNeXtV2 | FCMAE:
+    def build() -> ConvNeXtV2 | FCMAE | UperNet:
         rngs = nnx.Rngs(0)
+        if model.heads:
+            return UperNet(
+                config,
+                num_classes=model.num_classes,
+                channels=model.heads.channels,
+                auxiliary_channels=model.heads.auxiliary_channels,
+                pool_scales=(1,) * model.heads.pools,
+                rngs=rngs,
+            )
         if model.has_decoder:
             decoder: dict = {"decoder_dim": model.decoder_dim, "decoder_depth": model.decoder_depth}
             return FCMAE(config, **decoder, rngs=rngs)
         return ConvNeXtV2(config, num_classes=model.num_classes, rngs=rngs)
 
-    state = nnx.state(nnx.eval_shape(build), nnx.Param)
-    return {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+    return {name: leaf.shape for name, leaf in split(nnx.eval_shape(build))[1].items()}
 
 
 def _check(

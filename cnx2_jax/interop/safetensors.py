@@ -3,17 +3,22 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
 from cnx2_jax.errors import UserError
 from cnx2_jax.files import check_new, creating
+from cnx2_jax.interop.dialects import UPERNET_PREFIX
 from cnx2_jax.interop.facts import (
     HUGGINGFACE_CLASSIFIER,
+    HUGGINGFACE_SEGMENTER,
     Facts,
     huggingface_config,
     huggingface_preprocessor,
+    huggingface_segmenter_preprocessor,
+    huggingface_upernet_config,
     timm_config,
 )
 from cnx2_jax.interop.files import read_tensors
@@ -21,36 +26,46 @@ from cnx2_jax.interop.names import from_torch, sizes_of, to_torch, variant_of
 
 NAMINGS = ("huggingface", "timm")
 WEIGHTS = "model.safetensors"
+SEGMENTER_HEAD = "decode_head.conv_seg.bias"
 
 
 class NoRuntimeError(UserError):
     """The library that would run the written model is not installed."""
 
 
-def write(folder: Path, params: Mapping[str, np.ndarray], facts: Facts, naming: str) -> None:
-    """Writes a ConvNeXtV2 as a new folder; after an error there is no folder.
+def write(
+    folder: Path,
+    params: Mapping[str, np.ndarray],
+    facts: Facts,
+    naming: str,
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6),
+) -> None:
+    """Writes a ConvNeXtV2 or an UperNet as a new folder; after an error there is no folder.
 
     `huggingface` is for `AutoModelForImageClassification.from_pretrained(folder)`, or `AutoModel` without a
     head; there is no `preprocessor_config.json` for oblong images, because it cannot describe them.
+    An UperNet is for `UperNetForSemanticSegmentation.from_pretrained(folder)`.
     `timm` is for `timm.create_model("local-dir:FOLDER", pretrained=True)`. Before the folder appears, the
     weights are read back from it and compared bit for bit.
 
     Args:
       folder: a path that does not exist.
-      params: float32 parameters by our names.
+      params: float32 parameters by our names, and the running averages of an UperNet.
       facts: with one class name per class of the head.
-      naming: one of NAMINGS.
+      naming: one of NAMINGS; timm has no UperNet.
+      pool_scales: of an UperNet.
 
     Raises:
       UserError: `folder` exists already or cannot be written, the class names do not fit the head, or the
         library has no such model (see `to_torch` and `facts.timm_config`).
     """
     check_new(folder, "--out")
-    classes = len(params["head.bias"]) if "head.bias" in params else 0
+    head = next((name for name in ("head.bias", SEGMENTER_HEAD) if name in params), None)
+    classes = len(params[head]) if head else 0
     if len(facts.class_names) != classes:
         raise UserError(f"{len(facts.class_names)} class names do not fit a head of {classes} classes")
     tensors = to_torch(params, naming)
-    documents = _documents(params, facts, naming)
+    documents = _documents(params, facts, naming, pool_scales)
     with creating(folder) as partial:
         partial.mkdir()
         # Older transformers refuse a file without this mark of PyTorch.
@@ -67,28 +82,38 @@ def run_huggingface(folder: Path, images: np.ndarray) -> np.ndarray:
       images: normalised, float32 `[B, H, W, C]`.
 
     Returns:
-      Logits `[B, classes]` in float32; without a head, the normalised mean `[B, dims[3]]`.
+      Logits in float32, `[B, classes]`, or `[B, H, W, classes]` of an UperNet; without a head, the normalised
+      mean `[B, dims[3]]`.
 
     Raises:
       NoRuntimeError: PyTorch or transformers is not installed.
     """
     try:
         import torch
-        from transformers import AutoModel, AutoModelForImageClassification
+        from transformers import (
+            AutoModel,
+            AutoModelForImageClassification,
+            UperNetForSemanticSegmentation,
+        )
         from transformers.utils import logging
     except ImportError:
         raise NoRuntimeError(
             f"transformers is needed to run '{folder}'; pip install 'cnx2_jax[transformers]'"
         ) from None
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    has_head = architecture == HUGGINGFACE_CLASSIFIER
-    kind = AutoModelForImageClassification if has_head else AutoModel
+    kinds: dict[str, Any] = {
+        HUGGINGFACE_CLASSIFIER: AutoModelForImageClassification,
+        HUGGINGFACE_SEGMENTER: UperNetForSemanticSegmentation,
+    }
+    kind = kinds.get(architecture, AutoModel)
     logging.disable_progress_bar()
     model = kind.from_pretrained(folder, local_files_only=True).eval()
     pixels = torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     with torch.inference_mode():
         found = model(pixels)
-    return (found.logits if has_head else found.pooler_output).numpy()
+    if architecture == HUGGINGFACE_SEGMENTER:
+        return found.logits.permute(0, 2, 3, 1).numpy()
+    return (found.logits if architecture in kinds else found.pooler_output).numpy()
 
 
 def run_timm(folder: Path, images: np.ndarray) -> np.ndarray:
@@ -104,10 +129,29 @@ def run_timm(folder: Path, images: np.ndarray) -> np.ndarray:
         return model(pixels).numpy()
 
 
-def _documents(params: Mapping[str, np.ndarray], facts: Facts, naming: str) -> dict[str, dict]:
+def _documents(
+    params: Mapping[str, np.ndarray], facts: Facts, naming: str, pool_scales: tuple[int, ...]
+) -> dict[str, dict]:
     """Returns the JSON files by name."""
     depths, dims = sizes_of(params)
-    patch_size, _, in_chans, _ = params["downsample_layers.0.0.kernel"].shape
+    segments = SEGMENTER_HEAD in params
+    prefix = UPERNET_PREFIX if segments else ""
+    patch_size, _, in_chans, _ = params[f"{prefix}downsample_layers.0.0.kernel"].shape
+    if segments:
+        config = huggingface_upernet_config(
+            facts,
+            depths,
+            dims,
+            in_chans,
+            patch_size,
+            channels=len(params["decode_head.bottleneck.bn.bias"]),
+            auxiliary_channels=len(params["auxiliary_head.convs.0.bn.bias"]),
+            pool_scales=pool_scales,
+        )
+        return {
+            "config.json": config,
+            "preprocessor_config.json": huggingface_segmenter_preprocessor(facts),
+        }
     if naming == "timm":
         variant = variant_of(depths, dims)
         return {"config.json": timm_config(facts, variant, depths, dims, in_chans, patch_size)}

@@ -170,3 +170,19 @@ def stochastic_depth(keys: Key[Array, " b"], rates: Sequence[float]) -> Float[Ar
         return jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, index), keep))(keys) / keep
 
     return jax.vmap(draw)(jnp.arange(len(keep)), keep)
+
+
+def dropout_channels(
+    x: Float[Array, "b *positions c"], keys: Key[Array, " b"], rate: float, stream: int
+) -> Float[Array, "b *positions c"]:
+    """Sets each channel of each sample to zero with probability `rate`, and scales the others up.
+
+    Like `torch.nn.Dropout2d`, it drops a channel at all positions. Each draw depends on the sample's key and
+    the number `stream` only, which tells the layers of a model apart.
+    """
+
+    def draw(key):
+        return jax.random.bernoulli(jax.random.fold_in(key, stream), 1 - rate, x.shape[-1:])
+
+    factors = (jax.vmap(draw)(keys) / (1 - rate)).astype(x.dtype)
+    return x * factors.reshape(len(x), *[1] * (x.ndim - 2), -1)

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from cnx2_jax.models import ConvNeXtV2
+from cnx2_jax.interop.names import to_torch
+from cnx2_jax.models import ConvNeXtV2, UperNet
+from cnx2_jax.models.state import split
 
 
 def hugging_face_twin(model: ConvNeXtV2, parameters: dict):
@@ -84,3 +86,51 @@ def twin_of():
 def run_of_twin():
     """The function `run_twin(twin, images)`."""
     return run_twin
+
+
+def hugging_face_upernet(model: UperNet):
+    """Returns `UperNetForSemanticSegmentation` with the arrays of `model`, in evaluation mode."""
+    import torch
+    from transformers import ConvNextV2Config, UperNetConfig, UperNetForSemanticSegmentation
+
+    arrays = {name: np.asarray(value) for name, value in split(model)[1].items()}
+    config = UperNetConfig(
+        backbone_config=ConvNextV2Config(
+            depths=list(model.config.depths),
+            hidden_sizes=list(model.config.dims),
+            patch_size=model.config.patch_size,
+            num_channels=model.config.in_chans,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        hidden_size=len(arrays["decode_head.bottleneck.bn.bias"]),
+        pool_scales=list(model.pool_scales),
+        auxiliary_in_channels=model.config.dims[2],
+        auxiliary_channels=len(arrays["auxiliary_head.convs.0.bn.bias"]),
+        num_labels=model.num_classes,
+    )
+    with torch.device("meta"):
+        twin = UperNetForSemanticSegmentation(config)
+    tensors = {name: torch.tensor(value) for name, value in to_torch(arrays, "huggingface").items()}
+    twin.load_state_dict(tensors, assign=True)
+    return twin.eval()
+
+
+def run_upernet(twin, images: np.ndarray):
+    """Returns the twin's logits of both heads, at the resolution of the heads, channels last, as tensors."""
+    import torch
+
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2))
+    maps = twin.backbone.forward_with_filtered_kwargs(pixels).feature_maps
+    return [head(maps).permute(0, 2, 3, 1) for head in (twin.decode_head, twin.auxiliary_head)]
+
+
+@pytest.fixture(scope="session")
+def upernet_twin_of():
+    """The function `hugging_face_upernet(model)`."""
+    return hugging_face_upernet
+
+
+@pytest.fixture(scope="session")
+def run_of_upernet():
+    """The function `run_upernet(twin, images)`."""
+    return run_upernet

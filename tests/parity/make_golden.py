@@ -1,4 +1,4 @@
-"""Writes tests/golden/*.npz: what Hugging Face's ConvNeXt V2 gives for weights made by a rule.
+"""Writes tests/golden/*.npz: what Hugging Face's ConvNeXt V2 and UperNet give for weights made by a rule.
 
     python tests/parity/make_golden.py
 
@@ -11,6 +11,7 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import torch
 
 TESTS = Path(__file__).parents[1]
 
@@ -22,8 +23,17 @@ def main():
         model = reference.model()
         twin = parity["hugging_face_twin"](model, shared["parameter_paths"](model))
         arrays = reference.stored(*parity["run_twin"](twin, reference.images()))
-        np.savez_compressed(reference.golden, **arrays)
-        print(f"{reference.golden}: {reference.golden.stat().st_size} bytes")
+        save(reference.golden, arrays)
+    for reference in shared["UPERNET_REFERENCES"]:
+        twin = parity["hugging_face_upernet"](reference.model())
+        with torch.inference_mode():
+            logits = parity["run_upernet"](twin, reference.images())
+        save(reference.golden, reference.stored(*(x.numpy() for x in logits)))
+
+
+def save(path: Path, arrays: dict[str, np.ndarray]):
+    np.savez_compressed(path, **arrays)
+    print(f"{path}: {path.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
