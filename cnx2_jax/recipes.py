@@ -24,6 +24,17 @@ def use_digits(config: ConfigDict) -> None:
     config.data.std = (0.35,)
 
 
+def use_scenes(config: ConfigDict) -> None:
+    """Sets made-up scenes of digits and a network small enough for a CPU, in place."""
+    config.image_size = (64, 64)
+    config.log_steps = 20
+    config.model.variant = "custom"
+    config.model.depths = (1, 1, 2, 1)
+    config.model.dims = (16, 32, 64, 128)
+    config.model.patch_size = 2
+    config.data.source = "scenes"
+
+
 def use_smoke(config: ConfigDict) -> None:
     """Shrinks a recipe to less than a minute on a CPU, in place: synthetic images, a few steps of atto.
 

@@ -22,18 +22,31 @@ Differences from the official code:
   cnx2 train --config pretrain:digits --workdir runs/digits
 
 pretrains a small network on scikit-learn's 1,797 embedded digits in about a minute on a CPU;
-`pretrain:smoke` runs a few steps of the recipe above on made-up images.
+`pretrain:scenes` does so on the scenes of `segment:digits`; `pretrain:smoke` runs a few steps of the recipe
+above on made-up images.
 """
 
 from cnx2_jax.models import VARIANTS
-from cnx2_jax.recipes import parse_argument, use_digits, use_smoke
+from cnx2_jax.recipes import parse_argument, use_digits, use_scenes, use_smoke
 from cnx2_jax.sweeps import product
 from cnx2_jax.tasks import defaults
 
 
 def get_config(argument="tiny"):
-    name, options = parse_argument(argument, [*VARIANTS, "digits", "smoke"], epochs=0.0)
+    name, options = parse_argument(argument, [*VARIANTS, "digits", "scenes", "smoke"], epochs=0.0)
     config = defaults("pretrain")
+    if name == "scenes":
+        use_scenes(config)
+        config.batch_size = 128
+        config.total_epochs = options["epochs"] or 40.0
+        config.eval_epochs = 20.0
+        config.optimizer.base_learning_rate = 2e-3
+        config.optimizer.warmup_epochs = 3.0
+        config.optimizer.b2 = 0.95
+        config.data.crop_scale = (0.4, 1.0)
+        config.data.flip = False
+        config.model.decoder_dim = 64
+        return config
     if name == "digits":
         use_digits(config)
         config.batch_size = 128

@@ -19,6 +19,7 @@ CONFIGS = TESTS.parent / "configs"
 GOLDEN = TESTS / "golden" / "recipes"
 IMAGES = {"finetune_22k": 14_197_122 * 99 // 100}  # of the training set; ImageNet-1K's otherwise
 IMAGENET_1K = 1_281_167
+SOURCES = {"digits": 1438, "synthetic": 400, "scenes": 2000, "ade20k": 20_210}
 
 
 def recipes(path: Path) -> list[str]:
@@ -46,8 +47,7 @@ def dump(path: Path) -> str:
     columns = []
     for name in names:
         config = load_config(f"{path}:{name}")
-        images = {"digits": 1438, "synthetic": 400}.get(config.data.source.partition(":")[0])
-        images = images or IMAGES.get(path.stem, IMAGENET_1K)
+        images = SOURCES.get(config.data.source.partition(":")[0]) or IMAGES.get(path.stem, IMAGENET_1K)
         columns.append({**flatten(config), **learning_rates(config, images)})
     lines = [f"recipes: {' | '.join(names)}"]
     for key in columns[0]:

@@ -18,7 +18,7 @@ from cnx2_jax.tasks import Task, make_task
 from cnx2_jax.train.step import batch_key
 
 if TYPE_CHECKING:  # data needs TensorFlow, which --help should not wait for
-    from cnx2_jax.data.images import ImageData
+    from cnx2_jax.data.pipeline import Examples
     from cnx2_jax.data.sources import Source
 
 TAKES_OVERRIDES = True
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from cnx2_jax.data import inspection
-    from cnx2_jax.data.images import ImageData
+    from cnx2_jax.data.pipeline import Examples
 
     check_picture(args.out)
     if not (1 <= args.rows <= 100 and 0 <= args.step < 2**31 and 0 <= args.seconds <= 3600):
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     task = make_task(config)
     images = task.data
-    if not isinstance(images, ImageData):
+    if not isinstance(images, Examples):
         raise UserError(
             f"task '{config.task}' trains on features, not on images; give the config of another task"
         )
@@ -112,7 +112,7 @@ def _describe(split: str, source: "Source") -> None:
         )
 
 
-def _sheet(task: Task, images: "ImageData", step: int, rows: int) -> np.ndarray:
+def _sheet(task: Task, images: "Examples", step: int, rows: int) -> np.ndarray:
     """Draws training images as the model gets them, each row prepared as a batch of its own."""
     pictures, captions = [], []
     stream = images.train_batches(step)

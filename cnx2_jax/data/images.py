@@ -1,5 +1,6 @@
 """Images of one static size for pretraining and classification: the examples that a config asks for."""
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from jaxtyping import UInt8
 from cnx2_jax.configuration import image_hw
 from cnx2_jax.data import faults, pipeline
 from cnx2_jax.data.augment import make_augmentation
-from cnx2_jax.data.fields import Field, Image
+from cnx2_jax.data.fields import Field, Image, Label
 from cnx2_jax.data.pipeline import Batch, Examples
 from cnx2_jax.data.sources import Source, open_set, open_source
 from cnx2_jax.data.tensorflow import tf
@@ -30,16 +31,12 @@ class ImageData(Examples):
 
         Raises:
           UserError: as `open_source`, `open_set`, `make_augmentation` and `faults.Tolerance`, or if images
-            cannot have `model.in_chans` channels or have no labels.
+            cannot have `model.in_chans` channels.
         """
         data, seed = config.data, config.seed
         tolerance = _tolerance(config)
         _check_channels(config.model.in_chans)
-        train = open_source(data, "train", seed)
-        if "label" not in train.fields:
-            raise UserError(
-                f"data.source '{data.source}' has maps, but no label per image; take a folder or tfds"
-            )
+        train = _labelled(open_source(data, "train", seed))
         if data.val_root and not data.val_source:
             raise UserError(
                 f"data.val_root '{data.val_root}' without data.val_source; set it to folder or tfds:..."
@@ -47,7 +44,7 @@ class ImageData(Examples):
         if data.val_source:
             val = open_set(data.val_source, data.val_root, train.class_names)
         else:
-            val = open_source(data, "val", seed)
+            val = _labelled(open_source(data, "val", seed))
         fields = _fields(train, config)
         train_transform = TrainTransform(
             fields,
@@ -63,6 +60,17 @@ class ImageData(Examples):
         )
         eval_transform = _eval_transform(val, config)
         super().__init__(train, val, train_transform, eval_transform, seed, config.batch_size, tolerance)
+
+
+def _labelled(source: Source) -> Source:
+    """Returns the images of a source and their labels, all 0 where it has none, such as one of maps."""
+    if "label" in source.fields:
+        return source
+    return dataclasses.replace(
+        source,
+        fields={"image": source.fields["image"], "label": Label(())},
+        read=lambda index: {"image": source.read(index)["image"], "label": tf.constant(0)},
+    )
 
 
 def eval_batches(

@@ -219,12 +219,12 @@ class PreparedImage(NamedTuple):
     """An image to predict the classes of.
 
     Attributes:
-      scaled: the image at each of `data.eval_scales`, without padding.
-      original: height and width of the image itself.
+      original: the image itself.
+      scaled: the same at each of `data.eval_scales`, without padding.
     """
 
-    scaled: tuple[UInt8[np.ndarray, "height width channels"], ...]
-    original: tuple[int, int]
+    original: UInt8[np.ndarray, "height width channels"]
+    scaled: tuple[UInt8[np.ndarray, "_h _w channels"], ...]
 
 
 def prediction_images(source: Source, config: Any) -> Iterator[PreparedImage]:
@@ -241,17 +241,16 @@ def prediction_images(source: Source, config: Any) -> Iterator[PreparedImage]:
 
     # One trace for all sizes.
     @tf.function(autograph=False, input_signature=[tf.TensorSpec([], tf.int64)])
-    def prepared(index: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], tf.Tensor]:
+    def prepared(index: tf.Tensor) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
         image = field.decode(source.read(index)["image"])
-        return _at_scales(image, bounds), tf.shape(image)[:2]
+        return image, _at_scales(image, bounds)
 
     for index in range(source.num_records):
         try:
-            images, size = prepared(tf.constant(index, tf.int64))
+            original, scaled = prepared(tf.constant(index, tf.int64))
         except pipeline.FAILURES as error:
             raise pipeline.unreadable(source.name_of(index, "image"), error, field) from error
-        height, width = size.numpy().tolist()
-        yield PreparedImage(tuple(image.numpy() for image in images), (height, width))
+        yield PreparedImage(original.numpy(), tuple(image.numpy() for image in scaled))
 
 
 def name_at(scale: int) -> str:
