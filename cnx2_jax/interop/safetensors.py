@@ -56,8 +56,8 @@ def write(
       pool_scales: of an UperNet.
 
     Raises:
-      UserError: `folder` exists already or cannot be written, the class names do not fit the head, or the
-        library has no such model (see `to_torch` and `facts.timm_config`).
+      UserError: `folder` exists already or cannot be written, the class names or pool scales do not fit the
+        heads, or the library has no such model (see `to_torch` and `facts.timm_config`).
     """
     check_new(folder, "--out")
     head = next((name for name in ("head.bias", SEGMENTER_HEAD) if name in params), None)
@@ -138,6 +138,11 @@ def _documents(
     prefix = UPERNET_PREFIX if segments else ""
     patch_size, _, in_chans, _ = params[f"{prefix}downsample_layers.0.0.kernel"].shape
     if segments:
+        levels = sum(
+            name.startswith("decode_head.psp_modules.") and name.endswith(".kernel") for name in params
+        )
+        if len(pool_scales) != levels:
+            raise UserError(f"{len(pool_scales)} pool scales do not fit {levels} levels of pyramid pooling")
         config = huggingface_upernet_config(
             facts,
             depths,
