@@ -18,6 +18,7 @@ from cnx2_jax.configuration import flatten, load_config, load_module, override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import split
 from cnx2_jax.tasks import defaults, make_task
+from cnx2_jax.tasks.base import Described
 from cnx2_jax.train.loop import fit
 from cnx2_jax.train.terms import mean_of
 from cnx2_jax.workdir import FREE_KEYS, make_workdir, read_config, record_config
@@ -28,12 +29,13 @@ LARGER = ("nano", "tiny", "base", "large", "huge")
 RECIPES = [
     f"{file}.py:{name}"
     for file, names in {
-        "pretrain": (*VARIANTS, "digits"),
+        "pretrain": (*VARIANTS, "digits", "scenes"),
         "finetune": (*VARIANTS, "digits"),
         "finetune_22k": LARGER,
         "finetune_22k_1k": LARGER,
         "linear_probe": (*VARIANTS, "digits"),
         "scratch": VARIANTS,
+        "segment": (*VARIANTS, "base_22k", "large_22k", "huge_22k", "digits"),
     }.items()
     for name in (*names, "smoke")
 ]
@@ -181,7 +183,7 @@ def test_unknown_name_names_the_nearest_and_the_known(name, nearest, monkeypatch
     (tmp_path / "other").write_text("")  # a config file's name ends in .py
     with pytest.raises(UserError) as raised:
         load_config(f"{name}:tiny")
-    known = "finetune, finetune_22k, finetune_22k_1k, linear_probe, pretrain, scratch"
+    known = "finetune, finetune_22k, finetune_22k_1k, linear_probe, pretrain, scratch, segment"
     assert str(raised.value) == f"unknown config '{name}'{nearest} (known: {known}; or give a FILE.py)"
 
 
@@ -353,7 +355,8 @@ def test_no_workdir(tmp_path):
 def test_every_recipe_loads_and_survives_json(recipe, tmp_path):
     config = load_config(f"{CONFIGS}/{recipe}")
     name = recipe.split(":")[1]
-    assert config.model.variant == {"digits": "custom", "smoke": "atto"}.get(name, name)
+    custom = {"digits": "custom", "scenes": "custom", "smoke": "atto"}
+    assert config.model.variant == custom.get(name, name.removesuffix("_22k"))
     record_config(config, tmp_path)
     again = read_config(tmp_path)
     assert flatten(again) == flatten(config)
@@ -537,6 +540,53 @@ def test_finetuning_after_22k_is_as_published(column, size):
         **AUGMENTED,
     }
     assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "drop_path", "side"),
+    [
+        ("tiny", 0.4, 512),
+        ("small", 0.3, 512),
+        ("base", 0.4, 512),
+        ("large", 0.4, 512),
+        ("large_22k", 0.4, 640),
+    ],
+)
+def test_segmentation_is_as_published(name, drop_path, side):
+    """Of ConvNeXt's configs `upernet_convnext_*_160k_ade20k.py` (shared/reference/segmentation.md)."""
+    values = flatten(load_config(f"{CONFIGS}/segment.py:{name}"))
+    expected = {
+        "batch_size": 16,
+        "total_steps": 160_000,
+        "image_size": (side, side),
+        "optimizer.base_learning_rate": 1e-4 * 256 / 16,
+        "optimizer.schedule": "poly",
+        "optimizer.warmup_steps": 1500,
+        "optimizer.min_learning_rate": 0.0,
+        "optimizer.weight_decay": 0.05,
+        "optimizer.b1": 0.9,
+        "optimizer.b2": 0.999,
+        "optimizer.layer_decay": 0.9,
+        "optimizer.layer_decay_type": "stage",
+        "model.drop_path": drop_path,
+        "model.channels": 512,
+        "model.auxiliary_channels": 256,
+        "model.pool_scales": (1, 2, 3, 6),
+        "model.dropout": 0.1,
+        "auxiliary_weight": 0.4,
+        "data.source": "ade20k",
+        "data.augment": "distort",
+        "data.ratio_range": (0.5, 2.0),
+        "data.class_share": 0.75,
+        "data.resize_long": 4 * side,
+        "data.resize_short": side,
+        "data.eval_long": 4 * side,
+        "data.eval_short": side,
+        "data.ignore": 255,
+    }
+    assert {key: values[key] for key in expected} == expected
+    window, stride = make_task(load_config(f"segment:{name}"), data=Described(class_names=("a", "b"))).window
+    assert (window, stride) == ((side, side), ({512: 341, 640: 426}[side],) * 2)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
