@@ -69,17 +69,25 @@ def outcome(workdir):
     return rows, {name: np.asarray(value) for name, value in params.items()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_compile_quickly(compile_quickly):
+    """In this process as in the other one, because results are compared."""
+
+
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """The folder of all runs on eight devices."""
     folder = tmp_path_factory.mktemp("eight")
     lines = [json.dumps(words(task, MESHES[mesh], folder / task / mesh)) for task, mesh in RUNS]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # they take longer than these runs
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         input="\n".join(lines),
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, **flags},
         capture_output=True,
         text=True,
     )

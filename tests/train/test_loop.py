@@ -33,6 +33,11 @@ SMALL = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_compile_quickly(compile_quickly):
+    """Runs of a few steps: fast code would take longer to compile than it saves."""
+
+
 def small(recipe, *overrides):
     return make_task(load_config(f"configs/{recipe}", [*SMALL, *overrides]))
 
