@@ -55,8 +55,6 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     check_new(args.to, "--to")
     path = hub.fetch(args.source) if args.source.startswith(hub.SCHEME) else Path(args.source)
     imported = from_torch(read_tensors(path), args.source)
-    if imported.heads:
-        raise UserError(f"'{args.source}' is an UperNet, which cnx2 convert does not take; give a classifier")
     for name, value in imported.params.items():
         if value.dtype != np.float32 or not np.isfinite(value).all():
             raise UserError(
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _config(imported: Imported, described: dict[str, Any], source: str) -> ConfigDict:
     """Returns the config of a run with this model, from its weights and the JSON files beside them."""
-    config = defaults("pretrain" if imported.has_decoder else "classify")
+    config = defaults("segment" if imported.heads else "pretrain" if imported.has_decoder else "classify")
     model, data = config.model, config.data
     model.variant = imported.variant
     if imported.variant == "custom":
@@ -93,7 +91,20 @@ def _config(imported: Imported, described: dict[str, Any], source: str) -> Confi
     model.in_chans, model.patch_size = imported.in_chans, imported.patch_size
     if imported.has_decoder:
         model.decoder_dim, model.decoder_depth = imported.decoder_dim, imported.decoder_depth
+    if imported.heads:
+        scales = described.get("pool_scales", model.pool_scales)
+        if len(scales) != imported.heads.pools:
+            raise UserError(
+                f"'{source}' pools at {imported.heads.pools} scales, which config.json beside it does not "
+                f"name ({tuple(scales)}); put one there"
+            )
+        model.pool_scales = scales
+        model.channels = imported.heads.channels
+        model.auxiliary_channels = imported.heads.auxiliary_channels
     config.image_size = described.get("image_size", config.image_size)
+    if imported.heads:
+        data.eval_short = min(image_hw(config))
+        data.eval_long = 4 * data.eval_short
     data.eval_crop = described.get("eval_crop", data.eval_crop)
     data.mean, data.std = described.get("mean", data.mean), described.get("std", data.std)
     if len(data.mean) != imported.in_chans or len(data.std) != imported.in_chans:

@@ -16,6 +16,7 @@ from cnx2_jax.interop.export import Format, Job
 from cnx2_jax.interop.facts import Facts
 from cnx2_jax.interop.inference import InferenceModel
 from cnx2_jax.interop.safetensors import NAMINGS
+from cnx2_jax.models import UperNet
 from cnx2_jax.observe.progress import say
 from cnx2_jax.tasks import models, weights
 
@@ -34,10 +35,8 @@ def _run_orbax(path: Path, images: np.ndarray) -> np.ndarray:
 
 def _inference_model(path: Path, *, uint8: bool) -> InferenceModel:
     model, config, _ = weights.load(path)
-    data = config.data
-    return InferenceModel(
-        models.without_decoder(model), image_hw(config), mean=data.mean, std=data.std, uint8=uint8
-    )
+    network = model if isinstance(model, UperNet) else models.without_decoder(model)
+    return InferenceModel(network, image_hw(config), mean=config.data.mean, std=config.data.std, uint8=uint8)
 
 
 def _facts(folder: Path, model: InferenceModel) -> Facts:

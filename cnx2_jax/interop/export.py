@@ -50,7 +50,7 @@ class Format:
     Attributes:
       summary: one line for `--help`.
       write: writes a job to a file or folder; raises OSError.
-      run: loads the file or folder and maps images `[B, H, W, C]` to results `[B, width]`.
+      run: loads the file or folder and maps images `[B, H, W, C]` to results `[B, *result]`.
       writer: the package that `write` needs.
       runtime: the package that `run` needs.
       extra: the extra of cnx2_jax that installs both; empty if they are always installed.
@@ -88,7 +88,9 @@ def of_weights(naming: str) -> Format:
     }[naming]
     return Format(
         "a folder that transformers or timm loads",
-        write=lambda path, job: safetensors.write(path, job.model.params, job.facts, naming),
+        write=lambda path, job: safetensors.write(
+            path, job.model.params, job.facts, naming, job.model.pool_scales
+        ),
         run=run,
         writer="safetensors",
         runtime=runtime,

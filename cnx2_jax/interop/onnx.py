@@ -4,6 +4,7 @@ The input is `images`, channels last; the output is `logits` or `features`. Init
 parameters; kernels of convolutions have ONNX's layout `[out, in, rows, columns]`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def write(path: Path, model: InferenceModel) -> None:
     assert graph.nodes[-1].name == result, "the last node makes the result"
     kind = helper.np_dtype_to_tensor_dtype(model.dtype)
     images = helper.make_tensor_value_info("images", kind, ["batch", *model.shape], _describe(model))
-    output = helper.make_tensor_value_info(model.output, onnx.TensorProto.FLOAT, ["batch", model.width])
+    output = helper.make_tensor_value_info(model.output, onnx.TensorProto.FLOAT, ["batch", *model.result])
     proto = helper.make_model(
         helper.make_graph(graph.nodes, "ConvNeXtV2", [images], [output], graph.initializers),
         opset_imports=[helper.make_opsetid("", OPSET)],
@@ -47,7 +48,7 @@ def write(path: Path, model: InferenceModel) -> None:
     onnx.checker.check_model(path, full_check=True)
 
 
-def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]:
+def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b *result"]:
     """Runs a file written by `write`, on the CPU."""
     import onnxruntime
 
@@ -97,7 +98,9 @@ class _Graph:
 
     def _convolve(self, x: str, name: str, **attributes: Any) -> str:
         x = self._node("Transpose", [x], f"{name}.channels_first", perm=[0, 3, 1, 2])
-        inputs = [x, self._parameter(f"{name}.kernel"), self._parameter(f"{name}.bias")]
+        inputs = [x, self._parameter(f"{name}.kernel")]
+        if f"{name}.bias" in self.model.params:
+            inputs.append(self._parameter(f"{name}.bias"))
         x = self._node("Conv", inputs, f"{name}.conv", **attributes)
         return self._node("Transpose", [x], name, perm=[0, 2, 3, 1])
 
@@ -144,3 +147,24 @@ class _Graph:
 
     def mean(self, x: str) -> str:
         return self._node("ReduceMean", [x, "positions"], "mean_of_positions", keepdims=0)
+
+    def conv(self, x: str, name: str) -> str:
+        size = self.model.params[f"{name}.kernel"].shape[0]
+        return self._convolve(x, name, kernel_shape=[size] * 2, pads=[size // 2] * 4)
+
+    def scale_shift(self, x: str, name: str, scale: np.ndarray, shift: np.ndarray) -> str:
+        x = self._node("Mul", [x, self._constant(f"{name}.factor", scale)], f"{name}.scaled")
+        return self._node("Add", [x, self._constant(f"{name}.shift", shift)], name)
+
+    def relu(self, x: str) -> str:
+        return self._node("Relu", [x], f"{x}.relu")
+
+    def resample(self, x: str, name: str, rows: np.ndarray, columns: np.ndarray) -> str:
+        x = self._product("yh,bhwc->bywc", x, f"{name}.rows", rows)
+        return self._product("xw,bywc->byxc", x, f"{name}.columns", columns)
+
+    def _product(self, equation: str, x: str, name: str, weights: np.ndarray) -> str:
+        return self._node("Einsum", [self._constant(f"{name}.weights", weights), x], name, equation=equation)
+
+    def concatenate(self, maps: Sequence[str], name: str) -> str:
+        return self._node("Concat", list(maps), name, axis=-1)

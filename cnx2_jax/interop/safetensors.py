@@ -38,7 +38,7 @@ def write(
     params: Mapping[str, np.ndarray],
     facts: Facts,
     naming: str,
-    pool_scales: tuple[int, ...] = (1, 2, 3, 6),
+    pool_scales: tuple[int, ...] = (),
 ) -> None:
     """Writes a ConvNeXtV2 or an UperNet as a new folder; after an error there is no folder.
 
@@ -53,7 +53,7 @@ def write(
       params: float32 parameters by our names, and the running averages of an UperNet.
       facts: with one class name per class of the head.
       naming: one of NAMINGS; timm has no UperNet.
-      pool_scales: of an UperNet.
+      pool_scales: of an UperNet; empty for a classifier.
 
     Raises:
       UserError: `folder` exists already or cannot be written, the class names or pool scales do not fit the

@@ -36,7 +36,7 @@ def write(path: Path, model: InferenceModel) -> None:
         raise OSError(error.message) from None
 
 
-def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]:
+def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b *result"]:
     """Runs a folder written by `write`."""
     loaded = tf.saved_model.load(str(path))  # a signature alone does not keep its variables alive
     (result,) = loaded.signatures["serving_default"](images=tf.constant(images)).values()
@@ -49,7 +49,12 @@ class _Layers(tf.Module):
     def __init__(self, model: InferenceModel):
         super().__init__()
         self.mean_of_pixels, self.deviation = model.mean, model.std
-        self.variables_by_name = {name: tf.Variable(value, name=name) for name, value in model.params.items()}
+        # An auxiliary head is for training alone.
+        self.variables_by_name = {
+            name: tf.Variable(value, name=name)
+            for name, value in model.params.items()
+            if not name.startswith("auxiliary_head.")
+        }
 
     def _parameters(self, name: str, *leaves: str) -> list[tf.Variable]:
         return [self.variables_by_name[f"{name}.{leaf}"] for leaf in leaves]
@@ -89,3 +94,21 @@ class _Layers(tf.Module):
 
     def mean(self, x):
         return tf.reduce_mean(x, axis=[1, 2])
+
+    def conv(self, x, name):
+        x = tf.nn.conv2d(x, self.variables_by_name[f"{name}.kernel"], strides=1, padding="SAME")
+        bias = self.variables_by_name.get(f"{name}.bias")
+        return x if bias is None else x + bias
+
+    def scale_shift(self, x, name, scale, shift):
+        return x * tf.constant(scale) + tf.constant(shift)
+
+    def relu(self, x):
+        return tf.nn.relu(x)
+
+    def resample(self, x, name, rows, columns):
+        x = tf.einsum("yh,bhwc->bywc", tf.constant(rows), x)
+        return tf.einsum("xw,bywc->byxc", tf.constant(columns), x)
+
+    def concatenate(self, maps, name):
+        return tf.concat(maps, axis=-1)

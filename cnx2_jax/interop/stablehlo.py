@@ -36,7 +36,7 @@ def write(path: Path, model: InferenceModel) -> None:
     path.write_bytes(export.export(forward, platforms=PLATFORMS)(images).serialize())
 
 
-def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b width"]:
+def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b *result"]:
     """Runs a file written by `write`, on the CPU."""
     with jax.default_device(cpu()):
         return np.asarray(jax.jit(export.deserialize(bytearray(path.read_bytes())).call)(images))

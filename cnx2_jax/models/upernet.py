@@ -225,6 +225,8 @@ class UperNet(nnx.Module):
         if not pool_scales or min(pool_scales) < 1:
             raise UserError(f"pool_scales {pool_scales} must be positive numbers, such as (1, 2, 3, 6)")
         self.num_classes = num_classes
+        self.channels = channels
+        self.auxiliary_channels = auxiliary_channels
         self.pool_scales = pool_scales
         self.backbone = Backbone(config, rngs=rngs)
         self.decode_head = UperHead(

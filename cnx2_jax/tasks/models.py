@@ -6,7 +6,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.models import FCMAE, ConvNeXtV2, EncoderConfig, variant
+from cnx2_jax.models import FCMAE, ConvNeXtV2, EncoderConfig, UperNet, variant
 from cnx2_jax.models.state import merge, split
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -88,15 +88,18 @@ def _sizes(model: ConfigDict) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return named.depths, named.dims
 
 
-def without_decoder(model: ConvNeXtV2 | FCMAE) -> ConvNeXtV2:
-    """Returns a classifier unchanged, and an FCMAE's encoder with a fresh final norm and no head.
+def without_decoder(model: ConvNeXtV2 | FCMAE | UperNet) -> ConvNeXtV2:
+    """Returns a classifier unchanged, and any other model's encoder with a fresh final norm and no head.
 
-    So whatever takes a classifier takes a pretrained encoder too; its output is features `[B, dims[3]]`.
+    So whatever takes a classifier takes every encoder; the output of one without a head is features
+    `[B, dims[3]]`.
     """
     if isinstance(model, ConvNeXtV2):
         return model
-    config = model.encoder.config
+    encoder = model.encoder if isinstance(model, FCMAE) else model.backbone
+    config = encoder.config
     empty = nnx.eval_shape(lambda: ConvNeXtV2(config, num_classes=0, rngs=nnx.Rngs(0)))
-    graph, _ = split(empty)
+    graph, like = split(empty)
+    stored = {name: array for name, array in split(encoder)[1].items() if name in like}
     fresh = {"norm.scale": jnp.ones(config.dims[-1]), "norm.bias": jnp.zeros(config.dims[-1])}
-    return merge(graph, {**split(model.encoder)[1], **fresh})
+    return merge(graph, {**stored, **fresh})

@@ -13,7 +13,7 @@ def test_it_gives_what_the_network_gives(kind, inference_model, example, error):
     exported = inference_model(kind)
     images, expected = example(kind)
     assert exported.output == ("logits" if kind.num_classes else "features")
-    assert expected.shape == (5, exported.width)
+    assert expected.shape == (5, *exported.result)
     assert error(exported.reference(images), expected) < 1e-5
 
 

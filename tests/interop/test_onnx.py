@@ -27,7 +27,7 @@ def test_graph(kind, inference_model, tmp_path):
     assert (name, result) == ("images", exported.output)
     assert onnx.helper.tensor_dtype_to_np_dtype(inputs.elem_type) == exported.dtype
     assert [x.dim_param or x.dim_value for x in inputs.shape.dim] == ["batch", *exported.shape]
-    assert [x.dim_param or x.dim_value for x in output.shape.dim] == ["batch", exported.width]
+    assert [x.dim_param or x.dim_value for x in output.shape.dim] == ["batch", *exported.result]
     assert ("mean (0.5," in model.graph.input[0].doc_string) != kind.uint8
 
     weights = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}

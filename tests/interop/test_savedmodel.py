@@ -41,7 +41,7 @@ def test_signature_and_variables(kind, written, inference_model, example, error)
     assert inputs.name == "images" and inputs.dtype == exported.dtype
     assert inputs.shape.as_list() == [None, *exported.shape]
     ((name, output),) = signature.structured_outputs.items()
-    assert name == exported.output and output.shape.as_list() == [None, exported.width]
+    assert name == exported.output and output.shape.as_list() == [None, *exported.result]
     found = {variable.name.removesuffix(":0"): variable.numpy() for variable in signature.variables}
     assert found.keys() == exported.params.keys()
     for name, value in found.items():

@@ -110,7 +110,7 @@ def test_the_written_json_comes_back(tmp_path, arrays):
 
 def test_written_scales_and_names_must_fit(tmp_path, arrays):
     with pytest.raises(UserError, match="4 pool scales do not fit 2 levels"):
-        write(tmp_path / "a", arrays, SAID, "huggingface")
+        write(tmp_path / "a", arrays, SAID, "huggingface", (1, 2, 3, 6))
     with pytest.raises(UserError, match="0 class names do not fit a head of 3"):
         write(tmp_path / "b", arrays, Facts((), *list(vars(SAID).values())[1:]), "huggingface", (2, 5))
     assert not list(tmp_path.iterdir())
