@@ -83,6 +83,7 @@ def get_config(argument="tiny"):
         config.total_steps = 6
         config.log_steps = 1
         config.model.variant = "atto"
+        config.model.channels, config.model.auxiliary_channels = 64, 32
         config.optimizer.warmup_steps = 2
         config.data.source = "scenes:16"
         config.data.resize_short = config.data.eval_short = 64

@@ -12,7 +12,8 @@ from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.cluster import processes
 from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
-from cnx2_jax.evaluation import neighbours, robustness
+from cnx2_jax.evaluation import class_report, metrics, neighbours, robustness
+from cnx2_jax.files import check_new
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.observe.progress import say, watched
@@ -48,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="classify validation images by their K nearest training images instead; 20 is usual. Works for "
         "pretraining runs too, if the images have classes",
     )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="write a table and a picture of every class into a new folder; for segmentation",
+    )
     processes.add_arguments(parser)
 
 
@@ -56,6 +63,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("evaluate needs --workdir, or --set NAME=FOLDER with --checkpoint")
     if args.set and args.knn is not None:
         raise UserError("--knn uses the run's own images and excludes --set; give only one of the two")
+    if args.report is not None:
+        if args.set or args.knn is not None:
+            raise UserError(
+                "--report is about the run's own images and excludes --set and --knn; leave it out"
+            )
+        check_new(args.report, "--report")
     with processes.joined(args):
         if args.set:
             results = _on_sets(args, overrides)
@@ -70,26 +83,34 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _on_run_images(args: argparse.Namespace, overrides: list[str]) -> dict:
     task, model, mesh, folder = _run_of(args, overrides, averaged=False)
     results: dict = {"checkpoint": str(folder)}
-    results |= _metrics(task, model, mesh, "evaluating")
+    results |= _metrics(task, model, mesh, "evaluating", args.report)
     if checkpoint.has_average(folder):
         graph, _ = split(model)
         model = merge(graph, sharding.put_params(checkpoint.read_params(folder), mesh))
-        metrics = _metrics(task, model, mesh, "evaluating the averaged weights")
-        results |= {AVERAGED + name: value for name, value in metrics.items()}
+        averaged = _metrics(task, model, mesh, "evaluating the averaged weights")
+        results |= {AVERAGED + name: value for name, value in averaged.items()}
     return results
 
 
-def _metrics(task: Task, model, mesh: Mesh, label: str) -> Metrics:
+def _metrics(task: Task, model, mesh: Mesh, label: str, report: Path | None = None) -> Metrics:
+    if report is not None and not task.reports_classes:
+        raise UserError(f"--report: task '{task.config.task}' reports nothing per class; leave it out")
     batches = sharding.put_batches(task.images.eval_batches(**processes.share()), mesh, keep_host=True)
-    return task.evaluate(model, watched(batches, task.images.num_val, label))
+    batches = watched(batches, task.images.num_val, label)
+    if report is None:
+        return task.evaluate(model, batches)
+    collected = metrics.collect(task, model, batches)
+    if processes.is_first():
+        say(class_report.write_report(report, task.class_names, task.per_class(collected)))
+    return collected.results()
 
 
 def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
     if jax.process_count() > 1:
         raise UserError(f"--knn works in one process, not in {jax.process_count()}; start a single process")
     task, model, mesh, folder = _run_of(args, overrides)
-    metrics = neighbours.evaluate(models.without_decoder(model), task.config, task.images, args.knn, mesh)
-    return {"checkpoint": str(folder), **metrics}
+    found = neighbours.evaluate(models.without_decoder(model), task.config, task.images, args.knn, mesh)
+    return {"checkpoint": str(folder), **found}
 
 
 def _run_of(args: argparse.Namespace, overrides: list[str], *, averaged: bool = True):
@@ -129,7 +150,7 @@ def _on_sets(args: argparse.Namespace, overrides: list[str]) -> dict:
     model = merge(graph, sharding.put_params(params, mesh))
     results: dict = {"checkpoint": str(checkpoint.find(path))}
     for name, location in places.items():
-        metrics = robustness.evaluate_set(model, config, class_names, name, location, mesh)
-        say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
-        results[name] = metrics
+        found = robustness.evaluate_set(model, config, class_names, name, location, mesh)
+        say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
+        results[name] = found
     return results

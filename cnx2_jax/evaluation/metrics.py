@@ -6,7 +6,7 @@ host, in 64 bits, so that counts stay exact however many there are.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -132,15 +132,27 @@ class ConfusionMatrix:
         The intersection over union is averaged over classes that are in the targets or the predictions, the
         accuracy over those in the targets (mmsegmentation's `nan` rule). NaN where there are none.
         """
-        right, true, predicted = np.diag(total), total.sum(axis=1), total.sum(axis=0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            iou, accuracy = right / (true + predicted - right), right / true
-            overall = right.sum() / total.sum()
+        classes = self.per_class(total)
+        with np.errstate(invalid="ignore"):
+            overall = np.diag(total).sum() / total.sum()
         return {
-            "miou": _mean_of_numbers(iou),
-            "mean_accuracy": _mean_of_numbers(accuracy),
+            "miou": _mean_of_numbers(classes["iou"]),
+            "mean_accuracy": _mean_of_numbers(classes["accuracy"]),
             "pixel_accuracy": float(overall),
         }
+
+    def per_class(self, total: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns `iou`, `accuracy` and `share` of every class, `[num_classes]` each; NaN where undefined.
+
+        `share` is that of all counted pixels which belong to the class.
+        """
+        right, true, predicted = np.diag(total), total.sum(axis=1), total.sum(axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return {
+                "iou": right / (true + predicted - right),
+                "accuracy": right / true,
+                "share": true / total.sum(),
+            }
 
 
 def _mean_of_numbers(values: np.ndarray) -> float:
@@ -210,17 +222,42 @@ def _over_processes(rows: np.ndarray) -> np.ndarray:
     return np.concatenate([part[:count] for part, count in zip(every, counts, strict=True)])
 
 
+class Collected(NamedTuple):
+    """What a pass gave, merged over all processes.
+
+    Attributes:
+      totals: of each metric, beside it.
+      unreadable: the share of images that could not be read; None where batches do not mark them.
+    """
+
+    totals: list[tuple[Metric, Any]]
+    unreadable: float | None
+
+    def results(self) -> Metrics:
+        """Returns the metrics by name."""
+        results: Metrics = {}
+        for metric, total in self.totals:
+            results |= metric.result(total)
+        if self.unreadable is not None:
+            results["unreadable"] = self.unreadable
+        return results
+
+
 def evaluate(scorer: Scorer, model: nnx.Module, batches: Iterable[Batch]) -> Metrics:
-    """Returns the metrics of a model over one pass.
+    """Returns the metrics of a model over one pass; see `collect`.
+
+    Where batches mark images as `unreadable`, their share is among them; all other metrics leave them out.
+    """
+    return collect(scorer, model, batches).results()
+
+
+def collect(scorer: Scorer, model: nnx.Module, batches: Iterable[Batch]) -> Collected:
+    """Returns the totals of a model's metrics over one pass.
 
     Args:
       scorer: gives scores and metrics.
       model: the model to evaluate.
       batches: padded batches with a boolean `mask` `[B]`, False on padding; see `sharding.put_batches`.
-
-    Returns:
-      Metrics by name. Where batches mark images as `unreadable`, their share by that name: all others leave
-      them out.
     """
     graph, arrays = split(model)
     metrics = tuple(scorer.metrics())
@@ -239,12 +276,8 @@ def evaluate(scorer: Scorer, model: nnx.Module, batches: Iterable[Batch]) -> Met
             metric.add(total, contribution, host)
             for metric, total, contribution in zip(metrics, totals, contributions, strict=True)
         ]
-    results: Metrics = {}
-    for metric, total in zip(metrics, totals, strict=True):
-        results |= metric.result(metric.merge(total))
-    if unreadable is not None:
-        results["unreadable"] = unreadable / (count + unreadable)
-    return results
+    merged = [(metric, metric.merge(total)) for metric, total in zip(metrics, totals, strict=True)]
+    return Collected(merged, None if unreadable is None else unreadable / (count + unreadable))
 
 
 @partial(jax.jit, static_argnames=("scorer", "metrics", "graph"))

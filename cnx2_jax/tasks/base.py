@@ -21,7 +21,7 @@ from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import image_hw, register_task
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.features import predictions
-from cnx2_jax.evaluation.metrics import Mean, Metric, evaluate
+from cnx2_jax.evaluation.metrics import Collected, Mean, Metric, evaluate
 from cnx2_jax.models import pixels
 from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.models.state import Params
@@ -65,7 +65,8 @@ class Task:
     name: ClassVar[str] = ""
     # The metric of `evaluate` by which checkpoints are ranked, and which end of it is good.
     best: ClassVar[tuple[str, Literal["max", "min"]]] = ("loss", "min")
-    # Whether `predict` gives feature vectors, and whether it gives pictures.
+    # Whether `per_class` reports anything, and whether `predict` gives feature vectors and pictures.
+    reports_classes: ClassVar[bool] = False
     gives_features: ClassVar[bool] = True
     gives_pictures: ClassVar[bool] = False
     # Least and greatest value of the task's own keys.
@@ -184,6 +185,10 @@ class Task:
     def evaluate(self, model: Any, batches: Iterable[Batch]) -> Metrics:
         """Returns the metrics over one pass of padded batches."""
         return evaluate(self, model, batches)
+
+    def per_class(self, collected: Collected) -> dict[str, np.ndarray]:
+        """Returns the columns of `cnx2 evaluate --report`, a value per class each."""
+        raise NotImplementedError
 
     def predict(self, model: Any, source: Any, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields what the model makes of each image, in order.

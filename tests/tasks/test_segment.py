@@ -278,6 +278,31 @@ def test_evaluate_gives_the_same(run, capsys):
     )
 
 
+def test_a_report_of_every_class(run, tmp_path, capsys):
+    workdir, _ = run
+    report = tmp_path / "report"
+    assert main(["evaluate", "--workdir", str(workdir), "--report", str(report)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lines = (report / "classes.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert table[0] == ["class", "iou", "accuracy", "share"]
+    assert [row[0] for row in table[2:]] == ["background", *"0123456789"]
+    ious = [float(row[1]) for row in table[2:] if row[1]]
+    assert np.mean(ious) == pytest.approx(found["miou"], abs=1e-4)
+    assert sum(float(row[3]) for row in table[2:]) == pytest.approx(1, abs=1e-3)
+    assert main(["evaluate", "--workdir", str(workdir), "--report", str(report)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_running_averages_is_refused(run, tmp_path):
+    workdir, _ = run
+    stored = workdir / "checkpoints" / "4"
+    arrays = {n: x for n, x in checkpoint.read_params(stored).items() if not n.endswith((".mean", ".var"))}
+    checkpoint.write(tmp_path / "without", arrays, checkpoint.read_metadata(stored))
+    with pytest.raises(UserError, match=r"has no parameter 'auxiliary_head\.convs\.0\.bn\.mean'"):
+        weights.load_task(tmp_path / "without")
+
+
 def test_predict_draws_images_of_any_size(run, tmp_path, capsys):
     workdir, _ = run
     rng = np.random.default_rng(0)
