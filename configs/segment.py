@@ -55,7 +55,7 @@ def get_config(argument="tiny"):
         config.eval_epochs = 5.0
         config.model.channels = 64
         config.model.auxiliary_channels = 32
-        config.optimizer.base_learning_rate = 1.6e-2
+        config.optimizer.base_learning_rate = 8e-3
         config.optimizer.warmup_steps = 50
         config.data.resize_long = config.data.resize_short = 64
         config.data.eval_long = config.data.eval_short = 64
