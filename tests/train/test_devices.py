@@ -42,14 +42,6 @@ TASKS = {
         "--config.cutmix=1.0",
         "--config.optimizer.base_learning_rate=2e-3",
     ],
-    # BatchNorm takes the statistics of all devices.
-    "segment": [
-        "configs/segment.py:digits",
-        "--config.model.channels=8",
-        "--config.model.auxiliary_channels=8",
-        "--config.data.source=scenes:40",
-        "--config.optimizer.warmup_steps=0",
-    ],
 }
 
 MESHES = {
@@ -61,7 +53,6 @@ MESHES = {
 RUNS = [
     *(("pretrain", mesh) for mesh in MESHES),
     *(("classify", mesh) for mesh in ("2x4", "accumulated")),  # the others are parts of these
-    ("segment", "2x4"),  # accumulated, BatchNorm would see other batches
 ]
 
 
