@@ -9,11 +9,8 @@ from cnx2_jax.errors import UserError, nearest
 
 def use_digits(config: ConfigDict) -> None:
     """Sets scikit-learn's digits and a network small enough for a CPU, in place."""
+    _use_small_network(config)
     config.image_size = (24, 24)
-    config.log_steps = 20
-    config.model.variant = "custom"
-    config.model.depths = (1, 1, 2, 1)
-    config.model.dims = (16, 32, 64, 128)
     config.model.in_chans = 1
     config.model.patch_size = 1
     config.data.source = "digits"
@@ -26,13 +23,17 @@ def use_digits(config: ConfigDict) -> None:
 
 def use_scenes(config: ConfigDict) -> None:
     """Sets made-up scenes of digits and a network small enough for a CPU, in place."""
+    _use_small_network(config)
     config.image_size = (64, 64)
+    config.model.patch_size = 2
+    config.data.source = "scenes"
+
+
+def _use_small_network(config: ConfigDict) -> None:
     config.log_steps = 20
     config.model.variant = "custom"
     config.model.depths = (1, 1, 2, 1)
     config.model.dims = (16, 32, 64, 128)
-    config.model.patch_size = 2
-    config.data.source = "scenes"
 
 
 def use_smoke(config: ConfigDict) -> None:

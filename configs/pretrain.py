@@ -35,27 +35,17 @@ from cnx2_jax.tasks import defaults
 def get_config(argument="tiny"):
     name, options = parse_argument(argument, [*VARIANTS, "digits", "scenes", "smoke"], epochs=0.0)
     config = defaults("pretrain")
-    if name == "scenes":
-        use_scenes(config)
+    if name in ("digits", "scenes"):
+        digits = name == "digits"
+        (use_digits if digits else use_scenes)(config)
         config.batch_size = 128
-        config.total_epochs = options["epochs"] or 40.0
-        config.eval_epochs = 20.0
+        config.total_epochs = options["epochs"] or (25.0 if digits else 40.0)
+        config.eval_epochs = 10.0 if digits else 20.0
         config.optimizer.base_learning_rate = 2e-3
         config.optimizer.warmup_epochs = 3.0
         config.optimizer.b2 = 0.95
-        config.data.crop_scale = (0.4, 1.0)
-        config.data.flip = False
-        config.model.decoder_dim = 64
-        return config
-    if name == "digits":
-        use_digits(config)
-        config.batch_size = 128
-        config.total_epochs = options["epochs"] or 25.0
-        config.eval_epochs = 10.0
-        config.optimizer.base_learning_rate = 2e-3
-        config.optimizer.warmup_epochs = 3.0
-        config.optimizer.b2 = 0.95
-        config.data.crop_scale = (0.5, 1.0)
+        config.data.crop_scale = (0.5, 1.0) if digits else (0.4, 1.0)
+        config.data.flip = False  # a mirrored 2 is not a 2
         config.model.decoder_dim = 64
         return config
 

@@ -242,7 +242,7 @@ class UperNetReference(Reference):
 
     @staticmethod
     def stored(main: np.ndarray, auxiliary: np.ndarray) -> dict[str, np.ndarray]:
-        """What is kept of outputs: some positions and classes."""
+        """Returns the positions and classes of the outputs that are stored."""
         return {"main": main[:, ::3, ::3, ::5], "auxiliary": auxiliary[..., ::5]}
 
 

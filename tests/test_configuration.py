@@ -553,7 +553,7 @@ def test_finetuning_after_22k_is_as_published(column, size):
     ],
 )
 def test_segmentation_is_as_published(name, drop_path, side):
-    """Of ConvNeXt's configs `upernet_convnext_*_160k_ade20k.py` (shared/reference/segmentation.md)."""
+    """Values from ConvNeXt's configs `upernet_convnext_*_160k_ade20k.py`."""
     values = flatten(load_config(f"{CONFIGS}/segment.py:{name}"))
     expected = {
         "batch_size": 16,

@@ -308,7 +308,7 @@ def _blamed(source: Source, index: int, error: Exception) -> UserError:
             return field.decode(source.read(tf.constant(index, tf.int64))[name])
 
         try:
-            # As a graph, of which only what this entry needs is run; eagerly, all files would be read.
+            # A graph runs only what this entry needs; eager code would read all files of the record.
             tf.function(decoded, autograph=False)()
         except FAILURES as failure:
             return unreadable(source.name_of(index, name), failure, field)

@@ -223,7 +223,7 @@ def _over_processes(rows: np.ndarray) -> np.ndarray:
 
 
 class Collected(NamedTuple):
-    """What a pass gave, merged over all processes.
+    """The totals of a pass, merged over all processes.
 
     Attributes:
       totals: of each metric, beside it.

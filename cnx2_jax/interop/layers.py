@@ -6,10 +6,10 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from cnx2_jax.interop.inference import InferenceModel
+from cnx2_jax.models.layers import BATCH_NORM_EPSILON
 from cnx2_jax.models.resampling import bilinear_weights, pooling_weights
 
 T = TypeVar("T")
-BATCH_EPSILON = 1e-5  # of models.layers.BatchNorm
 
 
 class Layers(Protocol[T]):
@@ -101,7 +101,7 @@ def _segment(model: InferenceModel, layers: Layers[T], maps: list[T]) -> T:
 
     def module(x: T, name: str) -> T:
         norm = {leaf: model.params[f"{name}.bn.{leaf}"] for leaf in ("scale", "bias", "mean", "var")}
-        scale = norm["scale"] / np.sqrt(norm["var"] + BATCH_EPSILON)
+        scale = norm["scale"] / np.sqrt(norm["var"] + BATCH_NORM_EPSILON)
         x = layers.conv(x, f"{name}.conv")
         return layers.relu(layers.scale_shift(x, f"{name}.bn", scale, norm["bias"] - norm["mean"] * scale))
 

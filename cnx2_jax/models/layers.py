@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Key
 from cnx2_jax.kernels.pointwise import EPSILON, standardise, widened
 from cnx2_jax.models.layouts import Layout
 
+BATCH_NORM_EPSILON = 1e-5  # PyTorch's default
+
 
 def normal_init(stddev: float = 0.02) -> nnx.initializers.Initializer:
     """Returns a normal initialiser cut at +-2, like `torch.nn.init.trunc_normal_`; not at 2 `stddev`."""
@@ -122,7 +124,7 @@ class BatchNorm(nnx.Module):
       mean, var: running averages, updated in place by a call with `train=True`.
     """
 
-    def __init__(self, features: int, *, dtype, momentum: float = 0.1, epsilon: float = 1e-5):
+    def __init__(self, features: int, *, dtype, momentum: float = 0.1, epsilon: float = BATCH_NORM_EPSILON):
         self.scale = nnx.Param(jnp.ones(features))
         self.bias = nnx.Param(jnp.zeros(features))
         self.mean = nnx.BatchStat(jnp.zeros(features))

@@ -32,7 +32,7 @@ from cnx2_jax.types import Batch, HostBatch
 
 HEADS = ("decode_head.conv_seg.", "auxiliary_head.conv_seg.")
 PICTURES = 6  # rows of the grid that an evaluation writes
-CANVAS_STEP = 128
+CANVAS_STEP = 128  # sides of canvases are multiples of it, so that images of similar sizes share a program
 
 
 class Segment(Task, name="segment"):
@@ -230,27 +230,28 @@ class Segment(Task, name="segment"):
 
         Images are taken one at a time, on canvases of few sizes, so that few programs are compiled.
         """
-        from cnx2_jax.data.segmentation import name_at, prediction_images  # loads TensorFlow
+        # These load TensorFlow.
+        from cnx2_jax.data.segmentation import name_at, prediction_images
+        from cnx2_jax.data.sizes import canvas
 
         graph, arrays = split(model)
 
         def batches() -> Iterator[dict[str, np.ndarray]]:
             for prepared in prediction_images(source, self.config):
-                canvas = _canvas(prepared.original)
                 batch = {
                     "original": prepared.original,
-                    "map": np.zeros((1, *canvas), np.uint8),
                     "map_size": np.array([prepared.original.shape[:2]], np.int32),
                     "mask": np.ones(1, bool),
                 }
                 for scale, image in enumerate(prepared.scaled):
-                    batch[name_at(scale)] = _padded(image, _canvas(image))[None]
+                    batch[name_at(scale)] = _padded(image, canvas(np.array([image.shape[:2]]), CANVAS_STEP))
                     batch[f"{name_at(scale)}_size"] = np.array([image.shape[:2]], np.int32)
                 yield batch
 
         for batch in watched(batches(), source.num_records):
             image = batch.pop("original")
-            found = np.asarray(_predicted(self, graph, arrays, batch))[0]
+            size = canvas(batch["map_size"], CANVAS_STEP)
+            found = np.asarray(_predicted(self, graph, arrays, batch, size))[0]
             yield {"image": image, "map": found[: image.shape[0], : image.shape[1]].astype(np.uint8)}
 
     def prediction(self, outputs: Mapping[str, np.ndarray], top: int) -> dict:
@@ -290,7 +291,8 @@ class Segment(Task, name="segment"):
         batch = {name: array[rows] for name, array in batch.items() if isinstance(array, np.ndarray)}
         graph, arrays = split(model)
         # One device is enough for a few images, and it spares dividing them over a mesh.
-        predicted = np.asarray(_predicted(self, graph, jax.device_get(arrays), batch))
+        canvas = batch["map"].shape[1], batch["map"].shape[2]
+        predicted = np.asarray(_predicted(self, graph, jax.device_get(arrays), batch, canvas))
         shown = [
             (image[: size[0], : size[1]], truth[:height, :width], found[:height, :width])
             for image, size, truth, (height, width), found in zip(
@@ -300,15 +302,10 @@ class Segment(Task, name="segment"):
         return {"segmentations": draw_segmentations(shown, len(self.class_names))}
 
 
-def _canvas(image: np.ndarray) -> tuple[int, int]:
-    """Returns height and width, rounded up so that images of similar sizes share a program."""
-    height, width = (-(-side // CANVAS_STEP) * CANVAS_STEP for side in image.shape[:2])
-    return height, width
-
-
 def _padded(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+    """Returns a batch of one image, padded at bottom and right."""
     missing = [(0, side - length) for side, length in zip(canvas, image.shape[:2], strict=True)]
-    return np.pad(image, [*missing, (0, 0)])
+    return np.pad(image, [*missing, (0, 0)])[None]
 
 
 def _cross_entropy(logits: Array, target: Array, labelled: Array) -> Float[Array, "b height width"]:
@@ -337,7 +334,9 @@ def _largest(map: np.ndarray, classes: int) -> np.ndarray:
     return np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
 
 
-@partial(jax.jit, static_argnames=("task", "graph"))
-def _predicted(task: Segment, graph: nnx.GraphDef, arrays: Params, batch: Batch) -> Int[Array, "b h w"]:
-    canvas = batch["map"].shape[1], batch["map"].shape[2]
+@partial(jax.jit, static_argnames=("task", "graph", "canvas"))
+def _predicted(
+    task: Segment, graph: nnx.GraphDef, arrays: Params, batch: Batch, canvas: tuple[int, int]
+) -> Int[Array, "b h w"]:
+    """Returns the class of each pixel, on a canvas in which every original image fits."""
     return task.full_logits(merge(graph, arrays), batch, batch["map_size"], canvas).argmax(axis=-1)

@@ -156,7 +156,7 @@ def learning_rate_schedule(
     The rate changes at every step. The peak is `base_learning_rate * batch_size / 256`.
 
     Raises:
-      UserError: the base learning rate is not positive and finite, or there is no such schedule.
+      UserError: the base learning rate is not positive and finite, or the schedule is unknown.
     """
     if optimizer.schedule not in SCHEDULES:
         raise UserError(

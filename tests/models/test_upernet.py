@@ -20,7 +20,7 @@ from cnx2_jax.models.upernet import Conv, ConvModule
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Of transformers' UperNetForSemanticSegmentation with 150 classes.
+# Parameter counts of transformers' UperNetForSemanticSegmentation with 150 classes.
 PARAMETERS = {
     "atto": 32_110_436,
     "femto": 34_099_772,

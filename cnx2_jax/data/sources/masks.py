@@ -13,7 +13,7 @@ from cnx2_jax.data.sources.folder import existing_folder, image_kinds, image_nam
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
-# What the folders of the splits are called, in data sets of different origin.
+# Names of the splits' folders in data sets of different origin.
 _FOLDERS = {"train": ("train", "training"), "val": ("val", "validation")}
 _CLASSES_OF_ADE20K = resources.files("cnx2_jax.data").joinpath("ade20k.txt")
 
