@@ -5,12 +5,19 @@ multiply-adds, which it fuses into one vectorised loop; TPUs and GPUs have nativ
 is chosen at lowering, so one traced program serves every platform.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
+
+# cuDNN takes 29 times as long as PyTorch for the weights' gradient of 7x7 maps of 1024 channels, and 80 times
+# for 4x4 outputs (docs/performance.md); a product per channel does not.
+_SMALL = 49  # outputs per channel
 
 
 @jax.custom_vjp
@@ -25,7 +32,7 @@ def depthwise_conv(x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c"]) 
     Returns:
       `[B, H, W, C]` in the dtype of `x`. The output and both gradients accumulate in float32 or wider.
     """
-    return convolve(_padded(x, same_pads(kernel.shape)), kernel)
+    return convolve(x, kernel, same_pads(kernel.shape))
 
 
 def _forward(x, kernel):
@@ -37,8 +44,8 @@ def _backward(residuals, gradient):
     # The input's gradient is the same operation with the kernel flipped and the padding's sides swapped.
     pads = same_pads(kernel.shape)
     (top, bottom), (left, right) = pads
-    x_gradient = convolve(_padded(gradient, ((bottom, top), (right, left))), kernel[::-1, ::-1])
-    return x_gradient, kernel_gradient(_padded(x, pads), gradient).astype(kernel.dtype)
+    x_gradient = convolve(gradient, kernel[::-1, ::-1], ((bottom, top), (right, left)))
+    return x_gradient, kernel_gradient(x, gradient, pads).astype(kernel.dtype)
 
 
 depthwise_conv.defvjp(_forward, _backward)
@@ -50,46 +57,57 @@ def same_pads(size: tuple[int, ...]) -> Pads:
     return (((height - 1) // 2, height // 2), ((width - 1) // 2, width // 2))
 
 
-def _padded(x: Array, pads: Pads) -> Array:
-    return jnp.pad(x, ((0, 0), *pads, (0, 0)))
-
-
-def convolve(padded: Float[Array, "b hp wp c"], kernel: Float[Array, "kh kw c"]) -> Float[Array, "b h w c"]:
-    """Cross-correlates a map that is already padded; not differentiable on every platform."""
-    return lax.platform_dependent(padded, kernel, cpu=_shifts_once, default=_native)
+def convolve(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c"], pads: Pads
+) -> Float[Array, "b oh ow c"]:
+    """Cross-correlates a map after padding it with zeros; not differentiable on every platform."""
+    return lax.platform_dependent(
+        x, kernel, cpu=partial(_shifts_once, pads=pads), default=partial(native, pads=pads)
+    )
 
 
 def kernel_gradient(
-    padded: Float[Array, "b hp wp c"], gradient: Float[Array, "b h w c"]
+    x: Float[Array, "b h w c"], gradient: Float[Array, "b oh ow c"], pads: Pads
 ) -> Float[Array, "kh kw c"]:
     """Returns the gradient of `convolve` with respect to its kernel, in float32 or wider."""
+    small = gradient.shape[1] * gradient.shape[2] <= _SMALL
     return lax.platform_dependent(
-        padded, gradient, cpu=_kernel_gradient_by_rows, default=_kernel_gradient_native
+        x,
+        gradient,
+        cpu=partial(_kernel_gradient_by_rows, pads=pads),
+        cuda=partial(_kernel_gradient_product if small else native_kernel_gradient, pads=pads),
+        default=partial(native_kernel_gradient, pads=pads),
     )
+
+
+def _padded(x: Array, pads: Pads) -> Array:
+    return jnp.pad(x, ((0, 0), *pads, (0, 0)))
 
 
 def _accumulator(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _native(padded: Array, kernel: Array) -> Array:
+def native(x: Array, kernel: Array, pads: Pads) -> Array:
+    """`convolve` by XLA's operation."""
     return lax.conv_general_dilated(
-        padded,
+        x,
         kernel[:, :, None, :],
         window_strides=(1, 1),
-        padding="VALID",
+        padding=pads,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=padded.shape[-1],
+        feature_group_count=x.shape[-1],
     )
 
 
-def _shifts_once(padded: Array, kernel: Array) -> Array:
+def _shifts_once(x: Array, kernel: Array, pads: Pads) -> Array:
     """Computes the shifts once, although XLA would repeat them in every operation that uses the result.
 
     The CPU backend fuses a sum of shifts, being elementwise, into each of its consumers (LayerNorm and its
     gradient alone are seven), and drops optimization barriers before that. It does not fuse across a
     conditional with an outcome unknown at compile time. If the kernel's first value is NaN, so is the result.
     """
+    padded = _padded(x, pads)
     shape = jax.eval_shape(_shifts, padded, kernel)
     known = kernel[0, 0, 0] == kernel[0, 0, 0]
     return lax.cond(known, _shifts, lambda *_: jnp.full(shape.shape, jnp.nan, shape.dtype), padded, kernel)
@@ -108,19 +126,50 @@ def _shifts(padded: Array, kernel: Array) -> Array:
     return total.astype(padded.dtype)
 
 
-def _kernel_gradient_native(padded: Array, gradient: Array) -> Array:
-    size = [p - g + 1 for p, g in zip(padded.shape[1:3], gradient.shape[1:3], strict=True)]
-    kernel = jnp.zeros((*size, padded.shape[-1]), padded.dtype)
-    (found,) = jax.linear_transpose(lambda k: _native(padded, k), kernel)(gradient)
-    return found.astype(_accumulator(padded))  # the dtype of the CPU's form
+def native_kernel_gradient(x: Array, gradient: Array, pads: Pads) -> Array:
+    """`kernel_gradient` by XLA's operation."""
+    size = [
+        side + sum(pad) - out + 1
+        for side, pad, out in zip(x.shape[1:3], pads, gradient.shape[1:3], strict=True)
+    ]
+    kernel = jnp.zeros((*size, x.shape[-1]), x.dtype)
+    (found,) = jax.linear_transpose(lambda k: native(x, k, pads), kernel)(gradient)
+    return found.astype(_accumulator(x))  # the dtype of the CPU's form
 
 
-def _kernel_gradient_by_rows(padded: Array, gradient: Array) -> Array:
+def _kernel_gradient_product(x: Array, gradient: Array, pads: Pads) -> Array:
+    """Multiplies every input of a channel by every output's gradient, then adds up the pairs of each tap."""
+    inputs, outputs = x.shape[1:3], gradient.shape[1:3]
+    dtype = _accumulator(x)
+    pairs = jnp.einsum(
+        "bic,bjc->cij",
+        x.reshape(len(x), -1, x.shape[-1]),
+        gradient.reshape(len(gradient), -1, gradient.shape[-1]),
+        preferred_element_type=dtype,
+        precision=lax.Precision.HIGHEST,
+    )
+    taps = [
+        # [input, output, tap]: the input that an output sees through a tap, along one axis.
+        np.arange(inside)[:, None, None] - np.arange(out)[:, None] + before
+        == np.arange(inside + before + after - out + 1)
+        for inside, out, (before, after) in zip(inputs, outputs, pads, strict=True)
+    ]
+    pairs = pairs.reshape(-1, *inputs, *outputs)
+    return jnp.einsum(
+        "cyxhw,yhk,xwl->klc",
+        pairs,
+        *(jnp.asarray(tap, dtype) for tap in taps),
+        precision=lax.Precision.HIGHEST,
+    )
+
+
+def _kernel_gradient_by_rows(x: Array, gradient: Array, pads: Pads) -> Array:
     """Loops over image rows with `[KW][KH, W * C]` sums that stay in cache, and reduces over W at the end.
 
     The plain form is 49 reductions of leading axes to `[C]`, which XLA's CPU backend does slowly. W and C are
     one axis here, so that vector registers are full even with few channels; the next column is C further on.
     """
+    padded = _padded(x, pads)
     batch, height, width, channels = gradient.shape
     rows, columns = padded.shape[1] - height + 1, padded.shape[2] - width + 1
     dtype = _accumulator(padded)

@@ -1,13 +1,14 @@
 """Gathers positions of a map (rows of channels) by index, and convolves them where they are gathered."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from cnx2_jax.kernels.depthwise import convolve, kernel_gradient, same_pads
+from cnx2_jax.kernels.depthwise import Pads, convolve, kernel_gradient, same_pads
 
 
 def pick(x: Float[Array, "b n c"], index: Int[Array, "b m"]) -> Float[Array, "b m c"]:
@@ -92,7 +93,8 @@ def depthwise_conv_windows(
     Returns:
       `[B, N, C]`.
     """
-    y = convolve(_bordered(x, windows), kernel).reshape(len(x), -1, x.shape[-1])
+    y = _in_windows(convolve, windows, x, kernel)
+    y = y.reshape(len(x), -1, x.shape[-1])
     return y if windows.out is None else pick(y, windows.out)
 
 
@@ -105,30 +107,32 @@ def _backward(residuals, gradient):
     x_gradient = depthwise_conv_windows(gradient, kernel[::-1, ::-1], windows)
     inside = gradient if windows.inside is None else pick(gradient, windows.inside)
     inside = inside.reshape(-1, *windows.shape, x.shape[-1])
-    found = kernel_gradient(_bordered(x, windows), inside)
+    found = _in_windows(kernel_gradient, windows, x, inside)
     return x_gradient, found.astype(kernel.dtype), None
 
 
 depthwise_conv_windows.defvjp(_forward, _backward)
 
 
-def _bordered(x: Array, windows: Windows) -> Array:
-    """Returns the windows with their borders, `[B * windows, h + KH - 1, w + KW - 1, C]`.
+def _in_windows(
+    function: Callable[[Array, Array, Pads], Array], windows: Windows, x: Array, other: Array
+) -> Array:
+    """Calls `function(windows' maps, other, pads)`; the pads are what the maps lack of their borders.
 
     CPUs pick an empty border together with the rest, because padding is slower there. Other platforms move
     only the rows, and fuse the padding into their convolution.
     """
     border = [side + size - 1 for side, size in zip(windows.shape, windows.kernel, strict=True)]
 
-    def pick_all(x):
-        return pick(x, windows.around).reshape(-1, *border, x.shape[-1])
+    def on_all(x, other):
+        return function(pick(x, windows.around).reshape(-1, *border, x.shape[-1]), other, ((0, 0), (0, 0)))
 
     if windows.inside is None:
-        return pick_all(x)
+        return on_all(x, other)
     index = windows.inside
 
-    def pick_inside(x):
+    def on_inside(x, other):
         inside = pick(x, index).reshape(-1, *windows.shape, x.shape[-1])
-        return jnp.pad(inside, ((0, 0), *same_pads(windows.kernel), (0, 0)))
+        return function(inside, other, same_pads(windows.kernel))
 
-    return lax.platform_dependent(x, cpu=pick_all, default=pick_inside)
+    return lax.platform_dependent(x, other, cpu=on_all, default=on_inside)

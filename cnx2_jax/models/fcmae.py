@@ -24,11 +24,11 @@ AUTO = "auto"
 
 # `auto` gathers a stage up to this share of visible patches, and masks it above. The cost of gathering grows
 # with the share, and at high resolution the borders of the visible cells add to it.
-# CPU: measured times; TPU: the compiler's estimated cycles (docs/performance.md); GPU: as TPU, not yet timed.
+# CPU and GPU (an H200): measured times; TPU: the compiler's estimated cycles (docs/performance.md).
 GATHERED_UP_TO = {
     "cpu": (0.95, 0.95, 0.95, 0.95),
     "tpu": (0.65, 0.65, 0.95, 0.95),
-    "gpu": (0.65, 0.65, 0.95, 0.95),
+    "gpu": (0.75, 0.65, 0.8, 0.8),
 }
 
 

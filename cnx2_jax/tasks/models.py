@@ -65,8 +65,8 @@ def encoder_config(config: ConfigDict, platform: str | None = None) -> EncoderCo
 
 
 def _scan(choice: str, platform: str) -> bool:
-    """Returns whether stages are scanned; `auto` does not on TPUs, where loops are slow (performance.md)."""
-    known = {"auto": platform != "tpu", "on": True, "off": False}
+    """Returns whether stages are scanned; `auto` does on CPUs alone (docs/performance.md)."""
+    known = {"auto": platform == "cpu", "on": True, "off": False}
     if choice not in known:
         raise UserError(f"unknown model.scan '{choice}'{nearest(choice, known)} (known: {', '.join(known)})")
     return known[choice]

@@ -147,13 +147,18 @@ def pretraining_loss(graph) -> Callable:
     return lambda params, images, keys: merge(graph, params)(images, keys).loss.mean()
 
 
-def train_step(graph) -> tuple:
-    """Returns AdamW and a train step, which returns the new parameters, the new state and the loss."""
+def train_step(graph, make_loss: Callable = pretraining_loss) -> tuple:
+    """Returns AdamW and a train step, which returns the new parameters, the new state and the loss.
+
+    Args:
+      graph: the model's structure.
+      make_loss: given `graph`, returns the loss as a function of parameters, images and keys.
+    """
     import jax
     import optax
 
     optimizer = optax.adamw(1e-4, b2=0.95, weight_decay=0.05)
-    loss = pretraining_loss(graph)
+    loss = make_loss(graph)
 
     def step(params, state, images, keys):
         value, gradients = jax.value_and_grad(loss)(params, images, keys)

@@ -9,7 +9,7 @@ from cnx2_jax.kernels import rows
 from cnx2_jax.kernels.rows import Windows, depthwise_conv_windows, move, pick
 
 
-def as_on_tpu(*arguments, default=None, tpu=None, cpu=None):
+def as_on_tpu(*arguments, default=None, tpu=None, **others):
     return (tpu or default)(*arguments)
 
 

@@ -1,0 +1,129 @@
+"""PyTorch's training steps on a GPU, in processes of their own; the peers of `experiments.benchmarks.gpu`."""
+
+import multiprocessing
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+MODES = ("eager", "compile")
+PROGRAMS = ("pretraining", "fine-tuning")
+
+
+class Peers:
+    """A process per variant and program, which builds and compiles at once and measures when asked.
+
+    Args:
+      sizes: for each variant, how many images and their pixels along both sides.
+    """
+
+    def __init__(self, sizes: dict[str, tuple[int, int]]):
+        self.sizes = sizes
+        self.processes: list = []
+
+    def __enter__(self) -> "Peers":
+        context = multiprocessing.get_context("spawn")
+        for variant, size in self.sizes.items():
+            for program in PROGRAMS:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(variant, program, *size, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self.processes.append((process, ours))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process, connection in self.processes:
+            connection.close()
+            process.terminate()
+            process.join()
+
+    def measure(self, seconds: Callable, *, small: bool) -> list[dict]:
+        """Returns a record per peer; `seconds` is `gpu.seconds`."""
+        records = []
+        for _, connection in self.processes:
+            try:
+                connection.send((seconds, small))
+                connection.recv()  # that it is ready
+                records += connection.recv()
+            except (EOFError, BrokenPipeError):
+                print("a PyTorch process ended early", file=sys.stderr, flush=True)
+        return records
+
+
+def _serve(variant: str, program: str, batch: int, size: int, connection) -> None:
+    try:
+        records = []
+        runs = _build(variant, program, batch, size)
+        import torch
+
+        cuda = torch.cuda.is_available()
+        wait = (lambda _: torch.cuda.synchronize()) if cuda else (lambda _: None)
+        compiled = {}
+        for mode, run in runs.items():
+            begin = time.perf_counter()
+            run(0)
+            wait(None)
+            if cuda:
+                torch.cuda.empty_cache()  # for the other processes
+            compiled[mode] = time.perf_counter() - begin
+            print(
+                f"torch {variant} {program} {mode}: first step {compiled[mode]:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        connection.send("ready")
+        seconds, small = connection.recv()
+        for mode, run in runs.items():
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            taken = seconds(run, wait, small=small)
+            record = {"variant": variant, "program": program, "mode": mode, "batch": batch, "seconds": taken}
+            if cuda:
+                record["temp_bytes"] = torch.cuda.max_memory_allocated()
+                torch.cuda.empty_cache()
+            records.append(record | {"compile": compiled[mode]})
+            print(f"torch {variant} {program} {mode}: {1e3 * taken:.1f} ms", file=sys.stderr, flush=True)
+    except EOFError:
+        return
+    except Exception:
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
+    connection.send(records)
+
+
+def _build(variant: str, program: str, batch: int, size: int) -> dict[str, Callable]:
+    """Returns a training step per mode: bfloat16 by autocast, channels-last, fused AdamW."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (batch,), device=device)
+    if program == "pretraining":
+        from experiments.benchmarks.torch_peer import FCMAE
+
+        model, inputs = FCMAE(variant), (images,)
+    else:
+        import timm
+
+        model, inputs = timm.create_model(f"convnextv2_{variant}", drop_path_rate=0.1), (images,)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=device == "cuda"
+    )
+
+    def step_of(forward):
+        def step(_):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device, torch.bfloat16):
+                loss = forward(*inputs)
+                if program != "pretraining":
+                    loss = torch.nn.functional.cross_entropy(loss.float(), labels)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    return {"eager": step_of(model), "compile": step_of(torch.compile(model))}
