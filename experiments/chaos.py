@@ -115,13 +115,12 @@ class Run:
     def start(self) -> None:
         """Starts all processes of the run."""
         port = free_port()
-        compiled = self.workdir.parent.absolute() / "compiled"
-        environment = {
-            "XLA_FLAGS": "",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        # What one start has compiled, the next ones need not compile again.
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(self.workdir.parent.absolute() / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
+        environment = {**cache, **os.environ, "JAX_PLATFORMS": "cpu"}
         self.processes, self._logs = [], []
         for index in range(self._args.processes):
             command = [sys.executable, "-m", "cnx2_jax.cli", "train", "--config", self._args.config]
@@ -132,9 +131,7 @@ class Run:
             log = self.workdir.parent / f"{self.workdir.name}.{index}.log"
             with log.open("a") as file:
                 print(f"$ {shlex.join(command)}", file=file, flush=True)
-                process = subprocess.Popen(
-                    command, env={**os.environ, **environment}, stdout=file, stderr=file
-                )
+                process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
             self.processes.append(process)
             self._logs.append(log)
 

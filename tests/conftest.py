@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src import compiler
 
 from cnx2_jax.kernels.rows import Windows
 from cnx2_jax.models import create_model
@@ -102,13 +103,34 @@ def fill_randomly(model: nnx.Module, seed: int, dtype=np.float32) -> nnx.Module:
     return model
 
 
+# Most of the time of a small program's compilation goes into the emitters of fusions, at any level.
+QUICK_FLAG = "xla_cpu_use_fusion_emitters"
+
+
 @pytest.fixture(scope="module")
 def compile_quickly():
     """Leaves out what XLA optimises, where nothing runs long enough to earn back what that takes."""
+    get_options = compiler.get_compile_options
+
+    def get_quick_options(*arguments, backend, **options):
+        found = get_options(*arguments, backend=backend, **options)
+        if backend.platform == "cpu":
+            found.env_option_overrides = [*found.env_option_overrides, (QUICK_FLAG, False)]
+        return found
+
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    # JAX has no setting for the flag, and XLA_FLAGS holds for whole processes.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", get_quick_options)
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def quick_environment():
+    """Variables that let a process compile as `compile_quickly` does."""
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": f"--{QUICK_FLAG}=false"}
 
 
 @pytest.fixture(scope="session")

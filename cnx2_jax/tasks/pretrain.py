@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import image_hw
-from cnx2_jax.models.fcmae import FCMAE, Output, paste
+from cnx2_jax.models.fcmae import FCMAE, paste
 from cnx2_jax.models.pixels import denormalise, normalise
 from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.observe.grid import draw_grid
@@ -95,19 +95,30 @@ def reconstruct(model: FCMAE, config: ConfigDict, images: np.ndarray, seed: int 
     keys = sample_keys(config.seed if seed is None else seed, jnp.int32(EVAL_STEP), len(images))
     graph, params = split(model)
     # One device is enough for a few rows, and it spares dividing them over a mesh.
-    normal = normalise(jnp.asarray(images), config.data.mean, config.data.std)
-    output = _forward(graph, jax.device_get(params), normal, keys)
-    reconstruction, pasted = paste(normal, output.prediction, output.masked)
-    hidden = np.repeat(np.repeat(output.masked, model.encoder.stride, 1), model.encoder.stride, 2)
+    scale = tuple(config.data.mean), tuple(config.data.std)
+    arrays = jax.device_get(params)
+    patches, reconstruction, pasted = jax.device_get(_forward(graph, scale, arrays, images, keys))
+    hidden = np.repeat(np.repeat(patches, model.encoder.stride, 1), model.encoder.stride, 2)
     columns = {
         "original": images,
         "masked": np.where(hidden[..., None], np.uint8(HIDDEN_GREY), images),
-        "reconstruction": denormalise(reconstruction, config.data.mean, config.data.std),
-        "pasted": denormalise(pasted, config.data.mean, config.data.std),
+        "reconstruction": reconstruction,
+        "pasted": pasted,
     }
-    return draw_grid({name: np.asarray(column) for name, column in columns.items()})
+    return draw_grid(columns)
 
 
-@partial(jax.jit, static_argnames="graph")
-def _forward(graph: nnx.GraphDef, params: Params, images: jax.Array, keys: jax.Array) -> Output:
-    return merge(graph, params)(images, keys, train=False)
+# One program: called one by one, these operations take longer to compile than the model.
+@partial(jax.jit, static_argnames=("graph", "scale"))
+def _forward(
+    graph: nnx.GraphDef,
+    scale: tuple[tuple[float, ...], tuple[float, ...]],
+    params: Params,
+    images: jax.Array,
+    keys: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the masked patches, and both reconstructions of `paste` as uint8; `scale` is mean and std."""
+    normal = normalise(images, *scale)
+    output = merge(graph, params)(normal, keys, train=False)
+    reconstruction, pasted = paste(normal, output.prediction, output.masked)
+    return output.masked, denormalise(reconstruction, *scale), denormalise(pasted, *scale)

@@ -57,4 +57,5 @@ def make_program(task: Task, mesh: Mesh) -> Program:
         lambda *arrays: starting.begin(config, transform, *arrays), model.params, model.variables
     )
     step = make_train_step(task, model.graph, transform, like, mesh)
-    return Program(total, schedule, model.graph, transform, like, step)
+    # Compiled as a whole: its operations one by one take seconds.
+    return Program(total, jax.jit(schedule), model.graph, transform, like, step)

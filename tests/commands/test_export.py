@@ -7,7 +7,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tensorflow as tf
 from flax import nnx
 from jax import export
 from PIL import Image
@@ -15,6 +14,7 @@ from PIL import Image
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.cli import main
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.models.state import split
 from cnx2_jax.tasks import defaults, models, weights
 

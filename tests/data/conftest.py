@@ -4,9 +4,10 @@ import io
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 from sklearn.datasets import load_sample_image
+
+from cnx2_jax.data.tensorflow import tf
 
 
 @pytest.fixture(scope="session")

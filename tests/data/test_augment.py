@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
 from cnx2_jax.data import augment
 from cnx2_jax.data.augment import INCREASING, Augmentation, make_augmentation, rand_augment, sampled_magnitude
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
 FILL = (124, 116, 104)

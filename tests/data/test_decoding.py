@@ -5,10 +5,10 @@ import zlib
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image, ImageOps
 
 from cnx2_jax.data.decoding import decode, decode_crop, decode_map, decoded_size
+from cnx2_jax.data.tensorflow import tf
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -5,12 +5,12 @@ import itertools
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from scipy import stats
 
 from cnx2_jax.data import distortion
 from cnx2_jax.data.augment import make_augmentation
 from cnx2_jax.data.distortion import DRAWS, distort, from_hsv, saturate, to_hsv, turn_hue
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
 FILL = (124, 116, 104)

@@ -5,11 +5,11 @@ import re
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
 from cnx2_jax.data.images import ImageData
 from cnx2_jax.data.order import shuffled_record
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import defaults
 

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image as PillowImage
 
@@ -25,6 +24,7 @@ from cnx2_jax.data.fields import (
 from cnx2_jax.data.geometry import Geometry
 from cnx2_jax.data.pipeline import Examples
 from cnx2_jax.data.sources import Source
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 from cnx2_jax.train import sharding
 from cnx2_jax.types import HOST

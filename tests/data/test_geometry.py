@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from cnx2_jax.data.decoding import decode, decode_crop
 from cnx2_jax.data.fields import Image, Instances, SegmentationMap
 from cnx2_jax.data.geometry import Geometry
 from cnx2_jax.data.resizing import resize
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import EvalTransform, TrainTransform
 
 IMAGE, MAP, INSTANCES = Image(), SegmentationMap(("mark",)), Instances(("mark",), most=3, masks=True)

@@ -4,11 +4,11 @@ import functools
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_image
 
 from cnx2_jax.data import operations
+from cnx2_jax.data.tensorflow import tf
 
 FILL = (130, 12, 201)
 FACTORS = (0.0, 0.1, 0.37, 1.0, 1.3, 1.9, 3.0, -0.5)

@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,6 +13,7 @@ from PIL import Image
 from cnx2_jax.data import pipeline
 from cnx2_jax.data.images import ImageData, preprocess_files
 from cnx2_jax.data.order import epoch_order, shuffled_record
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import defaults
 

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from cnx2_jax.data.resizing import BILINEAR, resize, resize_nearest
+from cnx2_jax.data.tensorflow import tf
 
 BICUBIC = Image.Resampling.BICUBIC
 

@@ -4,13 +4,13 @@ import io
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from cnx2_jax.data.sources import scenes
 from cnx2_jax.data.sources.digits import split_digits
 from cnx2_jax.data.sources.scenes import SIDE, make_scene, open_scenes, paint
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
 

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image as PillowImage
 from PIL import ImageOps
 
@@ -19,6 +18,7 @@ from cnx2_jax.data.segmentation import (
 )
 from cnx2_jax.data.segmentation_keys import add_segmentation_keys
 from cnx2_jax.data.sources.folder import open_files
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import defaults
 

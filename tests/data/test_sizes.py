@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from cnx2_jax.data.sizes import canvas, fitted, image_sizes
 from cnx2_jax.data.sources.folder import open_whole_folder
+from cnx2_jax.data.tensorflow import tf
 
 
 def rescaled(height, width, long, short):

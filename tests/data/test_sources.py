@@ -7,13 +7,13 @@ import io
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from cnx2_jax.data.sources import Source, open_set, open_source
 from cnx2_jax.data.sources.folder import open_files
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
 

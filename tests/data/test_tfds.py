@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from cnx2_jax.data.sources.tfds import open_tfds, val_spec
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
 FORMATS = ("tfrecord", "array_record")

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
 from cnx2_jax.data.augment import make_augmentation
@@ -12,6 +11,7 @@ from cnx2_jax.data.crops import TRIES, random_crop_box
 from cnx2_jax.data.decoding import decode
 from cnx2_jax.data.erasing import random_erasing_box
 from cnx2_jax.data.fields import Image as ImageField
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import EvalTransform, TrainTransform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

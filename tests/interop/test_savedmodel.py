@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.interop import savedmodel
 
 ALONE = """

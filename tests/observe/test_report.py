@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.observe import progress
 from cnx2_jax.observe.progress import watched
 from cnx2_jax.observe.report import Report, read_evaluation, read_metrics

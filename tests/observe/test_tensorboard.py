@@ -5,10 +5,10 @@ import resource
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import RunError
 from cnx2_jax.observe.report import Report
 from cnx2_jax.observe.tensorboard import EventWriter

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from sklearn.datasets import load_sample_image
 
 from cnx2_jax.data.distortion import from_hsv, saturate, to_hsv, turn_hue
 from cnx2_jax.data.resizing import PLAIN_BILINEAR, resize
+from cnx2_jax.data.tensorflow import tf
 
 cv2 = pytest.importorskip("cv2")
 

@@ -4,7 +4,6 @@ Real processes, real signals, real checkpoints on disk.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -41,11 +40,9 @@ TASKS = {"pretrain": "configs/pretrain.py:digits", "classify": "configs/finetune
 
 def start(task, workdir):
     command = [sys.executable, "-m", "cnx2_jax.cli", "train", "--config", TASKS[task], "--workdir", workdir]
-    environment = {**os.environ, "XLA_FLAGS": ""}
     return subprocess.Popen(
         [*map(str, command), *SMALL],
         cwd=ROOT,
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -36,7 +36,7 @@ HEARTBEAT = 8
 
 def start(*commands, **variables):
     """Starts Python programs, all at once."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     return [
         subprocess.Popen(
             [sys.executable, *map(str, command)],

@@ -75,19 +75,16 @@ def all_compile_quickly(compile_quickly):
 
 
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory):
+def eight(tmp_path_factory, quick_environment):
     """The folder of all runs on eight devices."""
     folder = tmp_path_factory.mktemp("eight")
     lines = [json.dumps(words(task, MESHES[mesh], folder / task / mesh)) for task, mesh in RUNS]
-    flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # they take longer than these runs
-    }
+    flags = f"{quick_environment['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         input="\n".join(lines),
         cwd=ROOT,
-        env={**os.environ, **flags},
+        env={**os.environ, **quick_environment, "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
     )

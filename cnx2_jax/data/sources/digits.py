@@ -1,11 +1,12 @@
 """The 1,797 handwritten digits that scikit-learn ships: a data set that needs no download."""
 
+import importlib.util
 import io
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from cnx2_jax.data.fields import Image as ImageField
 from cnx2_jax.data.fields import Label
@@ -34,12 +35,21 @@ class Digits(NamedTuple):
 
 def split_digits(split: str) -> Digits:
     """Returns the digits of "train" or "val", which have none in common."""
-    digits = load_digits()
-    labels = digits.target.astype(np.int32)
+    ink, labels = _load()
     val = held_out((f"digits/{index}".encode() for index in range(len(labels))), labels, _VAL_FRACTION)
     indices = np.flatnonzero(val if split == "val" else ~val)
-    names = tuple(str(name) for name in digits.target_names)
-    return Digits(digits.images[indices], labels[indices], indices, names)
+    return Digits(ink[indices], labels[indices], indices, tuple(map(str, range(10))))
+
+
+def _load() -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `sklearn.datasets.load_digits` does, ink [n, 8, 8] and labels [n].
+
+    It reads scikit-learn's file, because an import of scikit-learn takes two seconds.
+    """
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.origin is not None
+    rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int32)
 
 
 def open_digits(split: str) -> Source:
