@@ -268,7 +268,7 @@ class Instances(Field):
             return kept
         size, expected = value["size"], tf.convert_to_tensor(geometry.source)
         reason = tf.strings.format(
-            "has {} x {} pixels (height x width), but its annotations are for {} x {}; correct them or the image",
+            "has {} x {} pixels (height x width), but its annotations are for {} x {}; correct either",
             (expected[0], expected[1], size[0], size[1]),
         )
         masks = refuse_unless(tf.reduce_all(size == expected), reason, kept["masks"])

@@ -74,7 +74,7 @@ class Geometry:
         return tf.ensure_shape(resized, [*values.shape[:-2], *self._static_result()])
 
     def places(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the rows and columns of the source that `map` takes values from, int32 [height], [width]."""
+        """Returns the rows and the columns of the source that `map` takes values from, int32 [n] each."""
         box = self.box
         rows, columns = resizing.nearest_places(
             box[2:], self.size, window=self._window(), mirrored=self.mirrored
