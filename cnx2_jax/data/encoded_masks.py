@@ -4,6 +4,7 @@ A mask of 640x480 pixels takes 300 kB, its outline about 200 bytes. Sources keep
 example rasterises its own. Pixels are those of pycocotools, to the last one.
 """
 
+import functools
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -123,7 +124,8 @@ def crop_masks(
       encoded: n masks.
       size: height and width of their image.
       rows, columns: the row and the column of the image that each row and column of the result shows.
-      side: to which the crops are resampled; a crop's pixel is the mask's at the centre.
+      side: to which the crops are resampled. Along an axis of fewer pixels, values are interpolated as
+        RoIAlign does to full masks, and those from 0.5 on are 1; along others, the nearest pixel is taken.
 
     Returns:
       The boxes of the moved masks, y0, x0, y1, x1; the masks in them, 0 or 1; and which masks have a pixel
@@ -149,22 +151,25 @@ def crop_masks(
         y0, y1 = _extent(rows, row, distinct[0][seen.any(axis=1)])
         x0, x1 = _extent(columns, column, distinct[1][seen.any(axis=0)])
         box[:] = y0, x0, y1, x1
-        crop[:] = pixels[rows[_centres(y0, y1, side)]][:, columns[_centres(x0, x1, side)] - left]
+        crop[:] = _resampled(pixels, rows[y0:y1], columns[x0:x1] - left, side)
     return boxes, crops, boxes[:, 2] > 0
 
 
 def _columns(rle: Rle, first: int, last: int) -> UInt8[np.ndarray, "height columns"]:
     """Returns the columns [first, last) of a mask, 0 or 1; the others cost nothing."""
     height, runs = rle["size"][0], _runs_of(rle["counts"])
-    ends = np.clip(np.cumsum(runs), first * height, last * height)
+    ends = np.cumsum(runs).clip(first * height, last * height)
     values = (np.arange(runs.size) & 1).astype(np.uint8)
-    pixels = np.repeat(values, np.diff(ends, prepend=first * height))
+    shown = ends.copy()
+    shown[1:] -= ends[:-1]
+    shown[0] -= first * height
+    pixels = np.repeat(values, shown)
     return pixels.reshape(last - first, height).T
 
 
 def _distinct(places: np.ndarray) -> np.ndarray:
     """Returns places, rising or falling, without repetitions."""
-    return places[np.flatnonzero(np.diff(places, prepend=-1))]
+    return places[np.concatenate([[True], places[1:] != places[:-1]])]
 
 
 def _extent(sources: np.ndarray, places: np.ndarray, seen: np.ndarray) -> tuple[int, int]:
@@ -173,9 +178,41 @@ def _extent(sources: np.ndarray, places: np.ndarray, seen: np.ndarray) -> tuple[
     return int(shown[0]), int(shown[-1]) + 1
 
 
-def _centres(first: int, last: int, count: int) -> np.ndarray:
-    """Returns the pixels in which the centres of `count` equal parts of [first, last) lie."""
-    return first + ((np.arange(count) + 0.5) * ((last - first) / count)).astype(np.int64)
+def _resampled(pixels: np.ndarray, rows: np.ndarray, columns: np.ndarray, side: int) -> np.ndarray:
+    """Returns the mask that shows these rows and columns of `pixels`, bool [side, side]."""
+    tall, wide = len(rows) >= side, len(columns) >= side
+    if tall:
+        rows = rows[_centres(len(rows), side)]
+    if wide:
+        columns = columns[_centres(len(columns), side)]
+    values = pixels[rows][:, columns]
+    # Not as products of matrices: BLAS has threads of its own, which fight with those that read.
+    if not tall:
+        (before, after), weights = _neighbours(values.shape[0], side)
+        values = values[before] * weights[0][:, None] + values[after] * weights[1][:, None]
+    if not wide:
+        (before, after), weights = _neighbours(values.shape[1], side)
+        values = values[:, before] * weights[0] + values[:, after] * weights[1]
+    return values >= 0.5
+
+
+def _centres(length: int, count: int) -> np.ndarray:
+    """Returns the pixels in which the centres of `count` equal parts of an axis lie."""
+    return ((np.arange(count) + 0.5) * (length / count)).astype(np.int64)
+
+
+@functools.cache
+def _neighbours(length: int, count: int) -> tuple[Int[np.ndarray, "2 count"], Float32[np.ndarray, "2 count"]]:
+    """Returns the two pixels beside the centres of `count` equal parts of an axis, and their weights.
+
+    What lies beyond the axis is 0.
+    """
+    places = (np.arange(count) + 0.5) * (length / count) - 0.5
+    first = np.floor(places).astype(np.int64)
+    pixels = np.stack([first, first + 1])
+    weights = np.stack([1 - (places - first), places - first])
+    inside = (pixels >= 0) & (pixels < length)
+    return pixels.clip(0, length - 1), (weights * inside).astype(np.float32)
 
 
 def _compressed(runs: np.ndarray, size: tuple[int, int]) -> bytes:

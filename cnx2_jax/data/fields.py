@@ -19,6 +19,7 @@ module asks for the kind of a field.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
@@ -273,8 +274,8 @@ class Instances(Field):
         )
         masks = refuse_unless(tf.reduce_all(size == expected), reason, kept["masks"])
         boxes, crops, found = tf.numpy_function(
-            crop_masks,
-            [masks, size, *geometry.places(), self.mask_side],
+            functools.partial(crop_masks, side=self.mask_side),
+            [masks, size, *geometry.places()],
             [tf.float32, tf.uint8, tf.bool],
             stateful=False,
         )
