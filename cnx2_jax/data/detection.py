@@ -7,7 +7,7 @@ resizes whole images; detections are compared with the annotations of the files,
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -16,7 +16,7 @@ from cnx2_jax.configuration import image_hw
 from cnx2_jax.data import faults, sizes
 from cnx2_jax.data.annotations import Annotations
 from cnx2_jax.data.augment import Augmentation, make_augmentation
-from cnx2_jax.data.fields import Arrays, Canvas, Entries, Field, Image, example_arrays
+from cnx2_jax.data.fields import Arrays, Canvas, Entries, Field, Image, Instances, example_arrays
 from cnx2_jax.data.geometry import Geometry
 from cnx2_jax.data.pipeline import Examples
 from cnx2_jax.data.resizing import PLAIN_BILINEAR
@@ -81,9 +81,7 @@ class DetectionData(Examples):
                 "pixels or more; check data.train_annotations"
             )
         _warn_of_many(objects, data.max_instances)
-        instances = dataclasses.replace(
-            train.fields["instances"], most=data.max_instances, mask_side=data.mask_side
-        )
+        instances = Instances(objects.class_names, data.max_instances, data.mask_side)
         fields = {"image": image, "instances": instances}
         train_transform = JitterTransform(
             fields,
@@ -192,7 +190,7 @@ class JitterTransform:
 
     def _nothing(self) -> Entries:
         """Returns no objects, in the form that `Instances.moved` returns."""
-        side = self.fields["instances"].mask_side
+        side = cast(Instances, self.fields["instances"]).mask_side
         return {
             "boxes": tf.zeros([0, 4]),
             "classes": tf.zeros([0], tf.int32),

@@ -85,7 +85,9 @@ def _run(args: argparse.Namespace) -> None:
 def _outline(rng: np.random.Generator, centre: np.ndarray, radii: np.ndarray) -> list[float]:
     """Returns a random, partly concave outline, x0, y0, x1 ... with two decimals as in COCO's files."""
     angles = np.arange(POINTS) / POINTS * 2 * np.pi
-    bumps = sum(rng.uniform(0, 0.25) * np.cos(k * angles + rng.uniform(0, 6)) for k in (2, 3, 5, 9))
+    bumps = np.zeros(POINTS)
+    for waves in (2, 3, 5, 9):
+        bumps += rng.uniform(0, 0.25) * np.cos(waves * angles + rng.uniform(0, 6))
     ring = np.stack([np.cos(angles), np.sin(angles)], axis=1) * (0.75 + bumps / 2)[:, None]
     return (centre + ring * radii).round(2).reshape(-1).tolist()
 
@@ -99,7 +101,8 @@ def _write_set(root: Path) -> None:
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     (root / "train2017").mkdir(exist_ok=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number in range(PHOTOGRAPHS):
         left, top = rng.integers(0, 100, 2).tolist()
         part = photographs[number % 2].crop((left, top, left + 500, top + 320))
@@ -167,7 +170,7 @@ class _Peer:
             if rows.size:
                 masks.append(mask)
                 boxes.append([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1])
-        return canvas, np.float32(boxes), np.array(masks)
+        return canvas, np.array(boxes, np.float32), np.array(masks)
 
 
 def _speed(args: argparse.Namespace) -> tuple[list[dict], str]:
