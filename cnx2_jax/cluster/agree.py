@@ -1,4 +1,4 @@
-"""Exchanges JSON values between the processes of a run."""
+"""Exchanges JSON values and bytes between the processes of a run."""
 
 import json
 from typing import Any
@@ -27,9 +27,16 @@ def gathered(value: Any) -> list[Any]:
     """
     if jax.process_count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = np.ravel(multihost_utils.process_allgather(np.int32(len(text))))
+    return [json.loads(part) for part in gathered_bytes(json.dumps(value).encode())]
+
+
+def gathered_bytes(content: bytes) -> list[bytes]:
+    """Returns the bytes of all processes, in their order, under 2 GiB each. Every process must call it."""
+    if jax.process_count() == 1:
+        return [content]
+    numbers = np.frombuffer(content, np.uint8)
+    sizes = np.ravel(multihost_utils.process_allgather(np.int32(len(numbers))))
     padded = np.zeros(sizes.max(), np.uint8)
-    padded[: len(text)] = text
+    padded[: len(numbers)] = numbers
     every = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(part[:size])) for part, size in zip(np.asarray(every), sizes, strict=True)]
+    return [bytes(part[:size]) for part, size in zip(np.asarray(every), sizes, strict=True)]

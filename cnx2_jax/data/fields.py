@@ -13,16 +13,18 @@ module asks for the kind of a field.
 | Value           | float [size]                       | NAME float32 [b, size]                            |
 | SegmentationMap | string: greyscale or palette PNG   | NAME uint8 [b, h, w]                              |
 | Instances       | {"boxes": float32 [n, 4],          | boxes float32 [b, most, 4], classes int32         |
-|                 | "classes": int32 [n], "masks":     | [b, most], masks uint8 [b, most, h, w],           |
-|                 | uint8 [n, h, w]}                   | NAME_valid bool [b, most]                         |
+|                 | "classes": int32 [n], "masks":     | [b, most], masks uint8 [b, most, m, m],           |
+|                 | string [n], "size": int32 [2]}     | NAME_valid bool [b, most]                         |
 | Identifier      | string or integer                  | host/NAME [b]: NumPy, never on a device           |
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
 from cnx2_jax.data import decoding
+from cnx2_jax.data.encoded_masks import crop_masks
 from cnx2_jax.data.geometry import Draw, Geometry, pad
 from cnx2_jax.data.refusals import refuse_unless
 from cnx2_jax.data.tensorflow import tf
@@ -231,42 +233,62 @@ class SegmentationMap(Field):
 
 @dataclasses.dataclass(frozen=True)
 class Instances(Field):
-    """Objects: boxes float32 [n, 4], classes int32 [n] and masks uint8 [n, h, w].
+    """Objects: boxes float32 [n, 4], classes int32 [n] and masks.
 
     Boxes are y0, x0, y1, x1 in pixels. A geometry clips them to its result and drops the objects whose box is
     empty then, with their classes and masks.
+
+    Masks are stored encoded (`encoded_masks`), for an image of height and width "size". A geometry crops each
+    to its own box, 0 or 1, because full masks of all objects would take 100 MB per example. The boxes are
+    then those of the moved masks, and objects without a pixel left are dropped too.
 
     Attributes:
       class_names: the name of each class.
       most: how many objects the arrays of an example hold. Of more, those with the largest boxes are kept (of
         boxes of one area the earlier ones), in their stored order.
-      masks: whether the objects have masks.
+      mask_side: the height and width of cropped masks, uint8 [n, mask_side, mask_side]; 0: no masks.
     """
 
     class_names: tuple[str, ...]
     most: int
-    masks: bool = False
+    mask_side: int = 0
     aligned = True
+    noun = "image"
 
     def decode(self, stored: Entry) -> Entry:
-        return {name: stored[name] for name in ("boxes", "classes", *(["masks"] if self.masks else []))}
+        names = ("boxes", "classes", *(["masks", "size"] if self.mask_side else []))
+        return {name: stored[name] for name in names}
 
     def moved(self, value: Entry, geometry: Geometry) -> Entry:
+        """Raises tf.errors.InvalidArgumentError when it runs, if masks are for another size of image."""
         boxes = geometry.boxes(value["boxes"])
         inside = tf.reduce_all(boxes[:, 2:] > boxes[:, :2], axis=1)
-        kept = {name: tf.boolean_mask(rows, inside) for name, rows in {**value, "boxes": boxes}.items()}
-        if self.masks:
-            kept["masks"] = geometry.map(kept["masks"])
-        return kept
-
-    def padded(self, value: Entry, canvas: Canvas) -> Entry:
-        if not self.masks:
-            return value
-        return {**value, "masks": pad(value["masks"], canvas, 0, first_axis=1)}
+        rows = {name: tensor for name, tensor in value.items() if name != "size"}
+        kept = {name: tf.boolean_mask(tensor, inside) for name, tensor in {**rows, "boxes": boxes}.items()}
+        if not self.mask_side:
+            return kept
+        size, expected = value["size"], tf.convert_to_tensor(geometry.source)
+        reason = tf.strings.format(
+            "has {} x {} pixels (height x width), but its annotations are for {} x {}; correct either",
+            (expected[0], expected[1], size[0], size[1]),
+        )
+        masks = refuse_unless(tf.reduce_all(size == expected), reason, kept["masks"])
+        boxes, crops, found = tf.numpy_function(
+            functools.partial(crop_masks, side=self.mask_side),
+            [masks, size, *geometry.places()],
+            [tf.float32, tf.uint8, tf.bool],
+            stateful=False,
+        )
+        moved = {
+            "boxes": tf.ensure_shape(boxes, [None, 4]),
+            "classes": kept["classes"],
+            "masks": tf.ensure_shape(crops, [None, self.mask_side, self.mask_side]),
+        }
+        return {name: tf.boolean_mask(rows, tf.ensure_shape(found, [None])) for name, rows in moved.items()}
 
     def arrays(self, name: str, value: Entry, canvas: Canvas | None) -> Arrays:
         """Returns the objects, 0 beyond their number, and `NAME_valid`, bool [most]: true for objects."""
-        value = value if canvas is None else self.padded(value, canvas)
+        del canvas
         height, width = tf.unstack(value["boxes"][:, 2:] - value["boxes"][:, :2], axis=1)
         count = tf.minimum(tf.size(height), self.most)
         largest = tf.sort(tf.math.top_k(height * width, count).indices)

@@ -73,6 +73,14 @@ class Geometry:
         resized = resizing.resize_nearest(values, self.size, window=self._window(), mirrored=self.mirrored)
         return tf.ensure_shape(resized, [*values.shape[:-2], *self._static_result()])
 
+    def places(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the rows and the columns of the source that `map` takes values from, int32 [n] each."""
+        box = self.box
+        rows, columns = resizing.nearest_places(
+            box[2:], self.size, window=self._window(), mirrored=self.mirrored
+        )
+        return box[0] + rows, box[1] + columns
+
     def points(self, points: tf.Tensor) -> tf.Tensor:
         """Returns where float32 [..., 2] points of the source end; some may be outside of the result."""
         box = tf.cast(self.box, tf.float32)

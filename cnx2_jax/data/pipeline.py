@@ -5,10 +5,13 @@ batch s is at position s * batch_size + i. Which record is read there and how it
 of (seed, position) alone, so a run can enter the stream at any step, on any number of hosts.
 """
 
+import atexit
+import contextlib
 import copy
 import dataclasses
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias, TypeVar
 
@@ -32,6 +35,16 @@ PREFETCHED_BATCHES = 2
 # TensorFlow quotes names and contents in its messages; if they are not text, its own error is lost.
 FAILURES = (tf.errors.OpError, UnicodeDecodeError)
 _END_OF_STREAM = 2**62
+
+_streams: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    """Ends reading while Python still runs: a thread that decodes masks in Python would hang its exit."""
+    for stream in list(_streams):
+        with contextlib.suppress(ValueError):  # it is running, in another thread
+            stream.close()
 
 
 @dataclasses.dataclass(eq=False)
@@ -243,6 +256,7 @@ def _stream(
     options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1
     batches = _guarded(dataset.with_options(options), source, record_at, decoded, first, positions)
+    _streams.add(batches)
     if not tolerance.skips:
         return batches
     return _counted(batches, source, tolerance.most, record_at, first, positions)
@@ -258,7 +272,7 @@ def _guarded(
 ) -> Iterator[Batch]:
     """Iterates; when a batch fails, decodes its records one by one to name the one at fault."""
     step = first_step
-    iterator = dataset.as_numpy_iterator()
+    iterator = dataset.as_numpy_iterator()  # its threads end when this generator does
     while True:
         try:
             batch = next(iterator)

@@ -102,7 +102,27 @@ def resize_nearest(
     Returns:
       [..., height, width] of the window, of the same type.
     """
-    inputs, size = tf.shape(values)[-2:], tf.convert_to_tensor(size, tf.int32)
+    rows, columns = nearest_places(tf.shape(values)[-2:], size, window=window, mirrored=mirrored)
+    return tf.gather(tf.gather(values, rows, axis=-2), columns, axis=-1)
+
+
+def nearest_places(
+    inputs: tuple[int, int] | tf.Tensor,
+    size: tuple[int, int] | tf.Tensor,
+    *,
+    window: tf.Tensor | None = None,
+    mirrored: tf.Tensor | bool = False,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the rows and the columns of the input that `resize_nearest` takes its result from.
+
+    Args:
+      inputs: height and width of the input.
+      size, window, mirrored: see `resize`.
+
+    Returns:
+      int32 [height] and int32 [width] of the window.
+    """
+    inputs, size = tf.convert_to_tensor(inputs, tf.int32), tf.convert_to_tensor(size, tf.int32)
     window = tf.concat([[0, 0], size], axis=0) if window is None else window
     scale = tf.cast(inputs, tf.float64) / tf.cast(size, tf.float64)
 
@@ -112,8 +132,7 @@ def resize_nearest(
 
     columns = tf.range(window[3])
     columns = tf.where(mirrored, window[3] - 1 - columns, columns)
-    values = tf.gather(values, nearest(0, tf.range(window[2])), axis=-2)
-    return tf.gather(values, nearest(1, columns), axis=-1)
+    return nearest(0, tf.range(window[2])), nearest(1, columns)
 
 
 def _filter(rows: tf.Tensor, indices: tf.Tensor, weights: tf.Tensor, count: tf.Tensor) -> tf.Tensor:

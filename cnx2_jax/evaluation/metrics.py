@@ -185,8 +185,8 @@ class Records:
 
     def add(self, total, contribution, host):
         scores, valid = contribution
-        keep = _local_rows(valid)
-        rows = {name: _local_rows(score)[keep] for name, score in scores.items()}
+        keep = local_rows(valid)
+        rows = {name: local_rows(score)[keep] for name, score in scores.items()}
         rows |= {name: np.asarray(host[name])[keep] for name in self.host}
         return [*total, rows]
 
@@ -200,7 +200,7 @@ class Records:
         raise NotImplementedError
 
 
-def _local_rows(array: jax.Array) -> np.ndarray:
+def local_rows(array: jax.Array) -> np.ndarray:
     """Returns this process's rows of a global array that is sharded by rows or not at all."""
     if array.is_fully_replicated and jax.process_count() > 1:
         return np.split(np.asarray(array), jax.process_count())[jax.process_index()]

@@ -62,10 +62,10 @@ def draw_segmentations(
         for name, picture in zip(cells, pictures, strict=True):
             smooth = Image.Resampling.BILINEAR if name == "image" else Image.Resampling.NEAREST
             cells[name].append(np.asarray(Image.fromarray(picture).resize(size, smooth)))
-    return draw_grid({name: _stacked(pictures) for name, pictures in cells.items()})
+    return draw_grid({name: stacked(pictures) for name, pictures in cells.items()})
 
 
-def _stacked(pictures: Sequence[np.ndarray]) -> UInt8[np.ndarray, "n height width 3"]:
+def stacked(pictures: Sequence[np.ndarray]) -> UInt8[np.ndarray, "n height width 3"]:
     """Stacks pictures of any size, padded with white at bottom and right."""
     height, width = np.max([picture.shape[:2] for picture in pictures], axis=0)
     page = np.full((len(pictures), height, width, 3), 255, np.uint8)

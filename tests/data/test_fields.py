@@ -10,6 +10,7 @@ from PIL import Image as PillowImage
 
 from cnx2_jax.data import faults, pipeline
 from cnx2_jax.data.augment import make_augmentation
+from cnx2_jax.data.encoded_masks import encode_mask
 from cnx2_jax.data.fields import (
     Identifier,
     Image,
@@ -29,14 +30,14 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.train import sharding
 from cnx2_jax.types import HOST
 
-COUNT, CANVAS = 6, (40, 48)
+COUNT, CANVAS, SIDE = 6, (40, 48), 4
 FIELDS = {
     "image": Image(),
     "label": Label(("even", "odd")),
     "labels": MultiLabel(("a", "b", "c")),
     "value": Value(2),
     "segmentation": SegmentationMap(tuple("abcdef")),
-    "instances": Instances(("thing",), most=3, masks=True),
+    "instances": Instances(("thing",), most=3, mask_side=SIDE),
     "id": Identifier(),
 }
 
@@ -48,15 +49,23 @@ def height(index):
 WIDTH = 30
 
 
+def outline(object, height):
+    """The mask of object c: its box, without the column at its right."""
+    mask = np.zeros((height, WIDTH), bool)
+    mask[: object + 1, : 2 * object + 1] = True
+    return encode_mask(mask)
+
+
 def source(encode) -> Source:
     """Six images of different heights; record i has i objects, and knows its number in every field."""
     noise = np.random.default_rng(0)
-    images, maps = [], []
+    images, maps, masks = [], [], []
     for index in range(COUNT):
         pixels = noise.integers(1, 256, (height(index), WIDTH, 3), np.uint8)
         images.append(encode(PillowImage.fromarray(pixels), "PNG"))
         classes = np.full((height(index), WIDTH), index, np.uint8)
         maps.append(encode(PillowImage.fromarray(classes), "PNG"))
+        masks.append([outline(object, height(index)) for object in range(COUNT)])
 
     def read(index):
         count = tf.cast(index, tf.int32)
@@ -70,7 +79,8 @@ def source(encode) -> Source:
             "instances": {
                 "boxes": tf.concat([tf.zeros([count, 2]), edge, 2 * edge], axis=1),
                 "classes": tf.range(count),
-                "masks": tf.ones([count, 20 + 2 * count, WIDTH], tf.uint8),
+                "masks": tf.constant(masks)[count, :count],
+                "size": tf.stack([20 + 2 * count, WIDTH]),
             },
             "id": tf.strings.as_string(index),
         }
@@ -145,32 +155,38 @@ def test_instances_are_padded_and_the_smallest_left_out(batches):
     boxes, valid = stacked(batches, "boxes"), stacked(batches, "instances_valid")
     classes, masks = stacked(batches, "classes"), stacked(batches, "masks")
     assert boxes.shape == (COUNT, 3, 4) and boxes.dtype == np.float32
-    assert classes.dtype == np.int32 and masks.shape == (COUNT, 3, *CANVAS) and valid.dtype == np.bool_
+    assert classes.dtype == np.int32 and masks.shape == (COUNT, 3, SIDE, SIDE) and valid.dtype == np.bool_
     for index in range(COUNT):
         kept = list(range(max(0, index - 3), index))  # object c has the edge c + 1
         count = len(kept)
         np.testing.assert_array_equal(valid[index], np.arange(3) < count)
         np.testing.assert_array_equal(classes[index], kept + [0] * (3 - count))
-        expected = np.reshape([[0, 0, c + 1, 2 * c + 2] for c in kept], (-1, 4))
+        expected = np.reshape([[0, 0, c + 1, 2 * c + 1] for c in kept], (-1, 4))  # those of the masks
         np.testing.assert_array_equal(boxes[index, :count], expected)
         assert not boxes[index, count:].any() and not masks[index, count:].any()
-        for mask in masks[index, :count]:
-            assert mask.sum() == height(index) * WIDTH and mask[: height(index), :WIDTH].all()
+        # Interpolated towards 0 beyond the box, the corners of the smallest masks are lost.
+        assert masks[index, :count, 1:3, 1:3].all()
 
 
 def test_instances_outside_of_the_geometry_are_dropped_with_their_classes_and_masks():
-    field = Instances(("a", "b"), most=4, masks=True)
+    field = Instances(("a", "b"), most=4, mask_side=2)
     boxes = tf.constant([[0, 0, 4, 4], [6, 6, 9, 9], [3, 3, 7, 7]], tf.float32)
-    masks = np.zeros((3, 10, 10), np.uint8)
+    masks = np.zeros((3, 10, 10), bool)
     for mask, (top, left, bottom, right) in zip(masks, boxes.numpy().astype(int), strict=True):
-        mask[top:bottom, left:right] = 1
-    value = {"boxes": boxes, "classes": tf.constant([0, 1, 1]), "masks": tf.constant(masks)}
+        mask[top:bottom, left:right] = True
+    masks[2, 3:6, 3:6] = False  # of 4 pixels in the crop one is left out
+    value = {
+        "boxes": boxes,
+        "classes": tf.constant([0, 1, 1]),
+        "masks": tf.constant([encode_mask(mask) for mask in masks]),
+        "size": tf.constant([10, 10]),
+    }
     step = Geometry((10, 10), (5, 5), crop=tf.constant([5, 5, 5, 5]))
     arrays = field.arrays("instances", field.moved(value, step), None)
     np.testing.assert_array_equal(arrays["instances_valid"], [True, True, False, False])
     np.testing.assert_array_equal(arrays["classes"], [1, 1, 0, 0])
     np.testing.assert_array_equal(arrays["boxes"][:2], [[1, 1, 4, 4], [0, 0, 2, 2]])
-    assert [int(mask.sum()) for mask in arrays["masks"].numpy()] == [9, 4, 0, 0]
+    np.testing.assert_array_equal(arrays["masks"][:2], [[[1, 1], [1, 1]], [[0, 1], [1, 1]]])
 
 
 def test_of_equal_areas_the_earlier_instances_are_kept():
@@ -187,7 +203,7 @@ def test_geometry_moves_everything_together(encode):
     record = source(encode).read(tf.constant(4, tf.int64))
     plain, turned = (made.finish(made.decode(record, seed), seed) for made in (Whole(FIELDS), mirrored))
     np.testing.assert_array_equal(turned["image"][:28, :WIDTH], plain["image"][:28, :WIDTH][:, ::-1])
-    np.testing.assert_array_equal(turned["boxes"][0], [0, WIDTH - 4, 2, WIDTH])
+    np.testing.assert_array_equal(turned["boxes"][0], [0, WIDTH - 3, 2, WIDTH])
     for name in ("label", "labels", "value"):
         np.testing.assert_array_equal(turned[name], plain[name])
 

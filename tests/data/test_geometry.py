@@ -15,12 +15,12 @@ from cnx2_jax.data.resizing import resize
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import EvalTransform, TrainTransform
 
-IMAGE, MAP, INSTANCES = Image(), SegmentationMap(("mark",)), Instances(("mark",), most=3, masks=True)
+IMAGE, MAP, INSTANCES = Image(), SegmentationMap(("mark",)), Instances(("mark",), most=3)
 RADIUS = 4.0
 
 
 def marked(height, width, point):
-    """An image with a blob, a map and a mask with a disc, and a box of one pixel, all around one point."""
+    """An image with a blob, a map with a disc, and a box of one pixel, all around one point."""
     rows, columns = np.arange(height) + 0.5, np.arange(width) + 0.5
     distances = np.hypot(rows[:, None] - point[0], columns[None] - point[1])
     blob = np.round(255 * np.exp(-((distances / RADIUS) ** 2))).astype(np.uint8)
@@ -32,7 +32,6 @@ def marked(height, width, point):
         "instances": {
             "boxes": tf.constant([box], tf.float32),
             "classes": tf.constant([0]),
-            "masks": tf.constant(disc[None]),
         },
     }
 
@@ -52,7 +51,6 @@ def places(values):
     return {
         "image": centroid(values["image"][..., 0]),
         "segmentation": centroid(values["segmentation"] == 1),
-        "masks": centroid(values["instances"]["masks"][0]),
         "boxes": (box[:2] + box[2:]) / 2,
     }
 

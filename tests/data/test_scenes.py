@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from cnx2_jax.data.encoded_masks import decode_mask
 from cnx2_jax.data.sources import scenes
 from cnx2_jax.data.sources.digits import split_digits
 from cnx2_jax.data.sources.scenes import SIDE, make_scene, open_scenes, paint
@@ -36,8 +37,33 @@ def test_records_are_functions_of_split_and_index(drawn):
     assert not np.array_equal(drawn[0].image, drawn[1].image)
     assert not np.array_equal(decoded(open_scenes("1", "val"), 0)[0], drawn[0].image)
     assert source.describe(2) == "scenes/train/2"
-    for name, field in source.fields.items():
-        assert field.decode(source.read(tf.constant(1, tf.int64))[name]).shape[:2] == (SIDE, SIDE)
+    for name in ("image", "map"):
+        stored = source.read(tf.constant(1, tf.int64))[name]
+        assert source.fields[name].decode(stored).shape[:2] == (SIDE, SIDE)
+
+
+def test_objects_are_the_digits_that_can_be_seen(drawn):
+    source = open_scenes("60", "train")
+    kept = source.annotations
+    np.testing.assert_array_equal(kept.image_ids, range(60))
+    assert kept.class_names == tuple("0123456789") and not kept.crowds.any()
+    covered = 0
+    for index, scene in enumerate(drawn):
+        rows = slice(kept.starts[index], kept.starts[index + 1])
+        masks = [decode_mask(mask, (SIDE, SIDE)).astype(bool) for mask in kept.masks[rows]]
+        painted = np.zeros((SIDE, SIDE), np.uint8)
+        for mask, digit in zip(masks, kept.classes[rows], strict=True):
+            assert not painted[mask].any()
+            painted[mask] = digit + 1
+        np.testing.assert_array_equal(painted, paint(scene))
+        covered += sum(instance.mask.sum() for instance in scene.instances) - sum(map(np.sum, masks))
+        np.testing.assert_array_equal(kept.areas[rows], [mask.sum() for mask in masks])
+        stored = source.read(tf.constant(index, tf.int64))["instances"]
+        np.testing.assert_array_equal(stored["classes"], kept.classes[rows])
+        for mask, (y0, x0, y1, x1) in zip(masks, stored["boxes"].numpy().astype(int), strict=True):
+            assert mask[y0:y1, x0:x1].sum() == mask.sum()
+            assert mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
+    assert covered > 0
 
 
 def test_splits_have_no_digit_in_common():

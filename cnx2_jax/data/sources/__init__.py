@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cnx2_jax.data.sources.base import Source, first_of_each_class, held_out
+from cnx2_jax.data.sources.coco import open_coco
 from cnx2_jax.data.sources.digits import open_digits
 from cnx2_jax.data.sources.folder import open_folder, open_whole_folder
 from cnx2_jax.data.sources.masks import open_ade20k, open_masks
@@ -48,6 +49,7 @@ KINDS: dict[str, Kind] = {
     ),
     "masks": Kind(lambda data, _, split: open_masks(data, split)),
     "ade20k": Kind(lambda data, _, split: open_ade20k(data, split)),
+    "coco": Kind(lambda data, _, split: open_coco(data, split)),
     "scenes": Kind(lambda data, records, split: open_scenes(records, split), detailed=True),
 }
 
@@ -61,9 +63,10 @@ def open_source(data: Any, split: str, seed: int) -> Source:
     Args:
       data: `config.data`. `source` is "digits"; "folder", with its path in `root`;
         "tfds:NAME[/CONFIG]:SPLIT", with TFDS's data directory in `root` or its default one;
-        "synthetic[:RECORDS[:CLASSES]]"; or, with maps of classes, "masks" and "ade20k", in `root`, and
-        "scenes[:RECORDS]". Its val split is a folder's `val`, a TFDS data set's
-        `validation` or `test`, or else `val_fraction` of each class, held out of training.
+        "synthetic[:RECORDS[:CLASSES]]"; with maps of classes, "masks" and "ade20k", in `root`; with objects,
+        "coco", in `root`; or, with both, "scenes[:RECORDS]". Its val split is a folder's `val`, COCO's
+        val2017, a TFDS data set's `validation` or `test`, or else `val_fraction` of each class, held out of
+        training.
         `train_per_class` keeps that many training records per class, chosen by `seed`; 0 keeps all.
       split: "train" or "val".
       seed: the run's seed.

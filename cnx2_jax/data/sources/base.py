@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from cnx2_jax.data.annotations import Annotations
 from cnx2_jax.data.fields import Entry, Field, Label
 from cnx2_jax.data.tensorflow import tf
 
@@ -24,6 +25,7 @@ class Source:
         `fields` for their form. Runs eagerly and inside tf.data.
       describe: maps an index to the path of the file or the name of the record, for error messages.
       describe_entry: the same for one field, by its name, where records consist of several files.
+      annotations: the objects of all images, where they have any, as detections are compared with them.
     """
 
     num_records: int
@@ -32,6 +34,7 @@ class Source:
     read: Callable[[tf.Tensor], dict[str, Entry]]
     describe: Callable[[int], str]
     describe_entry: Callable[[int, str], str] | None = None
+    annotations: Annotations | None = None
 
     def name_of(self, index: int, field: str) -> str:
         """Returns what an error message calls the entry of one field."""
@@ -54,6 +57,7 @@ class Source:
             read=lambda index: self.read(places[index]),
             describe=lambda index: self.describe(int(indices[index])),
             describe_entry=lambda index, field: self.name_of(int(indices[index]), field),
+            annotations=self.annotations and self.annotations.only(indices),
         )
 
     def all_labels(self) -> np.ndarray:

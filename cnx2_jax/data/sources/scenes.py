@@ -2,13 +2,17 @@
 
 import functools
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from cnx2_jax.data.annotations import Annotations
+from cnx2_jax.data.encoded_masks import encode_mask
 from cnx2_jax.data.fields import Image, SegmentationMap
 from cnx2_jax.data.sources.base import Source
 from cnx2_jax.data.sources.digits import Digits, split_digits
+from cnx2_jax.data.sources.objects import object_fields, object_reader
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
@@ -78,15 +82,24 @@ def open_scenes(records: str, split: str) -> Source:
     # would hold up; without compression that takes microseconds.
     images = tf.constant(np.stack([scene.image for scene in scenes]))
     maps = tf.constant(np.stack([paint(scene) for scene in scenes])[..., None])
+    annotations = annotate(scenes, digits.names)
+    objects = object_reader(annotations)
     return Source(
         num_records=count,
-        fields={"image": Image(), "map": SegmentationMap(("background", *digits.names))},
+        fields={
+            "image": Image(),
+            "map": SegmentationMap(("background", *digits.names)),
+            **object_fields(annotations),
+        },
         labels=None,
+        # Of what is read, a graph runs only what the task takes.
         read=lambda index: {
             "image": tf.io.encode_png(images[index], compression=0),
             "map": tf.io.encode_png(maps[index], compression=0),
+            **objects(index),
         },
         describe=lambda index: f"scenes/{split}/{index}",
+        annotations=annotations,
     )
 
 
@@ -121,6 +134,40 @@ def paint(scene: Scene) -> np.ndarray:
     for instance in scene.instances:
         classes[instance.mask] = instance.digit + 1
     return classes
+
+
+def annotate(scenes: Sequence[Scene], names: Sequence[str]) -> Annotations:
+    """Returns the digits of scenes with the pixels that can be seen, without those that are wholly covered.
+
+    Args:
+      scenes: image i has the id i, and digit d the category d.
+      names: of the digits.
+    """
+    starts, rows, classes, masks = [0], [], [], []
+    for scene in scenes:
+        covered = np.zeros((SIDE, SIDE), bool)
+        for instance in reversed(scene.instances):
+            visible = instance.mask & ~covered
+            covered |= instance.mask
+            if visible.any():
+                (y, *_, y1), (x, *_, x1) = (np.flatnonzero(visible.any(axis=axis)) for axis in (1, 0))
+                rows.append((x, y, x1 + 1 - x, y1 + 1 - y, visible.sum()))
+                classes.append(instance.digit)
+                masks.append(encode_mask(visible))
+        starts.append(len(rows))
+    numbers = np.array(rows, np.float64).reshape(-1, 5)
+    return Annotations(
+        image_ids=np.arange(len(scenes)),
+        sizes=np.full((len(scenes), 2), SIDE, np.int32),
+        starts=np.array(starts),
+        boxes=numbers[:, :4],
+        areas=numbers[:, 4],
+        classes=np.array(classes, np.int32),
+        crowds=np.zeros(len(rows), bool),
+        masks=np.array(masks, object),
+        class_names=tuple(names),
+        category_ids=np.arange(len(names)),
+    )
 
 
 def _texture(rng: np.random.Generator) -> np.ndarray:
