@@ -1,0 +1,1 @@
+"""Mask R-CNN: object detection and instance segmentation on a ConvNeXt V2 encoder."""
