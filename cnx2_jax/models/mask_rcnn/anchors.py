@@ -8,7 +8,7 @@ SCALE = 8  # side of a square anchor, in strides
 RATIOS = (0.5, 1.0, 2.0)  # height / width
 
 
-def anchors(grid: tuple[int, int], stride: int) -> Float[Array, "n 4"]:
+def grid_anchors(grid: tuple[int, int], stride: int) -> Float[Array, "n 4"]:
     """Returns the anchors of a map, by row, column and ratio: float32 `[rows * columns * 3, 4]`.
 
     An anchor's centre is the top left corner of its position's cell.
@@ -34,6 +34,7 @@ def inside(grid: tuple[int, int], stride: int, size: Int[Array, "*b 2"]) -> Bool
     return rows[..., :, None] & columns[..., None, :]
 
 
-def valid_anchors(grid: tuple[int, int], stride: int, size: Int[Array, "2"]) -> Bool[Array, " n"]:
+def valid_anchors(grid: tuple[int, int], stride: int, size: Int[Array, "*b 2"]) -> Bool[Array, "*b n"]:
     """Returns which anchors belong to positions inside an image of this height and width; see `inside`."""
-    return jnp.repeat(inside(grid, stride, size).reshape(-1), len(RATIOS))
+    positions = inside(grid, stride, size).reshape(*size.shape[:-1], -1)
+    return jnp.repeat(positions, len(RATIOS), axis=-1)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnx2_jax.models.mask_rcnn.anchors import anchors, inside, valid_anchors
+from cnx2_jax.models.mask_rcnn.anchors import grid_anchors, inside, valid_anchors
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -29,14 +29,14 @@ def literal(rows, columns, stride):
 
 
 def test_base_anchors():
-    found = np.asarray(anchors((1, 1), 16))
+    found = np.asarray(grid_anchors((1, 1), 16))
     np.testing.assert_allclose(found[:, [1, 0, 3, 2]], STRIDE_16, atol=1e-4)
     assert found.dtype == np.float32
 
 
 @pytest.mark.parametrize(("rows", "columns", "stride"), [(3, 5, 4), (1, 2, 64), (2, 2, 8)])
 def test_order_and_values(rows, columns, stride):
-    found = anchors((rows, columns), stride)
+    found = grid_anchors((rows, columns), stride)
     np.testing.assert_allclose(found, literal(rows, columns, stride), rtol=1e-6, atol=1e-4)
 
 
