@@ -119,3 +119,21 @@ def roi_align(x, box, bins, limit, outside_is_zero=False):
                             out[p, q] += share * other * x[row, column]
             out[p, q] /= max(grid[0] * grid[1], 1)
     return out
+
+
+def sample(draws, matched, count, most_positive):
+    """Picks the boxes with the largest random numbers one by one: positive ones, and negative ones."""
+    pools = [i for i, m in enumerate(matched) if m >= 0], [i for i, m in enumerate(matched) if m == NEGATIVE]
+    chosen = [], []
+    for pool, picked, most in zip(pools, chosen, (most_positive, count), strict=True):
+        while pool and len(picked) < most and len(chosen[0]) + len(chosen[1]) < count:
+            best = max(pool, key=lambda i: draws[i])
+            pool.remove(best)
+            picked.append(best)
+    return chosen
+
+
+def mask_target(mask, box):
+    """The 28 x 28 target of a region from an object's mask over the whole image: RoIAlign, then 0.5."""
+    aligned = roi_align(np.float64(mask)[..., None], np.float64(box), 28, mask.shape)[..., 0]
+    return (aligned >= 0.5).astype(np.float64)

@@ -18,6 +18,18 @@ CHUNK = 32
 FINEST_SIDE = 14  # positions; a region of up to twice this side belongs to the finest level
 
 
+def samples_per_bin(length: Float[Array, "*r"], bins: int) -> Float[Array, "*r"]:
+    """Returns the whole number of samples along a side of each bin: length / bins, rounded up.
+
+    Args:
+      length: of the region, in pixels of what is sampled.
+      bins: that the region is divided into.
+    """
+    count = jnp.ceil(length / bins)
+    # XLA multiplies by 1 / bins instead of dividing, which may step over a whole number.
+    return count + (count * bins < length) - ((count - 1) * bins >= length)
+
+
 def axis_weights(
     start: Float[Array, "*r"],
     length: Float[Array, "*r"],
@@ -115,7 +127,9 @@ def roi_align(
             for axis in range(2):
                 start, end = box[:, axis] / stride - 0.5, box[:, axis + 2] / stride - 0.5
                 length, limit = end - start, (sizes[:, axis] // stride).astype(box.dtype)
-                along = axis_weights(start, length, jnp.ceil(length / bins), bins, x.shape[1 + axis], limit)
+                along = axis_weights(
+                    start, length, samples_per_bin(length, bins), bins, x.shape[1 + axis], limit
+                )
                 weights.append(jnp.where((level == index)[:, None, None], along, 0).astype(x.dtype))
             # HIGHEST: the default precision would round float32 values to bfloat16 on TPUs.
             rows = jnp.einsum("bph,bhwc->bpwc", weights[0], x, precision=jax.lax.Precision.HIGHEST)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Num
 from cnx2_jax.models.mask_rcnn.boxes import HEAD_STDS, RPN_STDS, SMALLEST_SIDE, encode
 from cnx2_jax.models.mask_rcnn.heads import MASK_SIDE
 from cnx2_jax.models.mask_rcnn.matching import IGNORED, NEGATIVE, match
-from cnx2_jax.models.mask_rcnn.roi_align import axis_weights
+from cnx2_jax.models.mask_rcnn.roi_align import axis_weights, samples_per_bin
 from cnx2_jax.models.mask_rcnn.sampling import sample
 
 
@@ -136,6 +136,8 @@ def mask_targets(
         scale = side / jnp.maximum(own[:, axis + 2] - own[:, axis], SMALLEST_SIDE)
         length = boxes[:, axis + 2] - boxes[:, axis]
         start = (boxes[:, axis] - own[:, axis]) * scale - 0.5
-        weights.append(axis_weights(start, length * scale, jnp.ceil(length / MASK_SIDE), MASK_SIDE, side))
+        weights.append(
+            axis_weights(start, length * scale, samples_per_bin(length, MASK_SIDE), MASK_SIDE, side)
+        )
     values = jnp.einsum("rph,rhw,rqw->rpq", weights[0], masks, weights[1])
     return (values >= 0.5).astype(boxes.dtype)
