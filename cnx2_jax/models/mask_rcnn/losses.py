@@ -22,8 +22,8 @@ def rpn_losses(outputs: RPNOutputs, targets: RPNTargets) -> Losses:
       outputs: for all anchors, the levels concatenated.
       targets: `[B, samples]`.
     """
-    logits = jnp.take_along_axis(outputs.logits, targets.index, axis=1)
-    deltas = jnp.take_along_axis(outputs.deltas, targets.index[..., None], axis=1)
+    logits = jnp.take_along_axis(outputs.logits, targets.indices, axis=1)
+    deltas = jnp.take_along_axis(outputs.deltas, targets.indices[..., None], axis=1)
     weight = targets.valid.sum().astype(logits.dtype)
     cross_entropy = binary_cross_entropy(logits, targets.positive.astype(logits.dtype))
     distance = jnp.abs(deltas - targets.deltas).sum(axis=-1)

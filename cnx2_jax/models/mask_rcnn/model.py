@@ -174,15 +174,17 @@ class MaskRCNN(nnx.Module):
             `in_chans` channels.
         """
         pyramid = self._pyramid(images, image_size, keys if train else None)
-        draw = jax.vmap(functools.partial(rpn_targets, count=self.rpn_samples), in_axes=(0, None, 0, 0))
         all_anchors, all_valid = jnp.concatenate(pyramid.anchors), jnp.concatenate(pyramid.valid, axis=1)
-        anchors = draw(_streams(keys, ANCHOR_STREAM), all_anchors, all_valid, truth)
+        draw_anchors = functools.partial(rpn_targets, count=self.rpn_samples)
+        anchors = jax.vmap(draw_anchors, in_axes=(0, None, 0, 0))(
+            _streams(keys, ANCHOR_STREAM), all_anchors, all_valid, truth
+        )
         outputs = [jnp.concatenate(parts, axis=1) for parts in zip(*pyramid.outputs, strict=True)]
         found = rpn_losses(RPNOutputs(*outputs), anchors)
 
-        draw = jax.vmap(functools.partial(roi_targets, count=self.roi_samples, num_classes=self.num_classes))
         proposals = self._propose(pyramid, image_size, *self.training_counts)
-        regions = draw(_streams(keys, REGION_STREAM), *proposals, truth)
+        draw_regions = functools.partial(roi_targets, count=self.roi_samples, num_classes=self.num_classes)
+        regions = jax.vmap(draw_regions)(_streams(keys, REGION_STREAM), *proposals, truth)
         found |= box_losses(self.roi_head.bbox_head(self._cut(pyramid, regions.boxes, BOX_BINS)), regions)
 
         # The positive regions come first; all others have no mask.

@@ -41,12 +41,12 @@ class Kept(NamedTuple):
 
     Attributes:
       classes: of each kept box.
-      index: which box of its class it is.
+      indices: which box of its class it is.
       scores: after decay; 0 in empty places.
     """
 
     classes: Int[Array, " count"]
-    index: Int[Array, " count"]
+    indices: Int[Array, " count"]
     scores: Float[Array, " count"]
 
 

@@ -55,7 +55,7 @@ def select(
     boxes = decode(around, outputs.deltas, HEAD_STDS, size).swapaxes(0, 1)
     kept = soft_nms(boxes, scores.T, count)
     there = kept.scores > 0
-    found = jnp.where(there[:, None], boxes[kept.classes, kept.index], 0)
+    found = jnp.where(there[:, None], boxes[kept.classes, kept.indices], 0)
     return Detected(found, kept.scores, jnp.where(there, kept.classes, 0), there)
 
 

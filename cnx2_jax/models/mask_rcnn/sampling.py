@@ -11,12 +11,12 @@ class Sample(NamedTuple):
     """A drawn set of boxes: the positive ones first, then the negative ones, then empty places.
 
     Attributes:
-      index: which box is in each place; 0 in an empty one.
+      indices: which box is in each place; 0 in an empty one.
       positive: whether it is positive.
       valid: whether there is one.
     """
 
-    index: Int[Array, " s"]
+    indices: Int[Array, " s"]
     positive: Bool[Array, " s"]
     valid: Bool[Array, " s"]
 

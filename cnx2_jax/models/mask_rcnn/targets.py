@@ -32,13 +32,13 @@ class RPNTargets(NamedTuple):
     """The anchors of an image that count in the loss; see `Sample` for the first three.
 
     Attributes:
-      index: of the anchor.
+      indices: of the anchors.
       positive: whether it has an object.
       valid: whether there is an anchor.
       deltas: from the anchor to the object's box; meaningless unless it is positive.
     """
 
-    index: Int[Array, "*b s"]
+    indices: Int[Array, "*b s"]
     positive: Bool[Array, "*b s"]
     valid: Bool[Array, "*b s"]
     deltas: Float[Array, "*b s 4"]

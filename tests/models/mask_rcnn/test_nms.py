@@ -56,7 +56,7 @@ def test_soft(raw, scores):
     expected = loops.soft_nms(boxes, scores, 10, 0.5, 0.01)
     assert (found.scores > 0).sum() == len(expected)
     for place, (chosen, index, score) in enumerate(expected):
-        assert (found.classes[place], found.index[place]) == (chosen, index)
+        assert (found.classes[place], found.indices[place]) == (chosen, index)
         assert found.scores[place] == pytest.approx(score, rel=1e-5)
     assert (found.scores[len(expected) :] == 0).all()
 

@@ -38,7 +38,7 @@ def test_draw(size, seed, data):
     found = jax.tree.map(np.asarray, draw(key, kinds == 1, kinds == 2))
     positive, negative = literal(np.asarray(jax.random.uniform(key, (size,))), kinds == 1, kinds == 2)
     total = len(positive) + len(negative)
-    np.testing.assert_array_equal(found.index, [*positive, *negative] + [0] * (COUNT - total))
+    np.testing.assert_array_equal(found.indices, [*positive, *negative] + [0] * (COUNT - total))
     np.testing.assert_array_equal(found.positive, np.arange(COUNT) < len(positive))
     np.testing.assert_array_equal(found.valid, np.arange(COUNT) < total)
 
@@ -48,7 +48,7 @@ def test_draws_are_uniform():
     positive = np.arange(24) % 2 == 0
     keys = jax.random.split(jax.random.key(0), 4000)
     found = jax.jit(jax.vmap(lambda key: draw(key, positive, ~positive)))(keys)
-    counts = np.bincount(np.asarray(found.index).ravel(), minlength=24) / len(keys)
+    counts = np.bincount(np.asarray(found.indices).ravel(), minlength=24) / len(keys)
     assert np.asarray(found.valid).all()
     np.testing.assert_allclose(counts[positive], MOST / 12, atol=0.03)
     np.testing.assert_allclose(counts[~positive], (COUNT - MOST) / 12, atol=0.035)
