@@ -45,19 +45,19 @@ def decode(anchor, deltas, stds, size):
 def match(boxes, valid, objects, present, positive, negative, lowest):
     """mmdetection's MaxIoUAssigner, one box and one object at a time."""
     result = []
-    objects_there = [j for j in range(len(objects)) if present[j]]
-    overlaps = {(i, j): iou(boxes[i], objects[j]) for i in range(len(boxes)) for j in objects_there}
+    objects_present = [j for j in range(len(objects)) if present[j]]
+    overlaps = {(i, j): iou(boxes[i], objects[j]) for i in range(len(boxes)) for j in objects_present}
     for i in range(len(boxes)):
-        best = max(objects_there, key=lambda j, i=i: overlaps[i, j], default=None)
+        best = max(objects_present, key=lambda j, i=i: overlaps[i, j], default=None)
         most = -1 if best is None else overlaps[i, best]
         result.append(NEGATIVE if most < negative else best if most >= positive else IGNORED)
-    boxes_there = [i for i in range(len(boxes)) if valid[i]]
-    for j in objects_there if lowest is not None and boxes_there else []:
-        most = max(overlaps[i, j] for i in boxes_there)
-        for i in boxes_there:
+    boxes_valid = [i for i in range(len(boxes)) if valid[i]]
+    for j in objects_present if lowest is not None and boxes_valid else []:
+        most = max(overlaps[i, j] for i in boxes_valid)
+        for i in boxes_valid:
             if most >= lowest and overlaps[i, j] == most:
                 result[i] = j
-    return [found if there else IGNORED for found, there in zip(result, valid, strict=True)]
+    return [found if exists else IGNORED for found, exists in zip(result, valid, strict=True)]
 
 
 def nms(boxes, scores, valid, threshold):

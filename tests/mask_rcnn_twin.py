@@ -110,8 +110,8 @@ class Twin:
         for around, scores, moves in zip(self.anchors(levels), logits, deltas, strict=True):
             order = np.argsort(-scores, kind="stable")[:before]
             boxes = np.float32([loops.decode(around[i], moves[i], RPN_STDS, size) for i in order])
-            there = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-            found += [(scores[order[i]], boxes[i]) for i in loops.nms(boxes, scores[order], there, 0.7)]
+            exists = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+            found += [(scores[order[i]], boxes[i]) for i in loops.nms(boxes, scores[order], exists, 0.7)]
         found.sort(key=lambda pair: -pair[0])
         return np.stack([box for _, box in found[:after]])
 
@@ -166,9 +166,9 @@ class Twin:
         before, after = COUNTS["train_candidates"], COUNTS["train_proposals"]
         proposals = self.proposals(levels, logits, deltas, size, before, after)
         anchors, logits, deltas = (np.concatenate(x) for x in (self.anchors(levels), logits, deltas))
-        there = np.ones(len(objects), bool)
+        present = np.ones(len(objects), bool)
 
-        matched = loops.match(anchors, np.ones(len(anchors), bool), objects, there, 0.7, 0.3, 0.3)
+        matched = loops.match(anchors, np.ones(len(anchors), bool), objects, present, 0.7, 0.3, 0.3)
         positive, negative = loops.sample(
             draws[0], matched, OPTIONS["rpn_samples"], OPTIONS["rpn_samples"] // 2
         )
@@ -181,7 +181,7 @@ class Twin:
         weights = {name: len(positive) + len(negative) for name in found}
 
         count = OPTIONS["roi_samples"]
-        matched = loops.match(proposals, np.ones(len(proposals), bool), objects, there, 0.5, 0.5, None)
+        matched = loops.match(proposals, np.ones(len(proposals), bool), objects, present, 0.5, 0.5, None)
         matched = [*range(len(objects)), *matched]
         boxes = np.concatenate([objects, proposals])
         positive, negative = loops.sample(draws[1], matched, count, count // 4)

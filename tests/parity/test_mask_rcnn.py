@@ -144,13 +144,13 @@ def test_pyramid(model, images, error):
     twin = Twin(model)
     for index, image in enumerate(alone):
         for level, (x, logits, deltas) in enumerate(zip(*twin.pyramid(image), strict=True)):
-            there = np.asarray(found.valid[level][index])
+            valid = np.asarray(found.valid[level][index])
             rows, columns = x.shape[2:]
             ours = np.asarray(found.maps[level][index])
             assert error(ours[:rows, :columns], x[0].permute(1, 2, 0)) < BOUND
             assert not ours[rows:].any() and not ours[:, columns:].any()
-            assert error(found.outputs[level].logits[index][there], logits) < BOUND
-            assert error(found.outputs[level].deltas[index][there], deltas) < BOUND
+            assert error(found.outputs[level].logits[index][valid], logits) < BOUND
+            assert error(found.outputs[level].deltas[index][valid], deltas) < BOUND
 
 
 def test_detections(model, images):

@@ -38,15 +38,15 @@ class FPN(nnx.Module):
             result.
         """
         laterals = [
-            _held(lateral(x), there)
-            for lateral, x, there in zip(self.lateral_convs, maps, visible, strict=True)
+            _held(lateral(x), mask)
+            for lateral, x, mask in zip(self.lateral_convs, maps, visible, strict=True)
         ]
         merged = [laterals[-1]]  # from coarse to fine
         for lateral in laterals[-2::-1]:
             merged.append(lateral + merged[-1].repeat(2, axis=1).repeat(2, axis=2))
         levels = [
-            _held(module(x), there)
-            for module, x, there in zip(self.fpn_convs, reversed(merged), visible, strict=True)
+            _held(module(x), mask)
+            for module, x, mask in zip(self.fpn_convs, reversed(merged), visible, strict=True)
         ]
         return [*levels, levels[-1][:, ::2, ::2]]
 

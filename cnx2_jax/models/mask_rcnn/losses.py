@@ -1,6 +1,6 @@
 """The five losses, each as a sum over boxes and the weight to divide it by over the global batch.
 
-The means are mmdetection's, but for images without any positive or negative anchor: it counts one there.
+The means are mmdetection's, except for an image without a positive or negative box, for which it counts one.
 """
 
 import jax

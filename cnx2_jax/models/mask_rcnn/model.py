@@ -220,9 +220,7 @@ class MaskRCNN(nnx.Module):
             inside((images.shape[1] // stride, images.shape[2] // stride), stride, size)
             for stride in strides[:STAGES]
         ]
-        maps = self.neck(
-            self.backbone.normalised(images, keys, [Masked(there) for there in visible]), visible
-        )
+        maps = self.neck(self.backbone.normalised(images, keys, [Masked(mask) for mask in visible]), visible)
         grids = [(x.shape[1], x.shape[2]) for x in maps]
         return Pyramid(
             maps,
@@ -242,5 +240,5 @@ class MaskRCNN(nnx.Module):
 
 
 def _streams(keys: Key[Array, " b"], stream: int) -> Key[Array, " b"]:
-    """Returns a key per sample, of its own for each number."""
+    """Returns a key per sample, another one for each `stream`."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, stream)

@@ -54,9 +54,9 @@ def select(
     around = jnp.broadcast_to(proposals[:, None], outputs.deltas.shape)
     boxes = decode(around, outputs.deltas, HEAD_STDS, size).swapaxes(0, 1)
     kept = soft_nms(boxes, scores.T, count)
-    there = kept.scores > 0
-    found = jnp.where(there[:, None], boxes[kept.classes, kept.indices], 0)
-    return Detected(found, kept.scores, jnp.where(there, kept.classes, 0), there)
+    valid = kept.scores > 0
+    found = jnp.where(valid[:, None], boxes[kept.classes, kept.indices], 0)
+    return Detected(found, kept.scores, jnp.where(valid, kept.classes, 0), valid)
 
 
 def paste_masks(

@@ -1,5 +1,6 @@
 """The region proposal network (arXiv 1506.01497): its head, and the proposals made of what it returns."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,21 +79,17 @@ def propose(
       after: boxes of the result.
     """
     outputs = jax.lax.stop_gradient(list(outputs))
-    found = [
-        jax.vmap(lambda out, there, size, around=around: _of_level(out, around, there, size, before))(
-            out, there, sizes
-        )
-        for out, around, there in zip(outputs, anchors, valid, strict=True)
-    ]
+    of_level = jax.vmap(functools.partial(_of_level, before=before), in_axes=(0, None, 0, 0))
+    found = [of_level(*level, sizes) for level in zip(outputs, anchors, valid, strict=True)]
     scores = jnp.concatenate([scores for scores, _ in found], axis=1)
     boxes = jnp.concatenate([boxes for _, boxes in found], axis=1)
     missing = max(0, after - scores.shape[1])
     scores = jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf)
     boxes = jnp.pad(boxes, ((0, 0), (0, missing), (0, 0)))
     best, index = jax.lax.top_k(scores, after)
-    there = best > -jnp.inf
+    exists = best > -jnp.inf
     boxes = jnp.take_along_axis(boxes, index[..., None], axis=1)
-    return Proposals(jnp.where(there[..., None], boxes, 0), there)
+    return Proposals(jnp.where(exists[..., None], boxes, 0), exists)
 
 
 def _of_level(
@@ -105,6 +102,6 @@ def _of_level(
     """Returns the logits and boxes of one image's level; -inf for those that are suppressed."""
     logits, index = jax.lax.top_k(jnp.where(valid, outputs.logits, -jnp.inf), min(before, len(anchors)))
     boxes = decode(anchors[index], outputs.deltas[index], RPN_STDS, size)
-    there = (logits > -jnp.inf) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    kept = nms(boxes, logits, there, LARGEST_OVERLAP)
+    exists = (logits > -jnp.inf) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    kept = nms(boxes, logits, exists, LARGEST_OVERLAP)
     return jnp.where(kept, logits, -jnp.inf), boxes

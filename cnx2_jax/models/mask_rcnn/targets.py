@@ -128,14 +128,14 @@ def mask_targets(
       objects: the index of each one's object.
       truth: of the image.
     """
-    own = truth.boxes[objects]
+    object_boxes = truth.boxes[objects]
     masks = truth.masks[objects].astype(boxes.dtype)
     side = masks.shape[-1]
     weights = []
     for axis in range(2):
-        scale = side / jnp.maximum(own[:, axis + 2] - own[:, axis], SMALLEST_SIDE)
+        scale = side / jnp.maximum(object_boxes[:, axis + 2] - object_boxes[:, axis], SMALLEST_SIDE)
         length = boxes[:, axis + 2] - boxes[:, axis]
-        start = (boxes[:, axis] - own[:, axis]) * scale - 0.5
+        start = (boxes[:, axis] - object_boxes[:, axis]) * scale - 0.5
         weights.append(
             axis_weights(start, length * scale, samples_per_bin(length, MASK_SIDE), MASK_SIDE, side)
         )

@@ -42,13 +42,13 @@ def random_boxes(rng, count):
 def test_overlaps(first, second):
     """Equal to a loop; symmetric, from 0 to 1, 1 with itself unless empty; empty boxes overlap nothing."""
     first, second = loops.ordered(first), loops.ordered(second)
-    found, reverse, own, areas = map(np.asarray, overlaps(first, second))
+    found, reverse, diagonal, areas = map(np.asarray, overlaps(first, second))
     expected = [[loops.iou(a, b) for b in second] for a in first]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert (found >= 0).all() and (found <= 1 + 1e-6).all()
     np.testing.assert_allclose(found, reverse.T, rtol=1e-6)
     assert (found[areas == 0] == 0).all()
-    np.testing.assert_allclose(own.diagonal()[areas > 1e-3], 1, rtol=1e-5)
+    np.testing.assert_allclose(diagonal.diagonal()[areas > 1e-3], 1, rtol=1e-5)
 
 
 def test_boxes_with_corners_in_the_wrong_order_are_empty():

@@ -51,10 +51,10 @@ def test_random_boxes(rpn):
     objects[:, 2:] += 20
     near = objects[rng.integers(0, 5, 60)] + rng.normal(0, 6, (60, 4)).astype(np.float32)
     boxes = loops.ordered(np.concatenate([near, rng.uniform(0, 100, (20, 4)).astype(np.float32)]))
-    there = np.ones(80, bool), np.array([True] * 4 + [False])
-    found = np.asarray(compiled(rpn)(boxes, there[0], objects, there[1]))
+    valid, present = np.ones(80, bool), np.array([True] * 4 + [False])
+    found = np.asarray(compiled(rpn)(boxes, valid, objects, present))
     options = RPN if rpn else HEAD
-    np.testing.assert_array_equal(found, loops.match(boxes, there[0], objects, there[1], *options.values()))
+    np.testing.assert_array_equal(found, loops.match(boxes, valid, objects, present, *options.values()))
     assert (found == NEGATIVE).any() and (found >= 0).any() and (found == IGNORED).any() == rpn
 
 

@@ -79,8 +79,9 @@ def truth(*present):
 
 @pytest.mark.parametrize("variant", ["atto", "huge"])
 def test_every_variant(variant, parameters):
-    """Names, shapes, and the shapes of the results with the published options; nothing is computed."""
-    model = nnx.eval_shape(lambda: create_model(f"mask_rcnn_{variant}", num_classes=80, rngs=nnx.Rngs(0)))
+    """Names, shapes, and those of the results in bfloat16 with the published options; nothing is computed."""
+    options = {"num_classes": 80, "dtype": jnp.bfloat16}
+    model = nnx.eval_shape(lambda: create_model(f"mask_rcnn_{variant}", rngs=nnx.Rngs(0), **options))
     found = {
         name: value.shape for name, value in parameters(model).items() if not name.startswith("backbone.")
     }
@@ -154,8 +155,8 @@ def test_pyramid_levels(build):
     visible = [jnp.zeros((1, 10 // s, 12 // s), bool).at[:, : 6 // s, : 4 // s].set(True) for s in (1, 2)]
     levels = neck(maps, visible)
     assert [x.shape for x in levels] == [(1, 10, 12, 4), (1, 5, 6, 4), (1, 3, 3, 4)]
-    for level, there in zip(levels, visible, strict=False):
-        assert ((level != 0).all(axis=-1) == there).all()
+    for level, mask in zip(levels, visible, strict=False):
+        assert ((level != 0).all(axis=-1) == mask).all()
 
 
 @pytest.mark.slow

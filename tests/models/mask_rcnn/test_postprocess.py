@@ -27,12 +27,12 @@ def test_detections(valid, offset):
     logits = rng.normal(0, 1, (15, 4)).astype(np.float32)
     logits[:, :3] += offset
     deltas = rng.normal(0, 1, (15, 3, 4)).astype(np.float32)
-    there = np.arange(15) < valid
+    exists = np.arange(15) < valid
     outputs = BoxOutputs(jnp.asarray(logits), jnp.asarray(deltas))
-    found = jax.tree.map(np.asarray, best(outputs, proposals, there, SIZE))
+    found = jax.tree.map(np.asarray, best(outputs, proposals, exists, SIZE))
 
     scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    scores = np.where((scores > 0.05) & there[:, None], scores, 0)[:, :3].T
+    scores = np.where((scores > 0.05) & exists[:, None], scores, 0)[:, :3].T
     boxes = [
         [loops.decode(p, d[c], HEAD_STDS, SIZE) for p, d in zip(proposals, deltas, strict=True)]
         for c in range(3)

@@ -40,7 +40,7 @@ def test_regions(present):
     found = jax.tree.map(np.asarray, regions_of(key, proposals, valid, truth))
     boxes = np.concatenate([np.asarray(truth.boxes), proposals])
     matched = loops.match(proposals, valid, np.asarray(truth.boxes), present, 0.5, 0.5, None)
-    matched = [i if there else loops.IGNORED for i, there in enumerate(present)] + matched
+    matched = [i if exists else loops.IGNORED for i, exists in enumerate(present)] + matched
     draws = np.asarray(jax.random.uniform(key, (33,)))
     positive, negative = loops.sample(draws, matched, 16, 4)
     chosen = [*positive, *negative]
