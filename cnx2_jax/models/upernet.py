@@ -5,6 +5,7 @@ authors' `semantic_segmentation/`.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.kernels.convolution import conv
 from cnx2_jax.models.convnextv2 import Encoder, EncoderConfig
 from cnx2_jax.models.layers import BatchNorm, LayerNorm, dropout_channels
+from cnx2_jax.models.layouts import Layout
 from cnx2_jax.models.resampling import adaptive_pool, resize, resized_conv
 
 # Folded into a sample's key to draw the dropout of each head; no block has these indices.
@@ -47,11 +49,14 @@ class Backbone(Encoder):
         )
 
     def normalised(
-        self, images: Float[Array, "b height width c"], keys: Key[Array, " b"] | None = None
+        self,
+        images: Float[Array, "b height width c"],
+        keys: Key[Array, " b"] | None = None,
+        layouts: Sequence[Layout] | None = None,
     ) -> Maps:
         """Returns the four normalised maps; see `features` for the arguments and errors."""
         norms = (self.norm0, self.norm1, self.norm2, self.norm3)
-        return [norm(x) for norm, x in zip(norms, self.features(images, keys), strict=True)]
+        return [norm(x) for norm, x in zip(norms, self.features(images, keys, layouts), strict=True)]
 
 
 class Conv(nnx.Module):
