@@ -27,11 +27,11 @@ SIZES = [
 ]
 
 
-@pytest.fixture(params=["cpu", "other"])
+@pytest.fixture(params=["cpu", "cuda", "other"])
 def platform(request, monkeypatch):
-    """Runs a test with the CPU's form and with the form of the other platforms, both on the CPU."""
-    if request.param == "other":
-        choose = lambda *arrays, default, **_: default(*arrays)  # noqa: E731
+    """Runs a test with the CPU's form and with the forms of the other platforms, all on the CPU."""
+    if request.param != "cpu":
+        choose = lambda *arrays, default, **forms: forms.get(request.param, default)(*arrays)  # noqa: E731
         monkeypatch.setattr(depthwise.lax, "platform_dependent", choose)
     return request.param
 
