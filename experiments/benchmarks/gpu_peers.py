@@ -5,6 +5,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 MODES = ("eager", "compile")
 PROGRAMS = ("pretraining", "fine-tuning")
@@ -101,14 +102,15 @@ def _build(variant: str, program: str, batch: int, size: int) -> dict[str, Calla
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(1000, (batch,), device=device)
+    model: Any  # PyTorch's types do not know that modules take a memory format
     if program == "pretraining":
         from experiments.benchmarks.torch_peer import FCMAE
 
-        model, inputs = FCMAE(variant), (images,)
+        model = FCMAE(variant)
     else:
         import timm
 
-        model, inputs = timm.create_model(f"convnextv2_{variant}", drop_path_rate=0.1), (images,)
+        model = timm.create_model(f"convnextv2_{variant}", drop_path_rate=0.1)
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=device == "cuda"
@@ -118,7 +120,7 @@ def _build(variant: str, program: str, batch: int, size: int) -> dict[str, Calla
         def step(_):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device, torch.bfloat16):
-                loss = forward(*inputs)
+                loss = forward(images)
                 if program != "pretraining":
                     loss = torch.nn.functional.cross_entropy(loss.float(), labels)
             loss.backward()
