@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Iterable
 
-import jax
 import optax
 from ml_collections import ConfigDict
 
@@ -177,12 +176,13 @@ def learning_rate_schedule(
         )
     peak = optimizer.base_learning_rate * batch_size / BASE_BATCH
     warmup_steps = min(warmup_steps, total_steps)
+    constant = optax.constant_schedule(1.0)
     if optimizer.schedule == "poly":
-        warmup = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else _one
+        warmup = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else constant
         decay = optax.linear_schedule(peak, optimizer.min_learning_rate, total_steps)
         return lambda step: warmup(step) * decay(step)
     if optimizer.schedule == "step":
-        rise = optax.linear_schedule(STEP_WARMUP, 1.0, max(warmup_steps - 1, 1)) if warmup_steps else _one
+        rise = optax.linear_schedule(STEP_WARMUP, 1.0, max(warmup_steps - 1, 1)) if warmup_steps else constant
         drops = optax.piecewise_constant_schedule(peak, {round(share * total_steps): 0.1 for share in DROPS})
         return lambda step: rise(step) * drops(step)
     cosine_steps = max(total_steps - warmup_steps, 1)
@@ -193,12 +193,6 @@ def learning_rate_schedule(
         ],
         [warmup_steps],
     )
-
-
-def _one(step: int | jax.Array) -> float:
-    """The warm-up's share of a run without a warm-up."""
-    del step
-    return 1.0
 
 
 def make_optimizer(
