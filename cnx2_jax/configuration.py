@@ -122,7 +122,7 @@ def defaults(task: str) -> ConfigDict:
     optimizer = config.optimizer = ConfigDict()
     optimizer.base_learning_rate = 1.5e-4  # for a batch of 256; scales with batch_size
     optimizer.min_learning_rate = 0.0
-    optimizer.schedule = "cosine"  # or poly: linear in the step
+    optimizer.schedule = "cosine"  # or poly: linear in the step; or step: a tenth after 3/4 and 11/12 of it
     optimizer.warmup_epochs = 0.0
     optimizer.warmup_steps = 0  # replaces warmup_epochs unless 0
     optimizer.weight_decay = 0.05
@@ -131,7 +131,7 @@ def defaults(task: str) -> ConfigDict:
     optimizer.b2 = 0.999
     optimizer.clip_norm = 0.0  # 0: no clipping
     optimizer.layer_decay = 1.0  # multiplies the learning rate once per layer below the head
-    optimizer.layer_decay_type = "single"  # a layer is a single block, a group of them, or a stage
+    optimizer.layer_decay_type = "single"  # what a layer is: single, group, layer_wise or stage
     optimizer.trainable = ""  # a regular expression: train only parameters whose names contain a match
 
     mesh = config.mesh = ConfigDict()

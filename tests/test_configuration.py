@@ -35,6 +35,7 @@ RECIPES = [
         "finetune_22k_1k": LARGER,
         "linear_probe": (*VARIANTS, "digits"),
         "scratch": VARIANTS,
+        "detect": (*VARIANTS, "digits"),
         "segment": (*VARIANTS, "base_22k", "large_22k", "huge_22k", "digits"),
     }.items()
     for name in (*names, "smoke")
@@ -183,7 +184,7 @@ def test_unknown_name_names_the_nearest_and_the_known(name, nearest, monkeypatch
     (tmp_path / "other").write_text("")  # a config file's name ends in .py
     with pytest.raises(UserError) as raised:
         load_config(f"{name}:tiny")
-    known = "finetune, finetune_22k, finetune_22k_1k, linear_probe, pretrain, scratch, segment"
+    known = "detect, finetune, finetune_22k, finetune_22k_1k, linear_probe, pretrain, scratch, segment"
     assert str(raised.value) == f"unknown config '{name}'{nearest} (known: {known}; or give a FILE.py)"
 
 
@@ -587,6 +588,44 @@ def test_segmentation_is_as_published(name, drop_path, side):
     assert {key: values[key] for key in expected} == expected
     window, stride = make_task(load_config(f"segment:{name}"), data=Described(class_names=("a", "b"))).window
     assert (window, stride) == ((side, side), ({512: 341, 640: 426}[side],) * 2)
+
+
+@pytest.mark.parametrize("name", ["tiny", "base"])
+def test_detection_is_as_published(name):
+    """Values from mmdetection's `mask-rcnn_convnext-v2-b_fpn_lsj-3x-fcmae_coco.py`, for tiny ConvNeXt's."""
+    values = flatten(load_config(f"{CONFIGS}/detect.py:{name}"))
+    expected = {
+        "batch_size": 32,
+        "total_epochs": 36.0,
+        "image_size": (1024, 1024),
+        "optimizer.base_learning_rate": 1e-4 * 256 / 32,
+        "optimizer.schedule": "step",
+        "optimizer.warmup_steps": 1000,
+        "optimizer.weight_decay": 0.05,
+        "optimizer.b1": 0.9,
+        "optimizer.b2": 0.999,
+        "optimizer.clip_norm": 0.0,
+        "optimizer.layer_decay": 0.95,
+        "optimizer.layer_decay_type": "layer_wise",
+        "ema_decay": 0.0,
+        "model.drop_path": 0.4,
+        "model.channels": 256,
+        "model.fc_channels": 1024,
+        "model.train_candidates": 2000,
+        "model.train_proposals": 1000,
+        "model.candidates": 1000,
+        "model.proposals": 1000,
+        "model.rpn_samples": 256,
+        "model.roi_samples": 512,
+        "model.detections": 100,
+        "data.source": "coco",
+        "data.augment": "",
+        "data.ratio_range": (0.1, 2.0),
+        "data.eval_long": 1333,
+        "data.eval_short": 800,
+        **IMAGENET,
+    }
+    assert {key: values[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)

@@ -53,7 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report",
         type=Path,
         metavar="FOLDER",
-        help="write a table and a picture of every class into a new folder; for segmentation",
+        help="write a table and a picture of every class into a new folder; for segmentation and detection",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write the results for each image into a new folder; for detection: results_bbox.json and "
+        "results_segm.json, in COCO's format",
     )
     processes.add_arguments(parser)
 
@@ -63,12 +70,14 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("evaluate needs --workdir, or --set NAME=FOLDER with --checkpoint")
     if args.set and args.knn is not None:
         raise UserError("--knn uses the run's own images and excludes --set; give only one of the two")
-    if args.report is not None:
+    for option, path in (("--report", args.report), ("--out", args.out)):
+        if path is None:
+            continue
         if args.set or args.knn is not None:
             raise UserError(
-                "--report is about the run's own images and excludes --set and --knn; leave it out"
+                f"{option} is about the run's own images and excludes --set and --knn; leave it out"
             )
-        check_new(args.report, "--report")
+        check_new(path, option)
     with processes.joined(args):
         if args.set:
             results = _on_sets(args, overrides)
@@ -83,7 +92,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _on_run_images(args: argparse.Namespace, overrides: list[str]) -> dict:
     task, model, mesh, folder = _run_of(args, overrides, averaged=False)
     results: dict = {"checkpoint": str(folder)}
-    results |= _metrics(task, model, mesh, "evaluating", args.report)
+    results |= _metrics(task, model, mesh, "evaluating", args.report, args.out)
     if checkpoint.has_average(folder):
         graph, _ = split(model)
         model = merge(graph, sharding.put_params(checkpoint.read_params(folder), mesh))
@@ -92,16 +101,23 @@ def _on_run_images(args: argparse.Namespace, overrides: list[str]) -> dict:
     return results
 
 
-def _metrics(task: Task, model, mesh: Mesh, label: str, report: Path | None = None) -> Metrics:
+def _metrics(
+    task: Task, model, mesh: Mesh, label: str, report: Path | None = None, out: Path | None = None
+) -> Metrics:
     if report is not None and not task.reports_classes:
         raise UserError(f"--report: task '{task.config.task}' reports nothing per class; leave it out")
+    if out is not None and not task.writes_results:
+        raise UserError(f"--out: task '{task.config.task}' writes nothing for each image; leave it out")
     batches = sharding.put_batches(task.images.eval_batches(**processes.share()), mesh, keep_host=True)
     batches = watched(batches, task.images.num_val, label)
-    if report is None:
+    if report is None and out is None:
         return task.evaluate(model, batches)
     collected = metrics.collect(task, model, batches)
-    if processes.is_first():
+    if report is not None and processes.is_first():
         say(class_report.write_report(report, task.class_names, task.per_class(collected)))
+    if out is not None and processes.is_first():
+        task.write_results(collected, out)
+        say(f"wrote the results for each image to {out}")
     return collected.results()
 
 

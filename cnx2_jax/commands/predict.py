@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         action="store_true",
         help='print one JSON line per image: {"image": ..., "predictions": '
-        '[{"class", "name", "probability"}, ...]}; for segmentation {"image": ..., "shares": {CLASS: SHARE}}',
+        '[{"class", "name", "probability"}, ...]}; for segmentation {"image": ..., "shares": '
+        '{CLASS: SHARE}}; for detection {"image": ..., "objects": [{"class", "name", "score", "bbox", '
+        '"segmentation"}, ...]}, the last two as in COCO\'s files',
     )
     parser.add_argument(
         "--features",
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help="write pictures of the predictions into a new folder; for segmentation: NAME.overlay.png, and "
-        "NAME.map.png, whose pixels are class numbers",
+        "NAME.map.png, whose pixels are class numbers; for detection: NAME.objects.png",
     )
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="images per batch; 32 by default"

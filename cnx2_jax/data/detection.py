@@ -6,7 +6,7 @@ resizes whole images; detections are compared with the annotations of the files,
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +19,7 @@ from cnx2_jax.data.augment import Augmentation, make_augmentation
 from cnx2_jax.data.fields import Arrays, Canvas, Entries, Field, Image, Instances, example_arrays
 from cnx2_jax.data.geometry import Geometry
 from cnx2_jax.data.pipeline import Examples
+from cnx2_jax.data.prepared import PreparedImage, prepared_images
 from cnx2_jax.data.resizing import PLAIN_BILINEAR
 from cnx2_jax.data.sources import Source, open_source
 from cnx2_jax.data.tensorflow import tf
@@ -27,7 +28,6 @@ from cnx2_jax.types import HOST
 
 REDRAWS = 3  # of a crop
 _LEAST_SIDE = 32  # of a training image, in pixels
-_STRIDE = 32  # sides of evaluation images are multiples of it
 
 
 class DetectionData(Examples):
@@ -56,8 +56,8 @@ class DetectionData(Examples):
 
         Args:
           config: the config of the run. Read here: `seed`, `batch_size` (global), `image_size`,
-            `model.in_chans` (1 or 3), and of `data` the keys of `add_detection_keys` and `source`, `root`,
-            `flip`, `augment`, `mean`, `unreadable` and `max_unreadable`.
+            `model.in_chans` (1 or 3), `model.patch_size`, and of `data` the keys of `add_detection_keys` and
+            `source`, `root`, `flip`, `augment`, `mean`, `unreadable` and `max_unreadable`.
 
         Raises:
           UserError: as `open_source`, `make_augmentation` and `faults.Tolerance`; the source has no objects;
@@ -92,12 +92,13 @@ class DetectionData(Examples):
         )
         eval_fields = {"image": image, "id": val.fields["id"]}
         bounds = data.eval_long, data.eval_short
+        stride = 8 * config.model.patch_size
         resized = sizes.fitted(tf.constant(self.annotations.sizes), *bounds).numpy()
         super().__init__(
             dataclasses.replace(train.only(kept), fields=fields),
             dataclasses.replace(val, fields=eval_fields),
             train_transform,
-            DetectionEvalTransform(eval_fields, bounds, sizes.canvas(resized, _STRIDE)),
+            DetectionEvalTransform(eval_fields, bounds, sizes.canvas(resized, stride)),
             seed,
             config.batch_size,
             faults.Tolerance(data.unreadable, data.max_unreadable),
@@ -226,6 +227,20 @@ class DetectionEvalTransform:
         arrays = example_arrays(self.fields, values, self.canvas)
         arrays[HOST] |= {"original_size": values["original_size"], "image_size": arrays["image_size"]}
         return arrays
+
+
+def prediction_images(source: Source, config: Any) -> Iterator[PreparedImage]:
+    """Yields the images of any source, resized as for evaluation; see `prepared_images`.
+
+    Args:
+      source: has a field "image".
+      config: as for `DetectionData`; `data.source` and its companions are not read.
+
+    Raises:
+      UserError: a key is out of its range; or, from the iterator, an image cannot be read.
+    """
+    bounds = config.data.eval_long, config.data.eval_short
+    return prepared_images(source, _image_field(config), (bounds,))
 
 
 def _annotations(source: Source, data: Any) -> Annotations:

@@ -6,17 +6,17 @@ or several scales, and leaves the maps as they are, because results count at the
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
-from jaxtyping import UInt8
 
 from cnx2_jax.configuration import image_hw
-from cnx2_jax.data import faults, pipeline, sizes
+from cnx2_jax.data import faults, sizes
 from cnx2_jax.data.augment import Augmentation, make_augmentation
 from cnx2_jax.data.fields import Arrays, Canvas, Entries, Field, Image, SegmentationMap, example_arrays
 from cnx2_jax.data.geometry import Geometry
 from cnx2_jax.data.pipeline import Examples
+from cnx2_jax.data.prepared import Bounds, PreparedImage, at_scales, prepared_images
 from cnx2_jax.data.resizing import PLAIN_BILINEAR
 from cnx2_jax.data.sources import Source, open_source
 from cnx2_jax.data.tensorflow import tf
@@ -24,8 +24,6 @@ from cnx2_jax.errors import UserError
 
 REDRAWS = 10  # of a crop
 _STRIDE = 32  # sides of evaluation images are multiples of it
-
-Bounds = tuple[int, int]  # of the longer and the shorter side
 
 
 class SegmentationData(Examples):
@@ -200,7 +198,7 @@ class SegmentationEvalTransform:
         source = tf.shape(image)[:2]
         classes = self.fields["map"].decode(record["map"])
         return {
-            **{name_at(scale): resized for scale, resized in enumerate(_at_scales(image, self.bounds))},
+            **{name_at(scale): resized for scale, resized in enumerate(at_scales(image, self.bounds))},
             "map": self.fields["map"].moved(classes, Geometry(source, source)),
         }
 
@@ -215,53 +213,22 @@ class SegmentationEvalTransform:
         return arrays
 
 
-class PreparedImage(NamedTuple):
-    """An image to predict the classes of.
-
-    Attributes:
-      original: the image itself.
-      scaled: the same at each of `data.eval_scales`, without padding.
-    """
-
-    original: UInt8[np.ndarray, "height width channels"]
-    scaled: tuple[UInt8[np.ndarray, "_h _w channels"], ...]
-
-
 def prediction_images(source: Source, config: Any) -> Iterator[PreparedImage]:
-    """Yields the images of any source in their order, resized as for evaluation, one at a time.
+    """Yields the images of any source, at each of `data.eval_scales`; see `prepared_images`.
 
     Args:
-      source: has a field "image", such as one from `open_files`; other fields are not read.
+      source: has a field "image".
       config: as for `SegmentationData`; `data.source` and its companions are not read.
 
     Raises:
-      UserError: from the iterator, an image cannot be read.
+      UserError: a key is out of its range; or, from the iterator, an image cannot be read.
     """
-    field, bounds = _image_field(config), _scales(config.data)
-
-    # One trace for all sizes.
-    @tf.function(autograph=False, input_signature=[tf.TensorSpec([], tf.int64)])
-    def prepared(index: tf.Tensor) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
-        image = field.decode(source.read(index)["image"])
-        return image, _at_scales(image, bounds)
-
-    for index in range(source.num_records):
-        try:
-            original, scaled = prepared(tf.constant(index, tf.int64))
-        except pipeline.FAILURES as error:
-            raise pipeline.unreadable(source.name_of(index, "image"), error, field) from error
-        yield PreparedImage(original.numpy(), tuple(image.numpy() for image in scaled))
+    return prepared_images(source, _image_field(config), _scales(config.data))
 
 
 def name_at(scale: int) -> str:
     """Returns the name of the images at scale number `scale` in validation batches."""
     return f"image_{scale}" if scale else "image"
-
-
-def _at_scales(image: tf.Tensor, bounds: tuple[Bounds, ...]) -> tuple[tf.Tensor, ...]:
-    source = tf.shape(image)[:2]
-    steps = (Geometry(source, sizes.fitted(source, *each), kernel=PLAIN_BILINEAR) for each in bounds)
-    return tuple(step.image(image) for step in steps)
 
 
 def _image_field(config: Any) -> Image:

@@ -29,7 +29,7 @@ class AveragePrecision:
     """COCO's twelve numbers of boxes and of masks, by pycocotools: box_ap, box_ap50 ... mask_ar_large.
 
     Images without any detection count, as do detections in images without objects. Numbers of what does not
-    occur in the set, such as small objects, are NaN.
+    occur in the set, such as small objects, are left out.
 
     Scores, for a fixed number of detections per image: `boxes` float32 `[B, n, 4]`, y0, x0, y1, x1 in pixels
     of the resized image; `scores` float32 `[B, n]`, 0 where there is none; `classes` `[B, n]`; `masks`
@@ -83,9 +83,8 @@ class AveragePrecision:
         """Returns the numbers by name, shares of 1."""
         results: Metrics = {}
         for name, kind in KINDS.items():
-            numbers = np.array(evaluated(self.annotations, total, kind).stats)
-            numbers = np.where(numbers < 0, np.nan, numbers)
-            results |= {f"{name}_{of}": float(number) for of, number in zip(_NUMBERS, numbers, strict=True)}
+            numbers = zip(_NUMBERS, evaluated(self.annotations, total, kind).stats.tolist(), strict=True)
+            results |= {f"{name}_{of}": number for of, number in numbers if number >= 0}
         return results
 
     def per_class(self, total: Detections) -> dict[str, np.ndarray]:

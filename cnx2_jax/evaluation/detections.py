@@ -115,6 +115,13 @@ class Detections:
         with np.load(io.BytesIO(content)) as arrays:
             return cls(**arrays)
 
+    def masks(self) -> np.ndarray:
+        """Returns the mask of each detection in COCO's compressed form: bytes, object [n]."""
+        masks = np.empty(len(self.lengths), object)
+        for row, end in enumerate(np.cumsum(self.lengths)):
+            masks[row] = self.runs[end - self.lengths[row] : end].tobytes()
+        return masks
+
     def results(self, annotations: Annotations, kind: str) -> Iterator[dict[str, Any]]:
         """Yields the detections as entries of COCO's results format, with the set's own category ids.
 
@@ -124,8 +131,7 @@ class Detections:
             pycocotools would take an object's size from it instead of from the mask.
         """
         images = np.repeat(np.arange(len(self.counts)), self.counts)
-        ends = np.cumsum(self.lengths)
-        for row, image in enumerate(images):
+        for row, (image, mask) in enumerate(zip(images, self.masks(), strict=True)):
             entry = {
                 "image_id": int(self.image_ids[image]),
                 "category_id": int(annotations.category_ids[self.classes[row]]),
@@ -135,8 +141,7 @@ class Detections:
                 y0, x0, y1, x1 = self.boxes[row].astype(np.float64).tolist()
                 yield {**entry, "bbox": [x0, y0, x1 - x0, y1 - y0]}
             else:
-                counts = self.runs[ends[row] - self.lengths[row] : ends[row]].tobytes()
-                yield {**entry, "segmentation": {"size": self.sizes[image].tolist(), "counts": counts}}
+                yield {**entry, "segmentation": {"size": self.sizes[image].tolist(), "counts": mask}}
 
 
 def paste(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
 def normalise(
@@ -20,3 +20,10 @@ def denormalise(
     """Inverse of `normalise`, rounded and clipped to uint8."""
     images = (images * jnp.array(std) + jnp.array(mean)) * 255
     return jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8)
+
+
+def inside(canvas: tuple[int, ...], sizes: Int[Array, "b 2"]) -> Bool[Array, "b height width"]:
+    """Returns which pixels of a canvas are not padding, for images of these heights and widths."""
+    rows = jnp.arange(canvas[0]) < sizes[:, :1]
+    columns = jnp.arange(canvas[1]) < sizes[:, 1:]
+    return rows[:, :, None] & columns[:, None, :]

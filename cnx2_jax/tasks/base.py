@@ -7,13 +7,14 @@ smallest one needs `init`, `loss` and `score`. No other file has to change (docs
 import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -65,8 +66,10 @@ class Task:
     name: ClassVar[str] = ""
     # The metric of `evaluate` by which checkpoints are ranked, and which end of it is good.
     best: ClassVar[tuple[str, Literal["max", "min"]]] = ("loss", "min")
-    # Whether `per_class` reports anything, and whether `predict` gives feature vectors and pictures.
+    # Whether `per_class` reports anything and `write_results` writes anything, and whether `predict` gives
+    # feature vectors and pictures.
     reports_classes: ClassVar[bool] = False
+    writes_results: ClassVar[bool] = False
     gives_features: ClassVar[bool] = True
     gives_pictures: ClassVar[bool] = False
     # Least and greatest value of the task's own keys.
@@ -190,6 +193,18 @@ class Task:
         """Returns the columns of `cnx2 evaluate --report`, a value per class each."""
         raise NotImplementedError
 
+    def write_results(self, collected: Collected, folder: Path) -> None:
+        """Writes the results for each image, for `cnx2 evaluate --out`.
+
+        Args:
+          collected: of this task's metrics.
+          folder: a path that does not exist.
+
+        Raises:
+          UserError: the folder exists or cannot be written.
+        """
+        raise NotImplementedError
+
     def predict(self, model: Any, source: Any, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields what the model makes of each image, in order.
 
@@ -255,6 +270,13 @@ class Task:
     def normalise(self, images: UInt8[Array, "b height width c"]) -> Float[Array, "b height width c"]:
         """Maps uint8 images to float32, by `data.mean` and `data.std`."""
         return pixels.normalise(images, self.config.data.mean, self.config.data.std)
+
+    def normalised(
+        self, images: UInt8[Array, "b height width c"], sizes: Int[Array, "b 2"]
+    ) -> Float[Array, "b height width c"]:
+        """Returns normalised images whose padding is 0, the mean colour, for these heights and widths."""
+        inside = pixels.inside(images.shape[1:3], sizes)
+        return jnp.where(inside[..., None], self.normalise(images), 0)
 
     def denormalise(self, images: Float[Array, "b height width c"]) -> UInt8[Array, "b height width c"]:
         """Inverse of `normalise`."""

@@ -6,7 +6,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.models import FCMAE, ConvNeXtV2, EncoderConfig, UperNet, variant
+from cnx2_jax.models import FCMAE, ConvNeXtV2, EncoderConfig, MaskRCNN, UperNet, variant
 from cnx2_jax.models.state import merge, split
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -88,7 +88,7 @@ def _sizes(model: ConfigDict) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return named.depths, named.dims
 
 
-def without_decoder(model: ConvNeXtV2 | FCMAE | UperNet) -> ConvNeXtV2:
+def without_decoder(model: ConvNeXtV2 | FCMAE | UperNet | MaskRCNN) -> ConvNeXtV2:
     """Returns a classifier unchanged, and any other model's encoder with a fresh final norm and no head.
 
     So whatever takes a classifier takes every encoder; the output of one without a head is features

@@ -32,7 +32,6 @@ from cnx2_jax.types import Batch, HostBatch
 
 HEADS = ("decode_head.conv_seg.", "auxiliary_head.conv_seg.")
 PICTURES = 6  # rows of the grid that an evaluation writes
-CANVAS_STEP = 128  # sides of canvases are multiples of it, so that images of similar sizes share a program
 
 
 class Segment(Task, name="segment"):
@@ -209,11 +208,6 @@ class Segment(Task, name="segment"):
             logits = _mirrored(logits, sizes[:, 1])
         return resized_to(logits, sizes, targets, canvas)
 
-    def normalised(self, images: Array, sizes: Int[Array, "b 2"]) -> Float[Array, "b height width c"]:
-        """Returns normalised images whose padding is 0, the mean colour."""
-        inside = _inside(images.shape[1:3], sizes)
-        return jnp.where(inside[..., None], self.normalise(images), 0)
-
     def metrics(self) -> Sequence[Metric]:
         return Mean(), ConfusionMatrix(len(self.class_names))
 
@@ -231,6 +225,7 @@ class Segment(Task, name="segment"):
         Images are taken one at a time, on canvases of few sizes, so that few programs are compiled.
         """
         # These load TensorFlow.
+        from cnx2_jax.data.prepared import CANVAS_STEP, on_canvas
         from cnx2_jax.data.segmentation import name_at, prediction_images
         from cnx2_jax.data.sizes import canvas
 
@@ -244,7 +239,7 @@ class Segment(Task, name="segment"):
                     "mask": np.ones(1, bool),
                 }
                 for scale, image in enumerate(prepared.scaled):
-                    batch[name_at(scale)] = _padded(image, canvas(np.array([image.shape[:2]]), CANVAS_STEP))
+                    batch[name_at(scale)] = on_canvas(image, CANVAS_STEP)
                     batch[f"{name_at(scale)}_size"] = np.array([image.shape[:2]], np.int32)
                 yield batch
 
@@ -302,23 +297,10 @@ class Segment(Task, name="segment"):
         return {"segmentations": draw_segmentations(shown, len(self.class_names))}
 
 
-def _padded(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
-    """Returns a batch of one image, padded at bottom and right."""
-    missing = [(0, side - length) for side, length in zip(canvas, image.shape[:2], strict=True)]
-    return np.pad(image, [*missing, (0, 0)])[None]
-
-
 def _cross_entropy(logits: Array, target: Array, labelled: Array) -> Float[Array, "b height width"]:
     """Returns the cross-entropy of every pixel, 0 where it has no class."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(labelled, target, 0))
     return jnp.where(labelled, losses, 0)
-
-
-def _inside(canvas: tuple[int, ...], sizes: Int[Array, "b 2"]) -> Bool[Array, "b height width"]:
-    """Returns which pixels are not padding."""
-    rows = jnp.arange(canvas[0]) < sizes[:, :1]
-    columns = jnp.arange(canvas[1]) < sizes[:, 1:]
-    return rows[:, :, None] & columns[:, None, :]
 
 
 def _mirrored(maps: Float[Array, "b height width c"], widths: Int[Array, " b"]) -> Array:

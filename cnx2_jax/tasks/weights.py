@@ -106,7 +106,8 @@ def starting_params(
         )
     stored = checkpoint.read_params(folder)
     their_prefix = _encoder_prefix(stored, path)
-    if their_prefix == encoder_prefix:
+    # A segmenter's encoder has the same prefix as a detector's.
+    if their_prefix == encoder_prefix and _parts(stored) <= _parts(fresh):
         others = bool(class_names and metadata["class_names"])
         others = others and tuple(metadata["class_names"]) != class_names
         kept = {
@@ -136,6 +137,11 @@ def _encoder_prefix(params: Params, path: Path) -> str:
         if name.endswith(_STEM):
             return name.removesuffix(_STEM)
     raise UserError(f"checkpoint '{path}' has no encoder: no parameter's name ends in '{_STEM}'")
+
+
+def _parts(params: Params) -> set[str]:
+    """Returns the names of the modules that a model consists of."""
+    return {name.partition(".")[0] for name in params}
 
 
 def _is_encoder(name: str, prefix: str) -> bool:

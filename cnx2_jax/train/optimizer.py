@@ -12,8 +12,10 @@ from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.models.state import Params
 
 BASE_BATCH = 256  # recipes give the learning rate for this batch size; it grows linearly with the batch size
-LAYER_KINDS = ("single", "group", "stage")
-SCHEDULES = ("cosine", "poly")
+LAYER_KINDS = ("single", "group", "layer_wise", "stage")
+SCHEDULES = ("cosine", "poly", "step")
+DROPS = (3 / 4, 11 / 12)  # shares of the run after which `step` divides the rate by 10
+STEP_WARMUP = 0.001  # share of the peak at which the warm-up of `step` begins
 _LAYER = re.compile(r"(downsample_layers\.(?P<down>\d)|stages\.(?P<stage>\d)\.(?P<block>\d+))\.")
 
 
@@ -60,7 +62,9 @@ def layers(names: Iterable[str], kind: str, encoder_prefix: str) -> tuple[dict[s
     """Numbers the layers for layer-wise learning rates, from the stem upwards.
 
     `single`: every block is a layer. `group`: the first two stages are one layer each, the blocks of the
-    third are grouped in threes, the fourth is the last layer (official `optim_factory.py`). `stage`: the stem
+    third are grouped in threes, the fourth is the last layer, number 12 (official `optim_factory.py`).
+    `layer_wise`: the same, but the last layer is number 6 with up to 9 blocks in the third stage
+    (`get_num_layer_layer_wise` and `num_layers` of ConvNeXt's configs for Mask R-CNN). `stage`: the stem
     and all down-sampling are layer 0, stage i is layer i + 1, and of layers there are 6, or 12 with more than
     9 blocks in the third stage; so the fourth stage is several layers below the last (`num_layers` of
     ConvNeXt's configs for UperNet, and `get_num_layer_stage_wise` there). Everything outside the encoder,
@@ -68,7 +72,7 @@ def layers(names: Iterable[str], kind: str, encoder_prefix: str) -> tuple[dict[s
 
     Args:
       names: dotted names of the parameters.
-      kind: `single`, `group` or `stage`.
+      kind: one of LAYER_KINDS.
       encoder_prefix: what precedes the encoder's names, as the model's class declares it: `""` for a
         classifier, `encoder.` for an FCMAE.
 
@@ -76,7 +80,7 @@ def layers(names: Iterable[str], kind: str, encoder_prefix: str) -> tuple[dict[s
       Each name's layer, and the number of everything outside the encoder.
 
     Raises:
-      UserError: the kind is unknown, or `group` meets more than 27 blocks in the third stage.
+      UserError: the kind is unknown, or `group` or `layer_wise` meets more than 27 blocks in the third stage.
       ValueError: there is no stem or no block under the prefix.
     """
     _check_kind(kind)
@@ -97,12 +101,13 @@ def layers(names: Iterable[str], kind: str, encoder_prefix: str) -> tuple[dict[s
             f"'{encoder_prefix}downsample_layers.0.' or no '{encoder_prefix}stages.' there; its first "
             f"parameter is '{min(names, default='')}'. Correct encoder_prefix of its class"
         )
-    if kind == "group" and depths[2] > 27:
+    if kind in ("group", "layer_wise") and depths[2] > 27:
         raise UserError(
-            f"optimizer.layer_decay_type=group takes at most 27 blocks in stage 3, "
+            f"optimizer.layer_decay_type={kind} takes at most 27 blocks in stage 3, "
             f"not {depths[2]}; use single"
         )
-    last = sum(depths) if kind == "single" else 6 if kind == "stage" and depths[2] <= 9 else 12
+    short = kind in ("layer_wise", "stage") and depths[2] <= 9
+    last = sum(depths) if kind == "single" else 6 if short else 12
 
     def number(match: re.Match | None) -> int:
         if match is None:
@@ -114,8 +119,8 @@ def layers(names: Iterable[str], kind: str, encoder_prefix: str) -> tuple[dict[s
         if kind == "stage":
             return 0 if down else stage + 1
         if down:
-            return (0, 2, 3, 12)[stage]
-        return (1, 2, 3 + block // 3, 12)[stage]
+            return (0, 2, 3, last)[stage]
+        return (1, 2, 3 + block // 3, last)[stage]
 
     return {name: number(match) for name, match in places.items()}, last + 1
 
@@ -153,7 +158,9 @@ def learning_rate_schedule(
 
     `cosine`: half a cosine over the steps after the warm-up. `poly`: linear in the step over the whole run,
     the warm-up included, during which it is multiplied by the warm-up's share (mmcv's `poly` with power 1).
-    The rate changes at every step. The peak is `base_learning_rate * batch_size / 256`.
+    Both change at every step. `step`: a tenth of the peak after 3/4 of the run, a hundredth after 11/12, as
+    after epochs 27 and 33 of 36; the warm-up begins at a thousandth of the peak and ends in its last step
+    (mmengine's `LinearLR`). There is no minimum. The peak is `base_learning_rate * batch_size / 256`.
 
     Raises:
       UserError: the base learning rate is not positive and finite, or the schedule is unknown.
@@ -169,10 +176,15 @@ def learning_rate_schedule(
         )
     peak = optimizer.base_learning_rate * batch_size / BASE_BATCH
     warmup_steps = min(warmup_steps, total_steps)
+    constant = optax.constant_schedule(1.0)
     if optimizer.schedule == "poly":
-        warmup = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else lambda _: 1.0
+        warmup = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else constant
         decay = optax.linear_schedule(peak, optimizer.min_learning_rate, total_steps)
         return lambda step: warmup(step) * decay(step)
+    if optimizer.schedule == "step":
+        rise = optax.linear_schedule(STEP_WARMUP, 1.0, max(warmup_steps - 1, 1)) if warmup_steps else constant
+        drops = optax.piecewise_constant_schedule(peak, {round(share * total_steps): 0.1 for share in DROPS})
+        return lambda step: rise(step) * drops(step)
     cosine_steps = max(total_steps - warmup_steps, 1)
     return optax.join_schedules(
         [

@@ -11,7 +11,7 @@ from flax import nnx
 
 from cnx2_jax.errors import UserError
 from cnx2_jax.interop.dialects import renamer, their_layout
-from cnx2_jax.models import FCMAE, ConvNeXtV2, create_model
+from cnx2_jax.models import FCMAE, ConvNeXtV2, MaskRCNN, create_model
 from cnx2_jax.models.state import split
 from cnx2_jax.tasks import defaults
 from cnx2_jax.train.optimizer import (
@@ -142,6 +142,18 @@ def test_poly_schedule_falls_linearly_from_the_start_of_the_warmup():
     assert float(schedule(0)) == pytest.approx(1e-4)
 
 
+def test_step_schedule_is_that_of_the_detectors():
+    """mmengine's LinearLR from a thousandth over 10 steps, and MultiStepLR at 27 and 33 of 36 epochs."""
+    config = settings(base_learning_rate=8e-4, schedule="step")
+    schedule = jax.jit(learning_rate_schedule(config, 32, warmup_steps=10, total_steps=360))
+    for step in (0, 1, 5, 8, 9, 10, 269, 270, 329, 330, 359, 360):
+        drops = (step >= 270) + (step >= 330)
+        expected = 1e-4 * min(1, 0.001 + 0.999 * step / 9) * 0.1**drops
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-4), step
+    schedule = learning_rate_schedule(config, 32, warmup_steps=0, total_steps=360)
+    assert float(schedule(0)) == pytest.approx(1e-4)
+
+
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(UserError, match=r"unknown optimizer\.schedule 'polly'; did you mean 'poly'"):
         learning_rate_schedule(settings(schedule="polly"), 256, 0, 100)
@@ -264,6 +276,54 @@ def test_layers_are_those_of_the_published_rules(variant, kind, expected):
     assert scales["head.kernel"] == 1
 
 
+# `get_num_layer_layer_wise` of ConvNeXt's object_detection, with `num_layers` 6 for tiny and 12 for base.
+TINY_LAYER_WISE = {
+    "downsample_layers.0.0.kernel": 0,
+    "downsample_layers.0.1.scale": 0,
+    "stages.0.0.dwconv.kernel": 1,
+    "stages.0.2.grn.gamma": 1,
+    "downsample_layers.1.0.scale": 2,
+    "stages.1.2.norm.scale": 2,
+    "downsample_layers.2.1.kernel": 3,
+    "stages.2.0.grn.gamma": 3,
+    "stages.2.2.grn.gamma": 3,
+    "stages.2.3.grn.gamma": 4,
+    "stages.2.8.pwconv2.bias": 5,
+    "downsample_layers.3.0.bias": 6,
+    "stages.3.0.pwconv1.kernel": 6,
+    "stages.3.2.pwconv1.kernel": 6,
+    "norm0.scale": 7,
+}
+BASE_LAYER_WISE = {
+    "downsample_layers.0.0.kernel": 0,
+    "stages.0.2.dwconv.kernel": 1,
+    "downsample_layers.1.0.scale": 2,
+    "stages.1.0.norm.scale": 2,
+    "downsample_layers.2.1.kernel": 3,
+    "stages.2.2.grn.gamma": 3,
+    "stages.2.3.grn.gamma": 4,
+    "stages.2.13.grn.gamma": 7,
+    "stages.2.26.grn.gamma": 11,
+    "downsample_layers.3.0.bias": 12,
+    "stages.3.2.pwconv1.kernel": 12,
+    "norm3.bias": 13,
+}
+
+
+@pytest.mark.parametrize(("variant", "expected"), [("tiny", TINY_LAYER_WISE), ("base", BASE_LAYER_WISE)])
+def test_layers_of_a_detector_are_those_of_the_published_rule(variant, expected):
+    names = split(
+        nnx.eval_shape(lambda: create_model(f"mask_rcnn_{variant}", num_classes=3, rngs=nnx.Rngs(0)))
+    )[1]
+    numbers, after = layers(names, "layer_wise", MaskRCNN.encoder_prefix)
+    assert {name: numbers[f"backbone.{name}"] for name in expected} == expected
+    heads = {number for name, number in numbers.items() if not name.startswith("backbone.")}
+    assert heads == {after} == {7 if variant == "tiny" else 13}
+    scales = learning_rate_scales(names, 0.95, "layer_wise", MaskRCNN.encoder_prefix)
+    for name, number in expected.items():
+        assert scales[f"backbone.{name}"] == pytest.approx(0.95 ** (after - number))
+
+
 @pytest.mark.parametrize(("variant", "last"), [("atto", 6), ("tiny", 6), ("small", 12), ("huge", 12)])
 def test_stages_as_layers_are_those_of_the_published_rule(variant, last):
     """ConvNeXt's `get_num_layer_stage_wise`, with `num_layers` 6 for tiny and 12 for the deeper ones."""
@@ -277,7 +337,7 @@ def test_stages_as_layers_are_those_of_the_published_rule(variant, last):
     assert {scales[name] for name in ("norm.scale", "head.kernel")} == {1}
 
 
-@pytest.mark.parametrize("kind", ["single", "group", "stage"])
+@pytest.mark.parametrize("kind", ["single", "group", "layer_wise", "stage"])
 def test_an_encoder_in_a_larger_model_has_the_same_layers(kind):
     numbers, after = layers(shapes_of("fcmae_atto"), kind, FCMAE.encoder_prefix)
     alone, _ = layers(shapes_of("convnextv2_atto"), kind, ConvNeXtV2.encoder_prefix)
