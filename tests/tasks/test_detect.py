@@ -211,6 +211,7 @@ def run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(run):
     rows = read_metrics(run / "metrics.jsonl")
     assert set(rows[0]) >= LOSSES
@@ -222,6 +223,7 @@ def test_what_a_run_leaves(run):
     assert picture.shape[2] == 3 and picture.std() > 10
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_same_and_writes_every_class_and_all_results(run, tmp_path, capsys):
     report, out = tmp_path / "report", tmp_path / "out"
     command = ["evaluate", "--workdir", str(run), "--report", str(report), "--out", str(out)]
@@ -247,6 +249,7 @@ def test_evaluate_gives_the_same_and_writes_every_class_and_all_results(run, tmp
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_predict_draws_images_of_any_size(run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     sizes = {"a.png": (70, 50), "b.jpg": (31, 90)}
@@ -293,6 +296,7 @@ def test_lines_and_pictures_show_what_is_likely():
     assert drawn[4, 5].any() and not drawn[7, 0].any()
 
 
+@pytest.mark.slow
 def test_data_draws_objects_over_images(tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     overrides = [f"--config.{each}" for each in SMALL]
