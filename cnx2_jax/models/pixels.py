@@ -22,7 +22,7 @@ def denormalise(
     return jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8)
 
 
-def inside(canvas: tuple[int, ...], sizes: Int[Array, "b 2"]) -> Bool[Array, "b height width"]:
+def inside(canvas: tuple[int, ...], sizes: Int[Array | np.ndarray, "b 2"]) -> Bool[Array, "b height width"]:
     """Returns which pixels of a canvas are not padding, for images of these heights and widths."""
     rows = jnp.arange(canvas[0]) < sizes[:, :1]
     columns = jnp.arange(canvas[1]) < sizes[:, 1:]
