@@ -5,7 +5,7 @@
   cnx2 train --config detect:tiny --config.data.root=FOLDER \\
       --config.data.train_annotations=train.json --config.data.train_images=train \\
       --config.data.val_annotations=val.json --config.data.val_images=val --workdir runs/mine
-  cnx2 train --config detect:smoke --workdir runs/smoke      # a minute on a CPU
+  cnx2 train --config detect:smoke --workdir runs/smoke      # minutes on a CPU, to compile
 
 Recipes: the eight variants of the paper and timm's small, and `digits`. Large-scale jitter to 1024 px, batch
 32, 36 epochs, AdamW at learning rate 1e-4, which is divided by 10 after epochs 27 and 33, after a linear
