@@ -106,6 +106,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     form = FORMATS[args.format] if args.naming is None else export.of_weights(args.naming)
     export.check_writable(form)
     folder = checkpoint.find(args.checkpoint)  # once: a running training may save a later one meanwhile
+    if args.format != "orbax" and checkpoint.read_metadata(folder)["config"]["task"] == "detect":
+        raise UserError(f"'{folder}' is a detector, which only --format orbax exports so far")
     model = _inference_model(folder, uint8=args.input == "uint8")
     job = Job(folder, model, _facts(folder, model), args.dtype or "float32")
     result = export.export(args.out, form, job)
