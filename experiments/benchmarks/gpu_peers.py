@@ -1,11 +1,11 @@
 """PyTorch's training steps on a GPU, in processes of their own; the peers of `experiments.benchmarks.gpu`."""
 
 import multiprocessing
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
+
+from experiments.benchmarks.gpu_timing import notice, seconds
 
 MODES = ("eager", "compile")
 PROGRAMS = ("pretraining", "fine-tuning")
@@ -39,56 +39,56 @@ class Peers:
             process.terminate()
             process.join()
 
-    def measure(self, seconds: Callable, *, small: bool) -> list[dict]:
-        """Returns a record per peer; `seconds` is `gpu.seconds`."""
+    def wait(self) -> None:
+        """Waits until every process has compiled its steps; forgets those that failed."""
+        for process, connection in list(self.processes):
+            try:
+                connection.recv()
+            except EOFError:
+                notice("a PyTorch process ended early")
+                self.processes.remove((process, connection))
+
+    def measure(self, *, small: bool) -> list[dict]:
+        """Returns a record per program and mode, after `wait`."""
         records = []
         for _, connection in self.processes:
-            try:
-                connection.send((seconds, small))
-                connection.recv()  # that it is ready
-                records += connection.recv()
-            except (EOFError, BrokenPipeError):
-                print("a PyTorch process ended early", file=sys.stderr, flush=True)
+            connection.send(small)
+            records += connection.recv()
         return records
 
 
 def _serve(variant: str, program: str, batch: int, size: int, connection) -> None:
-    try:
-        records = []
-        runs = _build(variant, program, batch, size)
-        import torch
+    import torch
 
-        cuda = torch.cuda.is_available()
-        wait = (lambda _: torch.cuda.synchronize()) if cuda else (lambda _: None)
-        compiled = {}
-        for mode, run in runs.items():
-            begin = time.perf_counter()
-            run(0)
-            wait(None)
-            if cuda:
-                torch.cuda.empty_cache()  # for the other processes
-            compiled[mode] = time.perf_counter() - begin
-            print(
-                f"torch {variant} {program} {mode}: first step {compiled[mode]:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-        connection.send("ready")
-        seconds, small = connection.recv()
-        for mode, run in runs.items():
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            taken = seconds(run, wait, small=small)
-            record = {"variant": variant, "program": program, "mode": mode, "batch": batch, "seconds": taken}
-            if cuda:
-                record["temp_bytes"] = torch.cuda.max_memory_allocated()
-                torch.cuda.empty_cache()
-            records.append(record | {"compile": compiled[mode]})
-            print(f"torch {variant} {program} {mode}: {1e3 * taken:.1f} ms", file=sys.stderr, flush=True)
-    except EOFError:
-        return
-    except Exception:
-        print(traceback.format_exc(), file=sys.stderr, flush=True)
+    cuda = torch.cuda.is_available()
+    name = f"torch {variant} {program}"
+    runs = _build(variant, program, batch, size)
+
+    def wait(_):
+        if cuda:
+            torch.cuda.synchronize()
+
+    compiled = {}
+    for mode, run in runs.items():
+        begin = time.perf_counter()
+        wait(run(0))
+        compiled[mode] = time.perf_counter() - begin
+        notice(f"{name} {mode}: first step {compiled[mode]:.0f} s")
+        if cuda:
+            torch.cuda.empty_cache()  # for the other processes
+    connection.send("ready")
+    small = connection.recv()
+    records = []
+    for mode, run in runs.items():
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        taken = seconds(run, wait, small=small)
+        record = {"variant": variant, "program": program, "mode": mode, "batch": batch, "seconds": taken}
+        if cuda:
+            record["peak_bytes"] = torch.cuda.max_memory_allocated()
+            torch.cuda.empty_cache()
+        records.append(record | {"compile": compiled[mode]})
+        notice(f"{name} {mode}: {1e3 * taken:.1f} ms")
     connection.send(records)
 
 

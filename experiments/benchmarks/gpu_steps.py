@@ -40,20 +40,22 @@ def measure_steps(
         for layout in LAYOUTS:
             wanted.append((name, "pretraining", layout, {"layout": layout, "platform": "gpu"}))
         wanted.append((name, "fine-tuning", "dense", {"num_classes": 1000, "drop_path": 0.1}))
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    records = []
+    with (
+        Peers({name: sizes[name] for name in peers if name in sizes}) as others,
+        concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
+    ):
         compiled = []
         for name, _, _, options in wanted:
             traced, shapes = _trace_step(name, *sizes[name], **options)
             compiled.append((traced, shapes, pool.submit(_compile, traced)))
         concurrent.futures.wait(future for *_, future in compiled)
-        records = []
+        others.wait()  # so that no compiler disturbs what is timed
         for (name, program, mode, _), (traced, shapes, future) in zip(wanted, compiled, strict=True):
             record = {"variant": name, "program": program, "mode": mode}
             records.append(record | _time_step(traced, shapes, *future.result(), small=small))
             notice(str(records[-1]))
-    # Only now, so that PyTorch's compilers do not disturb what is timed above.
-    with Peers({name: sizes[name] for name in peers if name in sizes}) as others:
-        records += others.measure(seconds, small=small)
+        records += others.measure(small=small)
     return records, _step_table(records)
 
 
@@ -80,9 +82,9 @@ def _compile(traced) -> tuple:
 
 def _time_step(traced, shapes: tuple, compiled, compile_seconds: float, *, small: bool) -> dict:
     params, state, images = shapes
-    random = np.random.default_rng(0)
+    noise = 0.02 * np.random.default_rng(0).standard_normal(2**20 + 7, np.float32)
     held = [
-        {key: jnp.asarray(0.02 * random.standard_normal(p.shape, np.float32)) for key, p in params.items()},
+        {key: jnp.asarray(np.resize(noise, p.shape)) for key, p in params.items()},
         jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state),
     ]
     batch = images.shape[0]
@@ -94,12 +96,13 @@ def _time_step(traced, shapes: tuple, compiled, compile_seconds: float, *, small
         return value
 
     taken = seconds(call, jax.block_until_ready, small=small)
+    memory = compiled.memory_analysis()
     flops, peak = matrix_flops(traced.jaxpr.jaxpr), PEAKS.get(jax.devices()[0].device_kind)
     return {
         "batch": batch,
         "seconds": taken,
         "compile": compile_seconds,
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,  # the state is donated
         "flops": flops,
         "utilisation": flops / taken / peak if peak else None,
     }
@@ -134,10 +137,10 @@ def _step_table(records: list[dict]) -> str:
                 *(ratios + ["-"] * 2)[:2],
                 f"{r['batch'] / r['seconds']:.0f}",
                 f"{1e3 * r['seconds']:.1f}",
-                f"{r['temp_bytes'] / 2**30:.2f}" if r.get("temp_bytes") else "-",
+                f"{r['peak_bytes'] / 2**30:.2f}" if r.get("peak_bytes") else "-",
                 f"{100 * r['utilisation']:.0f}%" if r.get("utilisation") else "-",
                 f"{r['compile']:.0f}" if "compile" in r else "-",
             ]
         )
-    header = ["224 px, bfloat16", "mode", "over eager", "over compile", "images/s", "ms", "temp GiB"]
+    header = ["224 px, bfloat16", "mode", "over eager", "over compile", "images/s", "ms", "GiB"]
     return markdown_table([*header, "of peak FLOP/s", "compile s"], rows)
