@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.kernels.pointwise import widened
 from cnx2_jax.models.convnextv2 import STAGES, Block, Encoder, EncoderConfig, check_size
 from cnx2_jax.models.layers import Linear, normal_init
 from cnx2_jax.models.layouts import Dense, Gathered, Masked, from_patches, to_patches
@@ -96,11 +97,13 @@ def patch_statistics(
 
     The variance is unbiased (N - 1), with 1e-6 added inside the root, as in the official loss.
     """
-    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
-    patches = to_patches(images, patch)
-    mean = patches.mean(axis=-1, keepdims=True)
+    patches = widened(to_patches(images, patch))
+    return patches, *_mean_and_deviation(patches)
+
+
+def _mean_and_deviation(patches: Array) -> tuple[Array, Array]:
     deviation = jnp.sqrt(patches.var(axis=-1, keepdims=True, ddof=1) + 1e-6)
-    return patches, mean, deviation
+    return patches.mean(axis=-1, keepdims=True), deviation
 
 
 def paste(
@@ -235,7 +238,7 @@ class FCMAE(nnx.Module):
         *,
         train: bool = True,
     ) -> Output:
-        """Masks, encodes, decodes and scores a batch.
+        """Masks, encodes, decodes and scores a batch, and predicts every patch.
 
         Args:
           images: normalised images `[B, H, W, in_chans]`.
@@ -246,22 +249,58 @@ class FCMAE(nnx.Module):
         Raises:
           UserError: see `mask`, `layouts` and `Encoder.features`.
         """
-        _, height, width, _ = images.shape
         drawn = masked is None
         if masked is None:
-            masked = self.mask(keys, height, width)
-        stride = self.encoder.stride
-        x = self.encoder.features(images, keys if train else None, self.layouts(masked, drawn=drawn))[-1]
-
-        x = self.proj(x)
-        x = jnp.where(masked[..., None], self.mask_token[...].astype(x.dtype), x)
-        config = self.encoder.config
-        x = run_blocks(self.decoder, x, Dense(), remat=config.remat, scan=config.scan)
-        prediction = self.pred(x)
-        prediction = prediction.astype(jnp.promote_types(prediction.dtype, jnp.float32))
-
-        patches, mean, deviation = patch_statistics(images, stride)
-        error = jnp.square(prediction - (patches - mean) / deviation).mean(axis=-1)
+            masked = self.mask(keys, *images.shape[1:3])
+        x = self._decoded(images, keys, masked, drawn=drawn, train=train)
+        prediction = widened(self.pred(x))
+        error = _error(prediction, *patch_statistics(images, self.encoder.stride))
         hidden = jnp.maximum(masked.sum(axis=(1, 2)), 1)
         loss = jnp.where(masked, error, 0).sum(axis=(1, 2)) / hidden
         return Output(loss, prediction, masked)
+
+    def loss(
+        self, images: Float[Array, "b height width c"], keys: Key[Array, " b"], *, train: bool = True
+    ) -> Float[Array, " b"]:
+        """Returns the loss of `__call__` with masks that it draws, but predicts only the masked patches.
+
+        Args:
+          images: normalised images `[B, H, W, in_chans]`.
+          keys: one random key per sample, for its mask and its stochastic depth.
+          train: False switches stochastic depth off.
+
+        Raises:
+          UserError: see `mask` and `Encoder.features`.
+        """
+        masked = self.mask(keys, *images.shape[1:3])
+        cells = self.mask_patch // self.encoder.stride
+        coarse = masked[:, ::cells, ::cells]
+        count = coarse[0].size - visible_count(coarse[0].size, self.mask_ratio)
+        if not count:
+            return jnp.zeros(len(images), jnp.promote_types(images.dtype, jnp.float32))
+        x = self._decoded(images, keys, masked, drawn=True, train=train)
+        hidden = Gathered.from_mask(~coarse, count, cells)
+        patches = widened(hidden.enter(images, self.encoder.stride))
+        error = _error(widened(self.pred(hidden.enter(x, 1))), patches, *_mean_and_deviation(patches))
+        return error.mean(axis=1)
+
+    def _decoded(
+        self,
+        images: Float[Array, "b height width c"],
+        keys: Key[Array, " b"],
+        masked: Bool[Array, "b rows columns"],
+        *,
+        drawn: bool,
+        train: bool,
+    ) -> Float[Array, "b rows columns d"]:
+        """Encodes what is visible, puts the mask token everywhere else, and decodes."""
+        x = self.encoder.features(images, keys if train else None, self.layouts(masked, drawn=drawn))[-1]
+        x = self.proj(x)
+        x = jnp.where(masked[..., None], self.mask_token[...].astype(x.dtype), x)
+        config = self.encoder.config
+        return run_blocks(self.decoder, x, Dense(), remat=config.remat, scan=config.scan)
+
+
+def _error(prediction: Array, patches: Array, mean: Array, deviation: Array) -> Array:
+    """Returns the mean squared error of each patch's normalised pixels."""
+    return jnp.square(prediction - (patches - mean) / deviation).mean(axis=-1)

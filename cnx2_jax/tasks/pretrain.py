@@ -60,12 +60,12 @@ class Pretrain(Task, name="pretrain"):
         return model
 
     def loss(self, model: FCMAE, batch: Batch, keys: jax.Array) -> tuple[Terms, Terms]:
-        return {"loss": mean_of(model(self.normalise(batch["image"]), keys).loss)}, {}
+        return {"loss": mean_of(model.loss(self.normalise(batch["image"]), keys))}, {}
 
     def score(self, model: FCMAE, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
         key = jax.random.fold_in(jax.random.key(self.config.seed), EVAL_STEP)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
-        return {"loss": model(self.normalise(batch["image"]), keys, train=False).loss}
+        return {"loss": model.loss(self.normalise(batch["image"]), keys, train=False)}
 
     def pictures(self, model: FCMAE) -> dict[str, np.ndarray]:
         return {"reconstructions": reconstruct(model, self.config, some_images(self.data))}

@@ -144,7 +144,7 @@ def pretraining_loss(graph) -> Callable:
     """Returns a function of parameters, images and keys that returns the mean loss."""
     from cnx2_jax.models.state import merge
 
-    return lambda params, images, keys: merge(graph, params)(images, keys).loss.mean()
+    return lambda params, images, keys: merge(graph, params).loss(images, keys).mean()
 
 
 def train_step(graph, make_loss: Callable = pretraining_loss) -> tuple:

@@ -47,7 +47,7 @@ def compile_gradient(
     keys = place(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)), sharded)
 
     def loss(params, images, keys):
-        return merge(graph, params)(images, keys).loss.mean()
+        return merge(graph, params).loss(images, keys).mean()
 
     return (
         jax.jit(jax.value_and_grad(loss))
