@@ -7,6 +7,7 @@ import sys
 from absl import logging
 
 from cnx2_jax.commandline import Parser, run
+from cnx2_jax.compilation_cache import keep_compiled
 from cnx2_jax.errors import UserError
 
 # Modules are imported only when their verb runs: `--help` should not wait for JAX and TensorFlow.
@@ -55,6 +56,7 @@ def _run(argv: list[str]) -> int | None:
         )
         if verb == chosen:
             logging.set_verbosity(logging.ERROR)  # Orbax logs much for itself
+            keep_compiled()
             command = importlib.import_module(f"cnx2_jax.commands.{verb}")
             command.add_arguments(verb_parser)
     args = parser.parse_args(own)
