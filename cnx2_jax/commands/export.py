@@ -54,7 +54,9 @@ def _inference_model(
       image_size: a side, or height and width; by default those of evaluation.
     """
     model, config, _ = weights.load(path)
-    network: Network = model if isinstance(model, whole) else models.without_decoder(model)
+    network: Network = model
+    if not isinstance(model, whole):
+        network = models.without_decoder(model)
     if image_size:
         size = image_size[0], image_size[-1]
     elif isinstance(network, MaskRCNN):  # of its largest landscape images, with the padding that all have
@@ -122,7 +124,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--naming",
         choices=NAMINGS,
-        help=f"names of the parameters; huggingface by default (for {', '.join(OPTIONS['naming'])})",
+        help="names of the parameters; huggingface by default, for a detector mmdetection, its only one (for "
+        f"{', '.join(OPTIONS['naming'])})",
     )
     parser.add_argument(
         "--input",
@@ -149,15 +152,20 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.image_size and len(args.image_size) > 2:
         raise UserError(f"--image-size takes a side, or height and width, not {len(args.image_size)} numbers")
     check_new(args.out, "--out")
-    form = FORMATS[args.format] if args.naming is None else export.of_weights(args.naming)
+    form = FORMATS[args.format]
     export.check_writable(form)
     folder = checkpoint.find(args.checkpoint)  # once: a running training may save a later one meanwhile
     if args.format == "orbax":
         model = _inference_model(folder, whole=COMPARED_WHOLE)
     else:
         model = _inference_model(folder, uint8=args.input == "uint8", image_size=args.image_size)
+    if args.format == "safetensors":
+        usual = "mmdetection" if isinstance(model.network, MaskRCNN) else "huggingface"
+        form = export.of_weights(args.naming or usual)
     job = Job(folder, model, _facts(folder, model), args.dtype or "float32")
     result = export.export(args.out, form, job)
-    if result["runtime"] is None:
+    if form.run is None:
+        say("read back bit for bit, but not run: no runtime is known for these names")
+    elif result["runtime"] is None:
         say(f"not checked: '{form.runtime}' cannot be imported; pip install 'cnx2_jax[{form.extra}]'")
     print(json.dumps({"out": str(args.out), "format": args.format, **result}))

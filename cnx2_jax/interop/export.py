@@ -55,15 +55,16 @@ class Format:
     Attributes:
       summary: one line for `--help`.
       write: writes a job to a file or folder; raises OSError.
-      run: loads the file or folder and maps images `[B, H, W, C]` to `InferenceModel.outputs`.
+      run: loads the file or folder and maps images `[B, H, W, C]` to `InferenceModel.outputs`; None if
+        nothing here runs the format.
       writer: the package that `write` needs.
-      runtime: the package that `run` needs.
+      runtime: the package that `run` needs; empty without `run`.
       extra: the extra of cnx2_jax that installs both; empty if they are always installed.
     """
 
     summary: str
     write: Callable[[Path, Job], None]
-    run: Callable[[Path, np.ndarray], Results]
+    run: Callable[[Path, np.ndarray], Results] | None
     writer: str
     runtime: str
     extra: str = ""
@@ -90,9 +91,10 @@ def of_weights(naming: str) -> Format:
     run, runtime = {
         "huggingface": (safetensors.run_huggingface, "transformers"),
         "timm": (safetensors.run_timm, "timm"),
+        "mmdetection": (None, ""),
     }[naming]
     return Format(
-        "a folder that transformers or timm loads",
+        "a folder that transformers, timm or mmdetection loads",
         write=lambda path, job: safetensors.write(
             path, job.model.params, job.facts, naming, job.model.pool_scales
         ),
@@ -122,8 +124,8 @@ def export(out: Path, form: Format, job: Job) -> dict[str, Any]:
 
     Returns:
       `runtime` with its version, `max_difference`, and the `largest` value to compare it with; all None if
-      the runtime is not installed. Of a detector also `objects`, how many were compared, and the share of
-      them that was `alike`, among which `max_difference` is.
+      there is no runtime, or it is not installed. Of a detector also `objects`, how many were compared, and
+      the share of them that was `alike`, among which `max_difference` is.
 
     Raises:
       UserError: `out` exists already or cannot be written.
@@ -136,7 +138,7 @@ def export(out: Path, form: Format, job: Job) -> dict[str, Any]:
 
 def _compare(path: Path, form: Format, job: Job) -> dict[str, Any]:
     package = form.runtime.partition(".")[0]
-    if importlib.util.find_spec(package) is None:
+    if form.run is None or importlib.util.find_spec(package) is None:
         return {"runtime": None, "max_difference": None, "largest": None}
     images = job.model.some_images(IMAGES)
     try:

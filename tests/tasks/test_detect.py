@@ -250,14 +250,6 @@ def test_evaluate_gives_the_same_and_writes_every_class_and_all_results(run, tmp
 
 
 @pytest.mark.slow
-def test_no_format_of_other_programs_holds_a_detector_yet(run, tmp_path, capsys):
-    out = tmp_path / "weights"
-    assert main(["export", "--checkpoint", str(run), "--format", "safetensors", "--out", str(out)]) == 2
-    assert "is a detector, which only --format orbax exports so far" in capsys.readouterr().err
-    assert not out.exists()
-
-
-@pytest.mark.slow
 def test_predict_draws_images_of_any_size(run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     sizes = {"a.png": (70, 50), "b.jpg": (31, 90)}
