@@ -69,7 +69,7 @@ class Layers(Protocol[T]):
 def compose(model: InferenceModel, layers: Layers[T], images: T) -> dict[str, T]:
     """Runs the network in a framework's layers and returns its results by name.
 
-    For a detector, `layers` implements `detector.Operations` too.
+    For a detector, `layers` implements `operations.Operations` too.
     """
     maps = _encode(model, layers, layers.normalise(images) if model.uint8 else images)
     if isinstance(model.network, MaskRCNN):

@@ -75,7 +75,7 @@ def _describe(model: InferenceModel) -> str:
 
 
 class _Graph(Graph):
-    """Implements `layers.Layers`, and `detector.Operations` too.
+    """Implements `layers.Layers`, and `operations.Operations` too.
 
     A tensor is a value's name. A layer's value has the layer's name, numbered where a layer is used again.
     """

@@ -1,4 +1,4 @@
-"""ONNX's operations for a detector; see `detector.Operations`. A tensor is a value's name."""
+"""ONNX's operations for a detector; see `operations.Operations`. A tensor is a value's name."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,14 +7,14 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from cnx2_jax.interop.detector import Body
+from cnx2_jax.interop.operations import Body
 
 KINDS = onnx.TensorProto
 BOOL, FLOAT, INT32, INT64 = KINDS.BOOL, KINDS.FLOAT, KINDS.INT32, KINDS.INT64
 
 
 class Graph:
-    """A graph that grows, and `detector.Operations` but for layers with weights; indices are int64.
+    """A graph that grows, and `operations.Operations` but for layers with weights; indices are int64.
 
     Args:
       reserved: names that are not to be given to anything else.

@@ -46,7 +46,7 @@ def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Results:
 
 
 class _Layers(TensorFlowOperations, tf.Module):
-    """Implements `layers.Layers`, and `detector.Operations` too; kernels have our layout."""
+    """Implements `layers.Layers`, and `operations.Operations` too; kernels have our layout."""
 
     def __init__(self, model: InferenceModel):
         super().__init__()

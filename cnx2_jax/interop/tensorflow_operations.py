@@ -1,9 +1,9 @@
-"""TensorFlow's operations for a detector; see `detector.Operations`."""
+"""TensorFlow's operations for a detector; see `operations.Operations`."""
 
 import numpy as np
 
 from cnx2_jax.data.tensorflow import tf
-from cnx2_jax.interop.detector import Body, Tensor
+from cnx2_jax.interop.operations import Body, Tensor
 from cnx2_jax.models.mask_rcnn.roi_align import CHUNK
 
 FUNCTIONS = {
@@ -26,7 +26,7 @@ FUNCTIONS = {
 
 
 class TensorFlowOperations:
-    """Implements `detector.Operations` but for layers with weights; indices are int32."""
+    """Implements `operations.Operations` but for layers with weights; indices are int32."""
 
     def call(self, kind, *operands):
         return FUNCTIONS[kind](*operands)
