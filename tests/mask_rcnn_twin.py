@@ -68,8 +68,7 @@ class Twin:
         self.backbone.load_state_dict(
             {name.removeprefix("backbone."): torch.tensor(value) for name, value in tensors.items()}
         )
-        others = {name: value for name, value in arrays.items() if name not in backbone}
-        self.weights = {name: torch.tensor(value) for name, value in to_torch(others, "official").items()}
+        self.weights = {name: torch.tensor(x) for name, x in to_torch(arrays, "mmdetection").items()}
 
     def layer(self, name, x, function, **options):
         return function(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], **options)
@@ -78,8 +77,7 @@ class Twin:
         return self.layer(name, x, functional.conv2d, padding=padding)
 
     def linear(self, name, x):
-        weight = self.weights[f"{name}.weight"].flatten(1)  # of a whole region: [out, C, 7, 7]
-        return functional.linear(x, weight, self.weights[f"{name}.bias"])
+        return self.layer(name, x, functional.linear)
 
     def pyramid(self, image):
         """Returns the levels `[1, C, h, w]`, and per level logits `[n]` and deltas `[n, 4]`."""
@@ -134,9 +132,7 @@ class Twin:
         x = regions
         for i in range(4):
             x = self.conv(f"roi_head.mask_head.convs.{i}.conv", x, 1).relu()
-        name = "roi_head.mask_head.upsample"
-        kernel = self.weights[f"{name}.weight"].transpose(0, 1)  # PyTorch has [in, out, rows, columns] here
-        x = functional.conv_transpose2d(x, kernel, self.weights[f"{name}.bias"], stride=2).relu()
+        x = self.layer("roi_head.mask_head.upsample", x, functional.conv_transpose2d, stride=2).relu()
         return self.conv("roi_head.mask_head.conv_logits", x)
 
     def detect(self, image, size):

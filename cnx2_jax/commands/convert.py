@@ -24,6 +24,8 @@ from cnx2_jax.tasks.base import check_keys
 
 TAKES_OVERRIDES = False
 
+DETECTOR_SIZE = (1024, 1024)  # of training images, as in the recipes
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -31,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         required=True,
         metavar="FILE|hf:OWNER/NAME",
-        help="a .safetensors, .pt, .pth or .bin file in official, timm or Hugging Face naming, or a "
-        "repository on the Hugging Face hub, optionally with @REVISION; config.json and "
+        help="a .safetensors, .pt, .pth or .bin file in official, timm, Hugging Face or mmdetection naming, "
+        "or a repository on the Hugging Face hub, optionally with @REVISION; config.json and "
         "preprocessor_config.json beside the weights are read too",
     )
     parser.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="the new checkpoint folder")
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size",
         type=int,
         metavar="N",
-        help="side of the images in pixels; by default the one in config.json, or 224",
+        help="side of the images in pixels; by default the one in config.json, or 224, of a detector 1024",
     )
     parser.add_argument(
         "--class-names",
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _config(imported: Imported, described: dict[str, Any], source: str) -> ConfigDict:
     """Returns the config of a run with this model, from its weights and the JSON files beside them."""
-    config = defaults("segment" if imported.heads else "pretrain" if imported.has_decoder else "classify")
+    config = defaults(_task(imported))
     model, data = config.model, config.data
     model.variant = imported.variant
     if imported.variant == "custom":
@@ -101,6 +103,9 @@ def _config(imported: Imported, described: dict[str, Any], source: str) -> Confi
         model.pool_scales = scales
         model.channels = imported.heads.channels
         model.auxiliary_channels = imported.heads.auxiliary_channels
+    if imported.detector:
+        model.channels, model.fc_channels = imported.detector.channels, imported.detector.fc_channels
+        config.image_size = DETECTOR_SIZE
     config.image_size = described.get("image_size", config.image_size)
     if imported.heads:
         data.eval_short = min(image_hw(config))
@@ -115,6 +120,14 @@ def _config(imported: Imported, described: dict[str, Any], source: str) -> Confi
     check_ranges(config)
     check_keys(config)
     return config
+
+
+def _task(imported: Imported) -> str:
+    if imported.detector:
+        return "detect"
+    if imported.heads:
+        return "segment"
+    return "pretrain" if imported.has_decoder else "classify"
 
 
 def _are_imagenets(names: tuple[str, ...]) -> bool:

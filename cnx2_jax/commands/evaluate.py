@@ -125,6 +125,8 @@ def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
     if jax.process_count() > 1:
         raise UserError(f"--knn works in one process, not in {jax.process_count()}; start a single process")
     task, model, mesh, folder = _run_of(args, overrides)
+    if not task.gives_features:
+        raise UserError(f"--knn: task '{task.config.task}' gives no label to an image; leave it out")
     found = neighbours.evaluate(models.without_decoder(model), task.config, task.images, args.knn, mesh)
     return {"checkpoint": str(folder), **found}
 
@@ -158,7 +160,8 @@ def _on_sets(args: argparse.Namespace, overrides: list[str]) -> dict:
         raise UserError("--set needs a model; give --checkpoint or --workdir")
     model, config, class_names = weights.load(path)
     if not isinstance(model, ConvNeXtV2) or not class_names:
-        raise UserError(f"checkpoint '{path}' has no classes (pretraining has none); fine-tune it first")
+        kind = f"is of task '{config.task}'" if class_names else "has no classes (pretraining has none)"
+        raise UserError(f"checkpoint '{path}' {kind}, and --set needs a classifier; fine-tune it first")
     config = override(config, overrides)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)

@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=count, default=1_281_167, help="training images; %(default)s by default"
     )
-    parser.add_argument("--classes", type=count, default=1000, help="of a classifier; %(default)s by default")
+    parser.add_argument(
+        "--classes", type=count, default=1000, help="of the images or objects; %(default)s by default"
+    )
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -2,7 +2,9 @@
 
 Sources: the authors' `models/convnextv2.py`, `models/fcmae.py` and `remap_checkpoint_keys` (`utils.py`);
 timm's `models/convnext.py`; transformers' `modeling_convnextv2.py` and `modeling_upernet.py`; for UperNet the
-authors' `semantic_segmentation/backbone/convnext.py`, mmsegmentation's `uper_head.py` and `fcn_head.py`.
+authors' `semantic_segmentation/backbone/convnext.py`, mmsegmentation's `uper_head.py` and `fcn_head.py`; for
+Mask R-CNN mmdetection's modules and, as its `projects/ConvNeXt-V2` uses them, `ConvNeXt` and `GRN` of
+mmpretrain (`models/backbones/convnext.py`, `models/utils/norm.py`).
 """
 
 import math
@@ -11,13 +13,14 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-NAMINGS = ("official", "timm", "huggingface")
+NAMINGS = ("official", "timm", "huggingface", "mmdetection")
 
 # A name that every file in this naming has, and no file in another naming.
 MARKERS = {
     "official": "downsample_layers.0.0.weight",
     "timm": "stem.0.weight",
     "huggingface": "embeddings.patch_embeddings.weight",
+    "mmdetection": "stages.0.0.depthwise_conv.weight",
 }
 
 # The names of a block's parameters, with groups for stage and index.
@@ -25,13 +28,19 @@ BLOCKS = {
     "official": r"stages\.(\d+)\.(\d+)\.",
     "timm": r"stages\.(\d+)\.blocks\.(\d+)\.",
     "huggingface": r"encoder\.stages\.(\d+)\.layers\.(\d+)\.",
+    "mmdetection": r"stages\.(\d+)\.(\d+)\.",
 }
 
 # transformers' classifier holds the encoder under this prefix; a bare encoder has no prefix.
 HUGGINGFACE_PREFIX = "convnextv2."
 
-# UperNet holds the encoder under this prefix, in all namings and here.
-UPERNET_PREFIX = "backbone."
+# UperNet and Mask R-CNN hold the encoder under this prefix, in all namings and here.
+BACKBONE_PREFIX = "backbone."
+
+# Mask R-CNN's layers with a layout of their own: PyTorch flattens regions `[C, 7, 7]` for the first, and has
+# transposed convolutions as `[in, out, rows, columns]`.
+FLATTENED = "roi_head.bbox_head.shared_fcs.0.kernel"
+TRANSPOSED = "roi_head.mask_head.upsample.kernel"
 
 # PyTorch's BatchNorm counts its batches too; nothing reads the number while `momentum` is set.
 BATCHES = "num_batches_tracked"
@@ -41,6 +50,7 @@ TIMM_CONV_MLP = ("atto", "femto", "pico", "nano")
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _HUGGINGFACE_HEADS = {"bn": "batch_norm", "conv_seg": "classifier"}
+_MMDETECTION_LAYERS = {"dwconv": "depthwise_conv", "pwconv1": "pointwise_conv1", "pwconv2": "pointwise_conv2"}
 _TIMM_LAYERS = {"dwconv": "conv_dw", "pwconv1": "mlp.fc1", "pwconv2": "mlp.fc2", "grn": "mlp.grn"}
 
 
@@ -57,6 +67,8 @@ def renamer(naming: str, prefix: str = "") -> Callable[[str], str]:
         leaf = _LEAVES.get(leaf, leaf)
         if naming == "official":
             return ".".join([*modules, leaf])
+        if naming == "mmdetection":
+            return ".".join([*(_MMDETECTION_LAYERS.get(module, module) for module in modules), leaf])
         leaf = {"gamma": "weight", "beta": "bias"}.get(leaf, leaf)
         module = _timm_module(modules) if naming == "timm" else _huggingface_module(modules)
         return f"{'' if modules == ['head'] else prefix}{module}.{leaf}"
@@ -108,19 +120,25 @@ def their_layout(name: str, value: np.ndarray, naming: str, conv_mlp: bool) -> n
     if name.endswith(".kernel"):
         if value.ndim == 3:  # depthwise [rows, columns, channels]
             return value.transpose(2, 0, 1)[:, None]
+        if name == TRANSPOSED:
+            return value.transpose(2, 3, 0, 1)
         if value.ndim == 4:  # [rows, columns, in, out]
-            return value.transpose(3, 2, 0, 1)
+            value = value.transpose(3, 2, 0, 1)
+            return value.reshape(len(value), -1) if name == FLATTENED else value
         as_convolution = name in ("proj.kernel", "pred.kernel") or (conv_mlp and ".pwconv" in name)
         return value.T[..., None, None] if as_convolution else value.T
-    if ".grn." in name and naming != "timm":
+    if ".grn." in name and naming not in ("timm", "mmdetection"):
         return value.reshape(1, 1, 1, -1)
     return value.reshape(1, -1, 1, 1) if name == "mask_token" else value
 
 
-def our_layout(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def our_layout(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Returns the inverse of `their_layout`: a contiguous array in our layout, of the given shape."""
-    if len(shape) == 4:
-        value = value.transpose(2, 3, 1, 0)
+    if name == TRANSPOSED:
+        value = value.transpose(2, 3, 0, 1)
+    elif len(shape) == 4:
+        rows, columns, features_in, features_out = shape
+        value = value.reshape(features_out, features_in, rows, columns).transpose(2, 3, 1, 0)
     elif len(shape) == 3:
         value = value[:, 0].transpose(1, 2, 0)
     elif len(shape) == 2:

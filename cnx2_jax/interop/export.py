@@ -10,19 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.files import creating
 from cnx2_jax.interop import safetensors
+from cnx2_jax.interop.differences import difference
 from cnx2_jax.interop.facts import Facts
-from cnx2_jax.interop.inference import InferenceModel
+from cnx2_jax.interop.inference import InferenceModel, Results
 
 # Bounds on the largest difference, relative to the largest value. float32: another order of summation changes
 # atto's logits by less than 1e-6; deeper networks and other processors may need a hundred times that.
 # bfloat16 has 8 bits of precision, so weights have random errors up to 1/512, which change atto's logits by
 # less than 1%; the bound is five times that.
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
+# The least share of a detector's objects that must be alike (see `differences`). Rounding decides between
+# boxes of equal score or overlap, and then other boxes follow.
+ALIKE = 0.9
 IMAGES = 3  # a batch size that no writer uses, as exports must work with any
 
 
@@ -50,15 +55,16 @@ class Format:
     Attributes:
       summary: one line for `--help`.
       write: writes a job to a file or folder; raises OSError.
-      run: loads the file or folder and maps images `[B, H, W, C]` to results `[B, *result]`.
+      run: loads the file or folder and maps images `[B, H, W, C]` to `InferenceModel.outputs`; None if
+        nothing here runs the format.
       writer: the package that `write` needs.
-      runtime: the package that `run` needs.
+      runtime: the package that `run` needs; empty without `run`.
       extra: the extra of cnx2_jax that installs both; empty if they are always installed.
     """
 
     summary: str
     write: Callable[[Path, Job], None]
-    run: Callable[[Path, np.ndarray], np.ndarray]
+    run: Callable[[Path, np.ndarray], Results] | None
     writer: str
     runtime: str
     extra: str = ""
@@ -85,9 +91,10 @@ def of_weights(naming: str) -> Format:
     run, runtime = {
         "huggingface": (safetensors.run_huggingface, "transformers"),
         "timm": (safetensors.run_timm, "timm"),
+        "mmdetection": (None, ""),
     }[naming]
     return Format(
-        "a folder that transformers or timm loads",
+        "a folder that transformers, timm or mmdetection loads",
         write=lambda path, job: safetensors.write(
             path, job.model.params, job.facts, naming, job.model.pool_scales
         ),
@@ -117,7 +124,8 @@ def export(out: Path, form: Format, job: Job) -> dict[str, Any]:
 
     Returns:
       `runtime` with its version, `max_difference`, and the `largest` value to compare it with; all None if
-      the runtime is not installed.
+      there is no runtime, or it is not installed. Of a detector also `objects`, how many were compared, and
+      the share of them that was `alike`, among which `max_difference` is.
 
     Raises:
       UserError: `out` exists already or cannot be written.
@@ -130,7 +138,7 @@ def export(out: Path, form: Format, job: Job) -> dict[str, Any]:
 
 def _compare(path: Path, form: Format, job: Job) -> dict[str, Any]:
     package = form.runtime.partition(".")[0]
-    if importlib.util.find_spec(package) is None:
+    if form.run is None or importlib.util.find_spec(package) is None:
         return {"runtime": None, "max_difference": None, "largest": None}
     images = job.model.some_images(IMAGES)
     try:
@@ -138,20 +146,27 @@ def _compare(path: Path, form: Format, job: Job) -> dict[str, Any]:
     except safetensors.NoRuntimeError:  # installed, but its requirements are not
         return {"runtime": None, "max_difference": None, "largest": None}
     expected = job.model.reference(images)
-    if found.shape != expected.shape:
-        raise RunError(
-            f"{form.runtime} returns shape {found.shape}, expected {expected.shape}; nothing was exported"
-        )
-    difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+    shapes, right = (jax.tree.map(np.shape, results) for results in (found, expected))
+    if shapes != right:
+        raise RunError(f"{form.runtime} returns shape {shapes}, expected {right}; nothing was exported")
     bound = BOUNDS[job.dtype]
-    if not difference <= bound * largest:  # also True for NaN
+    apart = difference(found, expected, bound)
+    if not apart.most <= bound * apart.largest:  # also True for NaN
         raise RunError(
-            f"results of {form.runtime} differ by {difference:.1e}, more than {bound:.0e} of the largest "
-            f"value {largest:.1e}, the bound for {job.dtype}; nothing was exported, please report this"
+            f"results of {form.runtime} differ by {apart.most:.1e}, more than {bound:.0e} of the largest "
+            f"value {apart.largest:.1e}, the bound for {job.dtype}; nothing was exported, please report this"
+        )
+    if apart.alike < ALIKE:
+        raise RunError(
+            f"{form.runtime} finds only {apart.alike:.0%} of {apart.objects} objects like the network, less "
+            f"than {ALIKE:.0%}; nothing was exported, please report this"
         )
     version = importlib.import_module(form.runtime).__version__
-    return {
+    result = {
         "runtime": f"{form.runtime} {version}",
-        "max_difference": difference,
-        "largest": largest,
+        "max_difference": apart.most,
+        "largest": apart.largest,
     }
+    if apart.objects is not None:
+        result |= {"objects": apart.objects, "alike": apart.alike}
+    return result

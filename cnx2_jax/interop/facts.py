@@ -14,6 +14,7 @@ WARP_FROM = 384
 
 HUGGINGFACE_CLASSIFIER = "ConvNextV2ForImageClassification"
 HUGGINGFACE_SEGMENTER = "UperNetForSemanticSegmentation"
+DETECTOR = "mask_rcnn"
 IGNORED_LABEL = 255  # of pixels that have no class
 
 
@@ -94,6 +95,20 @@ def _labels(names: tuple[str, ...]) -> dict[str, Any]:
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
     }
+
+
+def detector_config(facts: Facts) -> dict[str, Any]:
+    """Returns a `config.json` for `read` alone: mmdetection keeps these facts in Python files."""
+    return {
+        "model_type": DETECTOR,
+        "image_size": list(facts.image_size),
+        **_labels(facts.class_names),
+    }
+
+
+def detector_preprocessor(facts: Facts) -> dict[str, Any]:
+    """Returns the `preprocessor_config.json` of a detector, for `read` alone."""
+    return {"image_mean": list(facts.mean), "image_std": list(facts.std)}
 
 
 def huggingface_segmenter_preprocessor(facts: Facts) -> dict[str, Any]:
@@ -187,8 +202,8 @@ def read(folder: Path) -> dict[str, Any]:
     """Returns the fields of Facts that the JSON files of transformers or timm in a folder contain.
 
     For an UperNet of transformers, `pool_scales` is a field too. If `config.json` describes another model
-    than ConvNeXt V2 or an UperNet, all JSON files are ignored. Class names that only number the classes
-    (`LABEL_0`) are ignored too.
+    than ConvNeXt V2, an UperNet or a detector of ours, all JSON files are ignored. Class names that only
+    number the classes (`LABEL_0`) are ignored too.
 
     Raises:
       UserError: the JSON is damaged.
@@ -197,7 +212,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         if str(config.get("architecture")).startswith("convnextv2"):
             found = _from_timm(config)
-        elif config.get("model_type", "convnextv2") in ("convnextv2", "upernet"):
+        elif config.get("model_type", "convnextv2") in ("convnextv2", "upernet", DETECTOR):
             found = _from_huggingface(config, processor)
         else:
             return {}

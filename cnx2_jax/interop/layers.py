@@ -5,7 +5,9 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from cnx2_jax.interop.detector import detect
 from cnx2_jax.interop.inference import InferenceModel
+from cnx2_jax.models import MaskRCNN
 from cnx2_jax.models.layers import BATCH_NORM_EPSILON
 from cnx2_jax.models.resampling import bilinear_weights, pooling_weights
 
@@ -64,13 +66,19 @@ class Layers(Protocol[T]):
         ...
 
 
-def compose(model: InferenceModel, layers: Layers[T], images: T) -> T:
-    """Runs the network in a framework's layers and returns its logits or features."""
+def compose(model: InferenceModel, layers: Layers[T], images: T) -> dict[str, T]:
+    """Runs the network in a framework's layers and returns its results by name.
+
+    For a detector, `layers` implements `operations.Operations` too.
+    """
     maps = _encode(model, layers, layers.normalise(images) if model.uint8 else images)
+    if isinstance(model.network, MaskRCNN):
+        return detect(model, layers, maps)
+    (name,) = model.outputs
     if model.pool_scales:
-        return _segment(model, layers, maps)
+        return {name: _segment(model, layers, maps)}
     x = layers.layer_norm(layers.mean(maps[-1]), "norm")
-    return layers.linear(x, "head") if model.output == "logits" else x
+    return {name: layers.linear(x, "head") if name == "logits" else x}
 
 
 def _encode(model: InferenceModel, layers: Layers[T], x: T) -> list[T]:

@@ -10,19 +10,19 @@ from flax import nnx
 
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.interop.dialects import (
+    BACKBONE_PREFIX,
     BATCHES,
     BLOCKS,
     HUGGINGFACE_PREFIX,
     MARKERS,
     NAMINGS,
     TIMM_CONV_MLP,
-    UPERNET_PREFIX,
     dense,
     our_layout,
     renamer,
     their_layout,
 )
-from cnx2_jax.models import FCMAE, VARIANTS, ConvNeXtV2, EncoderConfig, UperNet
+from cnx2_jax.models import FCMAE, VARIANTS, ConvNeXtV2, EncoderConfig, MaskRCNN, UperNet
 from cnx2_jax.models.convnextv2 import STAGES
 from cnx2_jax.models.state import split
 
@@ -37,8 +37,9 @@ _FORMS = (
     ("timm", ""),
     ("huggingface", ""),
     ("huggingface", HUGGINGFACE_PREFIX),
-    ("official", UPERNET_PREFIX),  # mmsegmentation's
-    ("huggingface", UPERNET_PREFIX),
+    ("mmdetection", BACKBONE_PREFIX),
+    ("official", BACKBONE_PREFIX),  # mmsegmentation's, and mmdetection's with the authors' encoder
+    ("huggingface", BACKBONE_PREFIX),
 )
 
 
@@ -58,6 +59,19 @@ class Heads:
 
 
 @dataclasses.dataclass(frozen=True)
+class DetectorWidths:
+    """The widths of a Mask R-CNN's heads.
+
+    Attributes:
+      channels: of the feature pyramid, the region proposals and the mask head.
+      fc_channels: of the box head.
+    """
+
+    channels: int
+    fc_channels: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Imported:
     """The arrays of a model, and the properties that follow from their names and shapes.
 
@@ -70,6 +84,7 @@ class Imported:
       fresh_norm: whether the final norm was missing, as in all FCMAE encoders; its scale is 1 and its bias 0
         then.
       heads: of an UperNet, otherwise None.
+      detector: of a Mask R-CNN, otherwise None.
     """
 
     params: dict[str, np.ndarray]
@@ -83,6 +98,7 @@ class Imported:
     decoder_depth: int
     fresh_norm: bool
     heads: Heads | None
+    detector: DetectorWidths | None
 
     @property
     def has_decoder(self) -> bool:
@@ -102,8 +118,8 @@ def variant_of(depths: Iterable[int], dims: Iterable[int]) -> str:
 
 
 def sizes_of(params: Mapping[str, np.ndarray]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns depths and dims of a ConvNeXtV2's or UperNet's parameters by our names."""
-    prefix = UPERNET_PREFIX if _is_upernet(params) else ""
+    """Returns depths and dims of a ConvNeXtV2's, UperNet's or Mask R-CNN's parameters by our names."""
+    prefix = BACKBONE_PREFIX if _is_upernet(params) or is_detector(params) else ""
     dims = tuple(len(params[f"{prefix}stages.{stage}.0.dwconv.bias"]) for stage in range(STAGES))
     return _count_blocks(params, re.escape(prefix) + BLOCKS["official"]), dims
 
@@ -112,17 +128,25 @@ def _is_upernet(params: Mapping[str, np.ndarray]) -> bool:
     return "decode_head.conv_seg.bias" in params
 
 
+def is_detector(names: Iterable[str]) -> bool:
+    """Whether these are a Mask R-CNN's names, ours or another library's."""
+    return any(name.startswith("roi_head.") for name in names)
+
+
 def to_torch(params: Mapping[str, np.ndarray], naming: str) -> dict[str, np.ndarray]:
     """Returns a model's arrays under the names and in the layouts of another library.
 
     Linear weights are `[out, in]`, convolutions `[out, in, rows, columns]`, GRN `[1, 1, 1, C]` (timm: `[C]`).
     Names for Hugging Face are those of ConvNextV2ForImageClassification, without a head of ConvNextV2Model.
     An FCMAE gets the names of the authors' training code with a dense encoder. An UperNet gets those of
-    UperNetForSemanticSegmentation, or of mmsegmentation for `official`.
+    UperNetForSemanticSegmentation, or of mmsegmentation for `official`. A Mask R-CNN gets mmdetection's,
+    with the authors' names of the encoder for `official`.
 
     Args:
-      params: parameters of a ConvNeXtV2, an FCMAE or an UperNet by our names, with all running averages.
-      naming: one of NAMINGS; only `official` has an FCMAE, and timm has no UperNet.
+      params: parameters of a ConvNeXtV2, an FCMAE, an UperNet or a Mask R-CNN by our names, with all running
+        averages.
+      naming: one of NAMINGS; only `official` has an FCMAE, timm has no UperNet, timm and `huggingface` have
+        no Mask R-CNN, and `mmdetection` has nothing else.
 
     Returns:
       Contiguous arrays in the dtype of `params`.
@@ -136,6 +160,10 @@ def to_torch(params: Mapping[str, np.ndarray], naming: str) -> dict[str, np.ndar
         raise UserError(f"{naming} has no FCMAE; export the encoder alone, or use naming official")
     if _is_upernet(params) and naming == "timm":
         raise UserError("timm has no UperNet; use naming huggingface or official")
+    if is_detector(params) and naming in ("timm", "huggingface"):
+        raise UserError(f"{naming} has no Mask R-CNN of ConvNeXt V2; use naming mmdetection or official")
+    if naming == "mmdetection" and not is_detector(params):
+        raise UserError("naming mmdetection is for detectors; use official, timm or huggingface")
     prefixed = naming == "huggingface" and "head.kernel" in params
     rename = renamer(naming, HUGGINGFACE_PREFIX if prefixed else "")
     conv_mlp = naming == "timm" and variant_of(*sizes_of(params)) in TIMM_CONV_MLP
@@ -153,7 +181,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
     A prefix `module.` is dropped, and so are BatchNorm's numbers of batches. An official state dict may be a
     fine-tuned model, an FCMAE with its decoder, or an encoder with or without the prefix `encoder.`; encoders
     may be dense or MinkowskiEngine's. With the prefix `backbone.` it is an UperNet of mmsegmentation or
-    transformers.
+    transformers, or a Mask R-CNN of mmdetection, whose encoder may have mmpretrain's names or the authors'.
 
     Args:
       tensors: the state dict.
@@ -168,12 +196,14 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
     form = next((form for form in _FORMS if form[1] + MARKERS[form[0]] in tensors), None)
     if form is None:
         raise UserError(
-            f"'{source}' is not a ConvNeXt V2 in official, timm or Hugging Face naming; the first of its "
-            f"{len(tensors)} tensor(s): {_listed(tensors) or 'none'}"
+            f"'{source}' is not a ConvNeXt V2 in official, timm, Hugging Face or mmdetection naming; the "
+            f"first of its {len(tensors)} tensor(s): {_listed(tensors) or 'none'}"
         )
     naming, prefix = form
     has_decoder = naming == "official" and any(name.startswith(_DECODER) for name in tensors)
-    has_heads = prefix == UPERNET_PREFIX
+    detects = naming == "mmdetection" or (form == ("official", BACKBONE_PREFIX) and is_detector(tensors))
+    segments = prefix == BACKBONE_PREFIX and not detects
+    has_heads = detects or segments
     if naming == "official" and not (has_decoder or has_heads):
         tensors, prefix = {name.removeprefix(prefix): value for name, value in tensors.items()}, ""
     if naming == "official":
@@ -189,11 +219,12 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
 
     stem = shape(f"{inside}downsample_layers.0.0.kernel")
     if len(stem) != 4:
-        raise UserError(f"'{source}': '{MARKERS[naming]}' {list(stem)} does not have 4 axes")
+        name = rename(f"{inside}downsample_layers.0.0.kernel")
+        raise UserError(f"'{source}': '{name}' {list(stem)} does not have 4 axes")
     down = [f"{inside}downsample_layers.{stage}.{min(stage, 1)}.bias" for stage in range(STAGES)]
     dims = tuple(math.prod(shape(name)) for name in down)
     depths = _count_blocks(tensors, re.escape(prefix) + BLOCKS[naming])
-    head = "decode_head.conv_seg" if has_heads else "head"
+    head = "decode_head.conv_seg" if segments else "roi_head.bbox_head.fc_cls" if detects else "head"
     has_head = has_heads or any(rename(f"{head}.{leaf}") in tensors for leaf in ("kernel", "bias"))
     in_decoder = {match[1] for name in tensors if (match := re.match(r"decoder\.(\d+)\.", name))}
     imported = Imported(
@@ -202,17 +233,19 @@ def from_torch(tensors: Mapping[str, np.ndarray], source: str) -> Imported:
         dims=dims,
         in_chans=stem[1],
         patch_size=stem[2],
-        num_classes=math.prod(shape(f"{head}.bias")) if has_head else 0,
+        # A detector has the background too.
+        num_classes=math.prod(shape(f"{head}.bias")) - detects if has_head else 0,
         naming=naming,
         decoder_dim=math.prod(shape("mask_token")) if has_decoder else 0,
         decoder_depth=max(1, len(in_decoder)) if has_decoder else 0,
         fresh_norm=not (has_decoder or has_head or any(rename(name) in tensors for name in _NORM)),
-        heads=_heads(tensors, shape) if has_heads else None,
+        heads=_heads(tensors, shape) if segments else None,
+        detector=_detector_widths(shape) if detects else None,
     )
     absent = _NORM if imported.fresh_norm else ()
     wanted = {name: shape for name, shape in _model_shapes(imported).items() if name not in absent}
     _check(tensors, wanted, rename, naming, source)
-    params = {name: our_layout(tensors[rename(name)], shape) for name, shape in wanted.items()}
+    params = {name: our_layout(name, tensors[rename(name)], shape) for name, shape in wanted.items()}
     if imported.fresh_norm:
         params["norm.scale"] = np.ones(dims[-1], np.float32)
         params["norm.bias"] = np.zeros(dims[-1], np.float32)
@@ -229,6 +262,14 @@ def _heads(names: Iterable[str], shape: Callable[[str], tuple[int, ...]]) -> Hea
     )
 
 
+def _detector_widths(shape: Callable[[str], tuple[int, ...]]) -> DetectorWidths:
+    """Returns the widths of a Mask R-CNN's heads; `shape` returns a tensor's shape by our name."""
+    return DetectorWidths(
+        channels=math.prod(shape("rpn_head.rpn_conv.bias")),
+        fc_channels=math.prod(shape("roi_head.bbox_head.shared_fcs.1.bias")),
+    )
+
+
 def _count_blocks(names: Iterable[str], pattern: str) -> tuple[int, ...]:
     """Returns the number of blocks of each stage, at least 1: then a missing stage is reported."""
     found = {match.groups() for name in names if (match := re.match(pattern, name))}
@@ -239,8 +280,11 @@ def _model_shapes(model: Imported) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of our arrays by name, from the model itself."""
     config = EncoderConfig(model.depths, model.dims, in_chans=model.in_chans, patch_size=model.patch_size)
 
-    def build() -> ConvNeXtV2 | FCMAE | UperNet:
+    def build() -> ConvNeXtV2 | FCMAE | UperNet | MaskRCNN:
         rngs = nnx.Rngs(0)
+        if model.detector:
+            widths = dataclasses.asdict(model.detector)
+            return MaskRCNN(config, num_classes=max(1, model.num_classes), **widths, rngs=rngs)
         if model.heads:
             return UperNet(
                 config,

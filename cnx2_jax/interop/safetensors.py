@@ -1,4 +1,4 @@
-"""Writes folders that transformers and timm load: `model.safetensors`, and JSON that describes the model."""
+"""Writes folders that other libraries load: `model.safetensors`, and JSON that describes the model."""
 
 import json
 from collections.abc import Mapping
@@ -10,11 +10,13 @@ import safetensors.numpy
 
 from cnx2_jax.errors import UserError
 from cnx2_jax.files import check_new, creating
-from cnx2_jax.interop.dialects import UPERNET_PREFIX
+from cnx2_jax.interop.dialects import BACKBONE_PREFIX
 from cnx2_jax.interop.facts import (
     HUGGINGFACE_CLASSIFIER,
     HUGGINGFACE_SEGMENTER,
     Facts,
+    detector_config,
+    detector_preprocessor,
     huggingface_config,
     huggingface_preprocessor,
     huggingface_segmenter_preprocessor,
@@ -24,9 +26,10 @@ from cnx2_jax.interop.facts import (
 from cnx2_jax.interop.files import read_tensors
 from cnx2_jax.interop.names import from_torch, sizes_of, to_torch, variant_of
 
-NAMINGS = ("huggingface", "timm")
+NAMINGS = ("huggingface", "timm", "mmdetection")
 WEIGHTS = "model.safetensors"
 SEGMENTER_HEAD = "decode_head.conv_seg.bias"
+DETECTOR_HEAD = "roi_head.bbox_head.fc_cls.bias"
 
 
 class NoRuntimeError(UserError):
@@ -40,19 +43,20 @@ def write(
     naming: str,
     pool_scales: tuple[int, ...] = (),
 ) -> None:
-    """Writes a ConvNeXtV2 or an UperNet as a new folder; after an error there is no folder.
+    """Writes a ConvNeXtV2, an UperNet or a Mask R-CNN as a new folder; after an error there is no folder.
 
     `huggingface` is for `AutoModelForImageClassification.from_pretrained(folder)`, or `AutoModel` without a
     head; there is no `preprocessor_config.json` for oblong images, because it cannot describe them.
     An UperNet is for `UperNetForSemanticSegmentation.from_pretrained(folder)`.
-    `timm` is for `timm.create_model("local-dir:FOLDER", pretrained=True)`. Before the folder appears, the
-    weights are read back from it and compared bit for bit.
+    `timm` is for `timm.create_model("local-dir:FOLDER", pretrained=True)`. `mmdetection` is the state dict of
+    its Mask R-CNN with mmpretrain's ConvNeXt. Before the folder appears, the weights are read back from it
+    and compared bit for bit.
 
     Args:
       folder: a path that does not exist.
       params: float32 parameters by our names, and the running averages of an UperNet.
       facts: with one class name per class of the head.
-      naming: one of NAMINGS; timm has no UperNet.
+      naming: one of NAMINGS; timm has no UperNet, and a Mask R-CNN needs `mmdetection`.
       pool_scales: of an UperNet; empty for a classifier.
 
     Raises:
@@ -60,8 +64,8 @@ def write(
         heads, or the library has no such model (see `to_torch` and `facts.timm_config`).
     """
     check_new(folder, "--out")
-    head = next((name for name in ("head.bias", SEGMENTER_HEAD) if name in params), None)
-    classes = len(params[head]) if head else 0
+    head = next((name for name in ("head.bias", SEGMENTER_HEAD, DETECTOR_HEAD) if name in params), None)
+    classes = len(params[head]) - (head == DETECTOR_HEAD) if head else 0  # without the background
     if len(facts.class_names) != classes:
         raise UserError(f"{len(facts.class_names)} class names do not fit a head of {classes} classes")
     tensors = to_torch(params, naming)
@@ -133,9 +137,14 @@ def _documents(
     params: Mapping[str, np.ndarray], facts: Facts, naming: str, pool_scales: tuple[int, ...]
 ) -> dict[str, dict]:
     """Returns the JSON files by name."""
+    if DETECTOR_HEAD in params:
+        return {
+            "config.json": detector_config(facts),
+            "preprocessor_config.json": detector_preprocessor(facts),
+        }
     depths, dims = sizes_of(params)
     segments = SEGMENTER_HEAD in params
-    prefix = UPERNET_PREFIX if segments else ""
+    prefix = BACKBONE_PREFIX if segments else ""
     patch_size, _, in_chans, _ = params[f"{prefix}downsample_layers.0.0.kernel"].shape
     if segments:
         levels = sum(

@@ -7,16 +7,17 @@ JAX's version (TensorFlow 2.21 does not read the output of JAX 0.10), and Tensor
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 
 from cnx2_jax.data.tensorflow import tf
-from cnx2_jax.interop.inference import InferenceModel
+from cnx2_jax.interop.inference import InferenceModel, Results
 from cnx2_jax.interop.layers import compose
+from cnx2_jax.interop.tensorflow_operations import TensorFlowOperations
 from cnx2_jax.kernels.pointwise import EPSILON
 
 
 def write(path: Path, model: InferenceModel) -> None:
-    """Writes the signature `serving_default`, `images -> logits` (or features), for any batch size.
+    """Writes the signature `serving_default`, `images -> InferenceModel.outputs`, for any batch size.
 
     The weights are variables with the names of our parameters.
 
@@ -26,7 +27,7 @@ def write(path: Path, model: InferenceModel) -> None:
     layers = _Layers(model)
 
     def forward(images):
-        return {model.output: compose(model, layers, images)}
+        return compose(model, layers, images)
 
     images = tf.TensorSpec([None, *model.shape], model.dtype, name="images")
     layers.forward = tf.function(forward, input_signature=[images], autograph=False)
@@ -36,15 +37,16 @@ def write(path: Path, model: InferenceModel) -> None:
         raise OSError(error.message) from None
 
 
-def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b *result"]:
+def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Results:
     """Runs a folder written by `write`."""
     loaded = tf.saved_model.load(str(path))  # a signature alone does not keep its variables alive
-    (result,) = loaded.signatures["serving_default"](images=tf.constant(images)).values()
-    return result.numpy()
+    found = loaded.signatures["serving_default"](images=tf.constant(images))
+    results = {name: result.numpy() for name, result in found.items()}
+    return results if len(results) > 1 else results.popitem()[1]
 
 
-class _Layers(tf.Module):
-    """Implements `layers.Layers`; kernels have our layout."""
+class _Layers(TensorFlowOperations, tf.Module):
+    """Implements `layers.Layers`, and `operations.Operations` too; kernels have our layout."""
 
     def __init__(self, model: InferenceModel):
         super().__init__()
@@ -112,3 +114,8 @@ class _Layers(tf.Module):
 
     def concatenate(self, maps, name):
         return tf.concat(maps, axis=-1)
+
+    def upsample(self, x, name):
+        kernel, bias = self._parameters(name, "kernel", "bias")
+        x = tf.einsum("bhwi,pqio->bhpwqo", x, kernel)
+        return tf.reshape(x, [-1, 2 * x.shape[1], 2 * x.shape[3], x.shape[5]]) + bias

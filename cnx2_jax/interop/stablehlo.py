@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax import export
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 
 from cnx2_jax.errors import UserError
-from cnx2_jax.interop.inference import InferenceModel, cpu
+from cnx2_jax.interop.inference import InferenceModel, Results, cpu
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 LIMIT = 2**31 - 2**26  # bytes of weights: the file is a FlatBuffer of at most 2 GiB
@@ -19,6 +19,8 @@ LIMIT = 2**31 - 2**26  # bytes of weights: the file is a FlatBuffer of at most 2
 
 def write(path: Path, model: InferenceModel) -> None:
     """Writes `images -> logits` (or features) with a symbolic batch size; the weights are in the file.
+
+    A detector returns a dictionary; see `InferenceModel.outputs`.
 
     Raises:
       UserError: the weights are too large for one file.
@@ -36,7 +38,8 @@ def write(path: Path, model: InferenceModel) -> None:
     path.write_bytes(export.export(forward, platforms=PLATFORMS)(images).serialize())
 
 
-def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b *result"]:
+def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Results:
     """Runs a file written by `write`, on the CPU."""
     with jax.default_device(cpu()):
-        return np.asarray(jax.jit(export.deserialize(bytearray(path.read_bytes())).call)(images))
+        found = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)(images)
+        return jax.tree.map(np.asarray, found)

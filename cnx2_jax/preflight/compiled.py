@@ -1,7 +1,8 @@
 """Reads the text of compiled programs: collectives, the bytes they send, and estimated cycles.
 
-XLA prints a program as computations with one instruction per line. Loops count times their trips. An
-asynchronous operation, which takes several lines, counts once.
+XLA prints a program as computations with one instruction per line. Loops count times their trips, and those
+that end as their data decides, such as a detector's suppression, count once. An asynchronous operation, which
+takes several lines, counts once.
 """
 
 import collections
@@ -154,9 +155,14 @@ def _sum(text: str, of: Callable[[str, str], Tally], *, inside_fusions: bool = F
 
 
 def _trips(loop: str, condition: list[str]) -> int:
-    """Returns a loop's trips: XLA's own count, or the constant that its counter, from 0, is compared with."""
+    """Returns a loop's trips: XLA's own count, or the constant that its counter, from 0, is compared with.
+
+    Returns 1 for a loop that ends as its data decides: its condition has no whole number.
+    """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
         return int(known[1])
+    if not re.search(r"= [su]\d+\[\]", "\n".join(condition)):
+        return 1
     constants = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
     if len(constants) != 1:
         raise ValueError(f"cannot read the number of trips of the loop with the condition: {condition}")

@@ -12,8 +12,9 @@ from cnx2_jax.interop.inference import InferenceModel
 def test_it_gives_what_the_network_gives(kind, inference_model, example, error):
     exported = inference_model(kind)
     images, expected = example(kind)
-    assert exported.output == ("logits" if kind.num_classes else "features")
-    assert expected.shape == (5, *exported.result)
+    ((name, output),) = exported.outputs.items()
+    assert name == ("logits" if kind.num_classes else "features")
+    assert (expected.shape, expected.dtype) == ((5, *output.shape), output.dtype)
     assert error(exported.reference(images), expected) < 1e-5
 
 

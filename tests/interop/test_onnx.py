@@ -24,10 +24,11 @@ def test_graph(kind, inference_model, tmp_path):
     model = onnx.load(tmp_path / "file")
     ((name, inputs),) = [(x.name, x.type.tensor_type) for x in model.graph.input]
     ((result, output),) = [(x.name, x.type.tensor_type) for x in model.graph.output]
-    assert (name, result) == ("images", exported.output)
+    ((expected_name, expected),) = exported.outputs.items()
+    assert (name, result) == ("images", expected_name)
     assert onnx.helper.tensor_dtype_to_np_dtype(inputs.elem_type) == exported.dtype
     assert [x.dim_param or x.dim_value for x in inputs.shape.dim] == ["batch", *exported.shape]
-    assert [x.dim_param or x.dim_value for x in output.shape.dim] == ["batch", *exported.result]
+    assert [x.dim_param or x.dim_value for x in output.shape.dim] == ["batch", *expected.shape]
     assert ("mean (0.5," in model.graph.input[0].doc_string) != kind.uint8
 
     weights = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}

@@ -41,7 +41,9 @@ def test_signature_and_variables(kind, written, inference_model, example, error)
     assert inputs.name == "images" and inputs.dtype == exported.dtype
     assert inputs.shape.as_list() == [None, *exported.shape]
     ((name, output),) = signature.structured_outputs.items()
-    assert name == exported.output and output.shape.as_list() == [None, *exported.result]
+    assert {name: output.shape.as_list()} == {
+        name: [None, *result.shape] for name, result in exported.outputs.items()
+    }
     found = {variable.name.removesuffix(":0"): variable.numpy() for variable in signature.variables}
     assert found.keys() == exported.params.keys()
     for name, value in found.items():

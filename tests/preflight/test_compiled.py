@@ -33,6 +33,18 @@ def test_cycles_count_loops_by_their_trips_and_fusions_once():
     assert programs.cycles_by_kind(PROGRAM) == {"mul": 27 * 7 + 3, "unnamed": 11}
 
 
+def test_a_loop_that_ends_as_its_data_decides_counts_once():
+    condition = """\
+  %t.1 = (s32[], pred[2]{0}) parameter(0)
+  %p.1 = pred[2]{0} get-tuple-element(%t.1), index=1
+  ROOT %any = pred[] fusion(%p.1), kind=kLoop, calls=%fused
+"""
+    begin = PROGRAM.index("  %c = s32[]")
+    end = PROGRAM.index("}", PROGRAM.index("ROOT %lt"))
+    program = PROGRAM[:begin] + condition + PROGRAM[end:]
+    assert programs.cycles_by_kind(program) == {"unnamed": 11, "mul": 7 + 3}
+
+
 def test_a_loop_without_a_plain_trip_count_is_an_error():
     with pytest.raises(ValueError, match="trips"):
         programs.cycles_by_kind(PROGRAM.replace("constant(27)", "parameter(0)"))

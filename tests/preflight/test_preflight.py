@@ -180,6 +180,20 @@ def test_a_tpu_program():
     assert found["images_per_second_per_host"] == pytest.approx(steps * 128 / 3600 / 2)
 
 
+def test_a_detector_on_a_tpu():
+    """Its suppression loops as long as its data asks, so that no trip count can be read."""
+    pytest.importorskip("libtpu")
+    done = preflight(
+        "--config", "configs/detect.py:smoke", "--topology", "v5e:2x2", "--classes", "3",
+        "--config.model.variant=custom", "--config.model.depths=(1,1,1,1)", "--config.model.dims=(8,8,16,16)",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["fits"] and found["batch_per_device"] == 1
+    assert found["collectives"].keys() == {"all-reduce"}
+    assert sum(found["cycles"].values()) > 0
+
+
 def test_what_does_not_fit_a_tpu():
     pytest.importorskip("libtpu")
     done = preflight(

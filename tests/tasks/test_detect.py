@@ -19,9 +19,12 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.coco import AveragePrecision
 from cnx2_jax.models.mask_rcnn import Detections, MaskRCNN
 from cnx2_jax.models.state import split
+from cnx2_jax.observe import flops
 from cnx2_jax.observe.report import read_metrics
 from cnx2_jax.tasks import make_task, models
 from cnx2_jax.tasks.base import Described
+from cnx2_jax.train import sharding
+from cnx2_jax.train.program import make_program
 from cnx2_jax.train.terms import value
 
 ENCODER = ["model.depths=(1,1,1,1)", "model.dims=(4,4,8,8)", "image_size=(64,64)"]
@@ -250,11 +253,17 @@ def test_evaluate_gives_the_same_and_writes_every_class_and_all_results(run, tmp
 
 
 @pytest.mark.slow
-def test_no_format_of_other_programs_holds_a_detector_yet(run, tmp_path, capsys):
-    out = tmp_path / "weights"
-    assert main(["export", "--checkpoint", str(run), "--format", "safetensors", "--out", str(out)]) == 2
-    assert "is a detector, which only --format orbax exports so far" in capsys.readouterr().err
-    assert not out.exists()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--knn", "3"], "--knn: task 'detect' gives no label to an image; leave it out"),
+        (["--set", "imagenet-v2=FOLDER"], "is of task 'detect', and --set needs a classifier"),
+    ],
+)
+def test_evaluations_of_classifiers_are_refused(options, message, run, capsys):
+    assert main(["evaluate", "--workdir", str(run), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -312,6 +321,15 @@ def test_data_draws_objects_over_images(tmp_path, capsys):
     assert main([*command, *overrides]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["classes"] == 10 and sheet.exists()
+
+
+def test_a_step_is_traced_from_shapes_alone():
+    """As `cnx2 preflight` begins, for a platform that is not here."""
+    task = make_task(config(), "tpu", Described(6, class_names=CLASSES))
+    program = make_program(task, sharding.make_mesh(task.config.mesh))
+    traced = program.step.trace(program.like, task.batch_shapes())
+    per_image = flops.matrix_flops(traced.jaxpr) / task.config.batch_size
+    assert per_image > 2 * 3 * 49 * 16 * 16 * 8  # the box head's first layer, forward and backward, 8 regions
 
 
 def test_the_shapes_of_a_batch_are_known_without_reading_one():

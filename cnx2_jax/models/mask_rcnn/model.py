@@ -129,6 +129,8 @@ class MaskRCNN(nnx.Module):
             if value < least:
                 raise UserError(f"{name} {value} of Mask R-CNN must be at least {least}")
         self.num_classes = num_classes
+        self.channels = channels
+        self.fc_channels = fc_channels
         self.training_counts = train_candidates, train_proposals
         self.testing_counts = candidates, proposals
         self.rpn_samples = rpn_samples

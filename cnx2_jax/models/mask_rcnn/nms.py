@@ -8,6 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cnx2_jax.models.mask_rcnn.boxes import iou
 
+DECAY_OVERLAP = 0.5  # from which on soft suppression lowers a score
+LOWEST_SCORE = 0.001  # after it; mmdetection's min_score
+
 
 def nms(
     boxes: Float[Array, "n 4"], scores: Float[Array, " n"], valid: Bool[Array, " n"], threshold: float
@@ -55,8 +58,8 @@ def soft_nms(
     scores: Float[Array, "k n"],
     count: int,
     *,
-    threshold: float = 0.5,
-    lowest: float = 0.001,
+    threshold: float = DECAY_OVERLAP,
+    lowest: float = LOWEST_SCORE,
 ) -> Kept:
     """Takes the best box `count` times, and each time lowers the scores that overlap it in its class.
 

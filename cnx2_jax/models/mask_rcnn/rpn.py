@@ -41,7 +41,7 @@ class RPNHead(nnx.Module):
 
     def __call__(self, level: Float[Array, "b h w c"]) -> RPNOutputs:
         x = nnx.relu(self.rpn_conv(level))
-        batch = len(x)
+        batch = x.shape[0]
         return RPNOutputs(self.rpn_cls(x).reshape(batch, -1), self.rpn_reg(x).reshape(batch, -1, 4))
 
 
