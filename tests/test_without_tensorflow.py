@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("cnx2_jax", "configs", "experiments")
 # The one module that imports TensorFlow, and those that may import that module's `tf`.
 DOOR = "cnx2_jax/data/tensorflow.py"
-BEHIND_THE_DOOR = ("cnx2_jax/data/", "cnx2_jax/interop/savedmodel.py")
+SAVED_MODEL = {"cnx2_jax.interop.savedmodel", "cnx2_jax.interop.tensorflow_operations"}
+BEHIND_THE_DOOR = ("cnx2_jax/data/", *(f"{name.replace('.', '/')}.py" for name in sorted(SAVED_MODEL)))
 # Modules of data that do not need it.
 LIGHT_DATA = {"cnx2_jax.data", "cnx2_jax.data.imagenet", "cnx2_jax.data.mixing"}
 
@@ -127,7 +128,7 @@ def needs_tensorflow(module):
     """Whether a module is one that may fail to import where there is no TensorFlow."""
     if module.startswith("cnx2_jax.data"):
         return module not in LIGHT_DATA
-    return module == "cnx2_jax.interop.savedmodel"
+    return module in SAVED_MODEL
 
 
 def test_tensorflow_is_imported_in_one_place():
