@@ -140,7 +140,7 @@ def _headline(task: Task, mesh: Mesh, total: int, step: int, like: TrainState) -
     count = sum(math.prod(leaf.shape) for leaf in like.params.values())
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     begin = f"resuming after step {step:,}" if step else "compiling the first"
-    kept = jax.config.jax_compilation_cache_dir
+    kept = jax.config.values["jax_compilation_cache_dir"]
     keeping = f"; compiled programs are kept in {kept}" if kept else ""
     return (
         f"{config.task} {config.model.variant}, {count:,} parameters, on {mesh.size} "
