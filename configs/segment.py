@@ -30,7 +30,8 @@ Differences from the official code:
   cnx2 train --config segment:digits --config.init_from=runs/scenes --workdir runs/segmented
 
 segments made-up scenes of scikit-learn's digits in minutes on a CPU; `pretrain:scenes` is its pretraining.
-mIoU is 0.697 from scratch and 0.687 after pretraining, one run of each (docs/segmentation.md).
+mIoU is 0.697 from scratch and 0.687 after pretraining, one run of each (docs/segmentation.md). Its values were
+changed together, so the effect of each one is not known.
 """
 
 from cnx2_jax.models import VARIANTS
@@ -51,7 +52,7 @@ def get_config(argument="tiny"):
     config.optimizer.layer_decay_type = "stage"
     if name == "digits":
         use_scenes(config)
-        config.batch_size = 8  # many small updates: for some 600 of them no digit is told from another
+        config.batch_size = 8  # many updates: for the first 600 or so digits are hardly told apart
         config.total_steps = options["steps"] or 2400
         config.eval_epochs = 1.6  # 400 steps
         config.model.channels = 32
