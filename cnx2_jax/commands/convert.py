@@ -106,6 +106,7 @@ def _config(imported: Imported, described: dict[str, Any], source: str) -> Confi
     if imported.detector:
         model.channels, model.fc_channels = imported.detector.channels, imported.detector.fc_channels
         config.image_size = DETECTOR_SIZE
+        data.eval_long, data.eval_short = described.get("eval_sides", (data.eval_long, data.eval_short))
     config.image_size = described.get("image_size", config.image_size)
     if imported.heads:
         data.eval_short = min(image_hw(config))

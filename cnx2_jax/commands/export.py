@@ -69,9 +69,11 @@ def _inference_model(
 
 def _facts(folder: Path, model: InferenceModel) -> Facts:
     metadata = checkpoint.read_metadata(folder)
-    size = model.shape[0], model.shape[1]
+    config = metadata["config"]
+    size, data = config["image_size"], config["data"]
+    sides = (data["eval_long"], data["eval_short"]) if config["task"] == "detect" else ()
     names = () if "features" in model.outputs else tuple(map(describe, metadata["class_names"]))
-    return Facts(names, size, metadata["config"]["data"]["eval_crop"], model.mean, model.std)
+    return Facts(names, (size[0], size[-1]), data["eval_crop"], model.mean, model.std, sides)
 
 
 FORMATS = {
@@ -92,7 +94,6 @@ OPTIONS = {
     "input": ("stablehlo", "savedmodel", "onnx"),
     "image_size": ("stablehlo", "savedmodel", "onnx"),
 }
-
 
 DETECTORS = """\
 A detector is exported whole, from images without padding to the objects in each, by falling score: boxes

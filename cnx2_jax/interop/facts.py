@@ -27,6 +27,8 @@ class Facts:
       image_size: height and width.
       eval_crop: share of the resized image's side that is kept by the crop, below WARP_FROM.
       mean, std: per channel, for pixels from 0 to 1.
+      eval_sides: the longer and the shorter side that a detector's images are resized to fit in evaluation;
+        empty for other models.
     """
 
     class_names: tuple[str, ...]
@@ -34,6 +36,7 @@ class Facts:
     eval_crop: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    eval_sides: tuple[int, ...] = ()
 
 
 def huggingface_config(
@@ -108,7 +111,8 @@ def detector_config(facts: Facts) -> dict[str, Any]:
 
 def detector_preprocessor(facts: Facts) -> dict[str, Any]:
     """Returns the `preprocessor_config.json` of a detector, for `read` alone."""
-    return {"image_mean": list(facts.mean), "image_std": list(facts.std)}
+    sides = dict(zip(("longest_edge", "shortest_edge"), facts.eval_sides, strict=True))
+    return {"size": sides, "image_mean": list(facts.mean), "image_std": list(facts.std)}
 
 
 def huggingface_segmenter_preprocessor(facts: Facts) -> dict[str, Any]:
@@ -260,7 +264,10 @@ def _from_timm(config: dict[str, Any]) -> dict[str, Any]:
 def _from_huggingface(config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
     names = _in_order(config.get("id2label") or {})
     numbered = all(name == f"LABEL_{index}" for index, name in enumerate(names))
-    size = processor.get("size") or config.get("image_size") or ()
+    size: Any = processor.get("size") or config.get("image_size") or ()
+    sides: tuple[int, ...] = ()
+    if config.get("model_type") == DETECTOR:
+        sides, size = (size["longest_edge"], size["shortest_edge"]), config["image_size"]
     if isinstance(size, dict):
         size = size.get("shortest_edge") or (size["height"], size["width"])
     return {
@@ -270,6 +277,7 @@ def _from_huggingface(config: dict[str, Any], processor: dict[str, Any]) -> dict
         "mean": tuple(map(float, processor.get("image_mean") or ())),
         "std": tuple(map(float, processor.get("image_std") or ())),
         "pool_scales": tuple(map(int, config.get("pool_scales") or ())),
+        "eval_sides": tuple(map(int, sides)),
     }
 
 

@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused(arrays, build):
 def store(model, folder):
     """Writes a checkpoint of the network and returns its folder."""
     keys = [f"model.{name}={value}" for name, value in OPTIONS.items()]
-    keys += ["model.depths=(1,1,2,1)", "model.dims=(4,6,8,10)", "model.patch_size=4", "image_size=(64,96)"]
+    keys += ["model.depths=(1,1,2,1)", "model.dims=(4,6,8,10)", "model.patch_size=4", "image_size=(96,)"]
     config = load_config("detect:digits", [f"--config.{each}" for each in keys])
     config.data.mean, config.data.std = MEAN, STD
     config.data.eval_short, config.data.eval_long = 64, 96
@@ -232,6 +232,8 @@ def test_weights_out_and_in_again(model, tmp_path, capsys):
     loaded, task = weights.load_task(converted)
     assert task.class_names == NAMES and task.config.task == "detect"
     assert (task.config.model.channels, task.config.model.fc_channels) == (8, 12)
+    assert image_hw(task.config) == (96, 96)
+    assert (task.config.data.eval_long, task.config.data.eval_short) == (96, 64)
     assert tuple(task.config.data.mean) == MEAN and tuple(task.config.data.std) == STD
     ours, theirs = split(loaded)[1], split(model)[1]
     assert ours.keys() == theirs.keys()
