@@ -232,14 +232,15 @@ def test_loss_is_the_literal_one(channels, build, error):
 
 
 @pytest.mark.parametrize("options", [{}, {"mask_patch": 16, "mask_ratio": 0.5}, {"mask_ratio": 0.0}], ids=str)
-def test_predicting_masked_patches_alone_changes_nothing(options, build, parameters):
+def test_predicting_masked_patches_alone_changes_nothing(options, build, parameters, compile_quickly):
     """Losses and gradients of `loss` are those of `__call__`, which predicts all patches; in float64."""
     with jax.enable_x64(True):
         model = build(FCMAE, dataclasses.replace(ENCODER, dtype=jnp.float64), **SMALL | options)
         images = normal(2, 32, 48, 3, seed=4).astype(jnp.float64)
 
         def differentiate(losses):
-            return jax.value_and_grad(lambda m: (losses(m, images, keys(2)) * jnp.arange(1, 3)).sum())(model)
+            scalar = jax.value_and_grad(lambda m: (losses(m, images, keys(2)) * jnp.arange(1, 3)).sum())
+            return jax.jit(scalar)(model)
 
         expected, whole = differentiate(lambda m, *inputs: m(*inputs).loss)
         found, masked = differentiate(FCMAE.loss)
