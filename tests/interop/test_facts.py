@@ -20,7 +20,19 @@ def put(folder, **documents):
 
 def test_timm_there_and_back(tmp_path):
     put(tmp_path, config=facts.timm_config(SAID, "custom", **SIZES))
-    assert facts.read(tmp_path) == dataclasses.asdict(SAID)
+    assert facts.read(tmp_path) == {k: v for k, v in dataclasses.asdict(SAID).items() if v}
+
+
+def test_a_detector_there_and_back(tmp_path):
+    said = dataclasses.replace(SAID, eval_sides=(1333, 800), image_size=(1024, 512))
+    put(
+        tmp_path,
+        config=facts.detector_config(said),
+        preprocessor_config=facts.detector_preprocessor(said),
+    )
+    expected = dataclasses.asdict(said)
+    del expected["eval_crop"]  # whole images are evaluated
+    assert facts.read(tmp_path) == expected
 
 
 def test_hugging_face_there_and_back(tmp_path):
@@ -29,7 +41,7 @@ def test_hugging_face_there_and_back(tmp_path):
         config=facts.huggingface_config(SAID, **SIZES),
         preprocessor_config=facts.huggingface_preprocessor(SAID),
     )
-    assert facts.read(tmp_path) == dataclasses.asdict(SAID)
+    assert facts.read(tmp_path) == {k: v for k, v in dataclasses.asdict(SAID).items() if v}
 
 
 def test_oblong_images(tmp_path):
