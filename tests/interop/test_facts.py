@@ -10,7 +10,6 @@ from cnx2_jax.interop import facts
 from cnx2_jax.interop.facts import Facts
 
 SAID = Facts(("cat", "dog", "newt"), (192, 192), 0.9, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-STATED = {name: value for name, value in dataclasses.asdict(SAID).items() if value}
 SIZES = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 40), "in_chans": 3, "patch_size": 4}
 
 
@@ -21,7 +20,19 @@ def put(folder, **documents):
 
 def test_timm_there_and_back(tmp_path):
     put(tmp_path, config=facts.timm_config(SAID, "custom", **SIZES))
-    assert facts.read(tmp_path) == STATED
+    assert facts.read(tmp_path) == {k: v for k, v in dataclasses.asdict(SAID).items() if v}
+
+
+def test_a_detector_there_and_back(tmp_path):
+    said = dataclasses.replace(SAID, eval_sides=(1333, 800), image_size=(1024, 512))
+    put(
+        tmp_path,
+        config=facts.detector_config(said),
+        preprocessor_config=facts.detector_preprocessor(said),
+    )
+    expected = dataclasses.asdict(said)
+    del expected["eval_crop"]  # whole images are evaluated
+    assert facts.read(tmp_path) == expected
 
 
 def test_hugging_face_there_and_back(tmp_path):
@@ -30,7 +41,7 @@ def test_hugging_face_there_and_back(tmp_path):
         config=facts.huggingface_config(SAID, **SIZES),
         preprocessor_config=facts.huggingface_preprocessor(SAID),
     )
-    assert facts.read(tmp_path) == STATED
+    assert facts.read(tmp_path) == {k: v for k, v in dataclasses.asdict(SAID).items() if v}
 
 
 def test_oblong_images(tmp_path):
