@@ -100,7 +100,7 @@ def test_an_export_gives_what_predict_gives(model, inference, tmp_path, capsys):
 
 
 def test_few_other_objects_are_rounding_and_many_are_an_error(inference, expected, tmp_path, monkeypatch):
-    """Of 27 objects, two may be others; their order does not matter."""
+    """Two of 27 objects may differ, and the order of objects does not matter."""
     monkeypatch.setattr(inference, "reference", lambda images: expected)
 
     def exported(change):
