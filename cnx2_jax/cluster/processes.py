@@ -176,7 +176,8 @@ def _environment() -> str | None:
         return "Slurm"
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return "Open MPI"
-    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+    indexed = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+    if indexed and "TPU_WORKER_HOSTNAMES" not in environment:  # GKE sets it in pods with TPUs
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError("an indexed Kubernetes job needs pip install 'cnx2_jax[kubernetes]'")
         return "Kubernetes"

@@ -3,7 +3,7 @@
 import argparse
 from typing import Protocol
 
-from cnx2_jax.launch import local, slurm, tpu_vm, xpk
+from cnx2_jax.launch import gke, local, slurm, tpu_vm, xpk
 from cnx2_jax.launch.job import Job
 from cnx2_jax.launch.plan import Plan
 
@@ -23,7 +23,7 @@ class Backend(Protocol):
         """Adds the options of `run`; `Job.options` holds their values."""
 
     def plan(self, job: Job) -> Plan:
-        """Returns the next attempt at a job."""
+        """Returns the next attempt at a job; raises UserError if the job asks for what cannot be had here."""
 
     def status(self, job: Job) -> list[str]:
         """Returns shell lines that show the job's state outside this machine."""
@@ -35,4 +35,10 @@ class Backend(Protocol):
         """Returns shell lines that end the job outside this machine."""
 
 
-BACKENDS: dict[str, Backend] = {"local": local, "tpu-vm": tpu_vm, "xpk": xpk, "slurm": slurm}
+BACKENDS: dict[str, Backend] = {
+    "local": local,
+    "gke": gke,
+    "xpk": xpk,
+    "tpu-vm": tpu_vm,
+    "slurm": slurm,
+}

@@ -28,12 +28,14 @@ def run(job: Job, *, dry_run: bool) -> None:
       dry_run: print the shell script of an attempt and run nothing.
 
     Raises:
-      UserError: the job runs already, a program is missing, or the command ended with `USER_ERROR`.
+      UserError: the job runs already, a program is missing, the backend refuses it, or the command ended with
+        `USER_ERROR`.
       RunError: the last attempt failed.
     """
     backend = BACKENDS[job.backend]
+    first = backend.plan(job)  # so that a backend refuses a job before it has a record
     if dry_run:
-        print(render(job, backend.plan(job)), end="")
+        print(render(job, first), end="")
         return
     with held(job):
         supervise(job, backend.plan, submits=backend.SUBMITS)

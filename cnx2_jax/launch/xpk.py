@@ -11,6 +11,8 @@ from cnx2_jax.launch.plan import Plan, written
 LINE = "a GKE workload, created by xpk"
 SUBMITS = True
 
+# Exit statuses beside xpk's own 42 and 127 to 255; 2 is a user's mistake, which a restart would only repeat.
+RESTARTED = "1,3-126"
 SETUP = "pip install --quiet --constraint constraints.txt '.[tpu]'"
 
 
@@ -46,7 +48,7 @@ def plan(job: Job) -> Plan:
         f"--script-dir={job.source}",
         *([f"--env-file={names}"] if job.env else []),
         f"--max-restarts={job.retries}",
-        "--restart-on-user-code-failure",
+        f"--restart-on-exit-codes={RESTARTED}",
         f"--termination-grace-period-seconds={job.grace:.0f}",
         f"--command={job.options['setup']} && exec {shlex.join(job.command)}",
     ]

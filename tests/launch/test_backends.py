@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from cnx2_jax import cli
+from cnx2_jax.launch import gke, plan, tpu_vm, xpk
 from cnx2_jax.launch import job as record
-from cnx2_jax.launch import plan, tpu_vm
 from cnx2_jax.launch.backends import BACKENDS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "launch"
@@ -40,6 +40,17 @@ OPTIONS = {
         "tpu_type": "v5litepod-16",
         "num_slices": 2,
         "base_docker_image": "python:3.11",
+    },
+    "gke": {
+        "topology": "v6e:4x4",
+        "slices": 2,
+        "image": "us-docker.pkg.dev/my-project/images/cnx2",
+        "dockerfile": gke.DOCKERFILE,
+        "namespace": "research",
+        "queue": "pods",
+        "spot": True,
+        "secret": "tokens",
+        "claim": ["runs:/mnt/runs", "images:/mnt/images"],
     },
     "slurm": {"nodes": 4, "time": "24:00:00", "gpus_per_node": 8, "partition": "gpu", "account": None},
     "local": {"hosts": 2},
@@ -65,7 +76,7 @@ def golden_scripts(monkeypatch):
             command=COMMAND,
             commit="0123456789abcdef0123456789abcdef01234567",
             repository=Path("/home/me/cnx2_jax"),
-            env=["WANDB_API_KEY"],
+            env=[] if name == "gke" else ["WANDB_API_KEY"],
             options=options,
             retries=3,
             backoff=10.0,
@@ -114,7 +125,8 @@ def job(repository, monkeypatch, capsys, tmp_path):
 
     def call(backend, action, *options):
         if action == "run":
-            options = ["--env", "TOKEN", "--backoff", "0.01", *options]
+            secret = [] if backend == "gke" else ["--env", "TOKEN"]
+            options = [*secret, "--backoff", "0.01", *options]
         command = ["--", "bash", "greet.sh", "hello there", str(tmp_path)] if action == "run" else []
         status = cli.main(["launch", backend, action, "--name", "job", *options, *command])
         return status, *capsys.readouterr()
@@ -328,11 +340,94 @@ def test_xpk_creates_a_workload_of_the_commit(job, recorder, tmp_path):
     assert json.loads(out)["state"] == "submitted"
     assert (tmp_path / "said").read_text() == f"hello there {SECRET}\n"
     assert (tmp_path / "names").read_text() == "TOKEN\n"
-    assert "--max-restarts=5" in recorder.calls()[0] and "hunter2" not in recorder.calls()[0]
+    assert "--max-restarts=5" in recorder.calls()[0]
+    restarted = [part.split("-") for part in xpk.RESTARTED.split(",")]
+    assert not any(int(part[0]) <= 2 <= int(part[-1]) for part in restarted)  # a user's mistake
+    assert "hunter2" not in recorder.calls()[0]
     assert stat.S_ISREG((job.folder / "environment").stat().st_mode)
     assert "hunter2" not in (job.folder / "environment").read_text()
     assert job("xpk", "status")[0] == 0 and "workload list" in recorder.calls()[-1]
     assert job("xpk", "stop")[0] == 0 and "workload delete" in recorder.calls()[-1]
+
+
+GKE = ("--image", "registry/cnx2", "--topology")
+
+
+def submitted(job, recorder, *options):
+    """Returns the JobSet that `cnx2 launch gke run` gives to kubectl."""
+    recorder("docker", '[ "$1" != manifest ]')  # there is no such image yet
+    recorder("kubectl")
+    status, out, err = job("gke", "run", *GKE, *options)
+    assert status == 0, err + (job.folder / "logs" / "prepare.log").read_text()
+    assert json.loads(out)["state"] == "submitted"
+    return json.loads((job.folder / "jobset.json").read_text())
+
+
+def test_gke_builds_the_image_and_creates_a_jobset(job, recorder):
+    found = submitted(job, recorder, "v6e:4x4", "--slices", "3", "--retries", "5", "--grace", "90")
+    calls = [line.split() for line in recorder.calls()]
+    assert [call[:2] for call in calls[:3]] == [["docker", verb] for verb in ("manifest", "build", "push")]
+    commit = json.loads((job.folder / "job.json").read_text())["commit"]
+    assert calls[2][-1] == f"registry/cnx2:{commit}"
+    assert calls[3] == ["kubectl", "--namespace=default", "create", f"--filename={job.folder}/jobset.json"]
+    (slices,) = found["spec"]["replicatedJobs"]
+    of_slice = slices["template"]["spec"]
+    pod = of_slice["template"]["spec"]
+    assert found["spec"]["failurePolicy"]["maxRestarts"] == 5
+    assert (slices["replicas"], of_slice["parallelism"], of_slice["completions"]) == (3, 4, 4)
+    assert pod["terminationGracePeriodSeconds"] == 90
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+    }
+    (container,) = pod["containers"]
+    assert container["command"][:3] == ["bash", "greet.sh", "hello there"]
+    assert container["resources"]["limits"] == {"google.com/tpu": "4"}
+    assert container.keys().isdisjoint({"envFrom", "volumeMounts"})
+    for action, verb in (("status", "get"), ("logs", "logs"), ("stop", "delete")):
+        assert job("gke", action)[0] == 0
+        assert f" {verb} " in recorder.calls()[-1]
+    assert "--max-log-requests=12" in " ".join(recorder.calls())
+
+
+def test_gke_keeps_an_image_that_exists(job, recorder):
+    recorder("docker")
+    recorder("kubectl")
+    assert job("gke", "run", *GKE, "v5e:2x2")[0] == 0
+    assert [line.split()[:2] for line in recorder.calls()][:2] == [
+        ["docker", "manifest"],
+        ["kubectl", "--namespace=default"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("topology", "hosts", "chips"), [("v5e:1x1", 1, 1), ("v5p:2x2x1", 1, 4), ("v4:4x4x4", 16, 4)]
+)
+def test_one_pod_per_host(job, recorder, topology, hosts, chips):
+    (slices,) = submitted(job, recorder, topology)["spec"]["replicatedJobs"]
+    spec = slices["template"]["spec"]
+    assert spec["completions"] == hosts
+    assert spec["template"]["spec"]["containers"][0]["resources"]["requests"] == {
+        "google.com/tpu": str(chips)
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["v9:2x2"], "unknown chip 'v9'"),
+        (["v6e:2x2x2"], "'v6e:2x2x2' must be v6e: and 2 numbers, such as v6e:2x2"),
+        (["v5p:2x2"], "3 numbers, such as v5p:2x2x2"),
+        (["v6e:3x3"], "9 chips, which hosts of 4 cannot hold"),
+        (["v6e:2x2", "--claim", "runs"], "'runs' must be the name of a claim"),
+        (["v6e:2x2", "--env", "TOKEN"], "the manifest would show TOKEN; put it into a Kubernetes secret"),
+    ],
+)
+def test_mistakes_with_gke(job, recorder, options, said):
+    recorder("kubectl")
+    status, out, err = job("gke", "run", *GKE, *options)
+    assert (status, out) == (2, "") and said in err and len(err.splitlines()) == 1
+    assert recorder.calls() == [] and "hunter2" not in err
 
 
 def test_a_tool_that_is_not_there_is_named(job, monkeypatch, tmp_path):

@@ -322,3 +322,16 @@ def test_options_that_make_no_sense(verb, options, message, tmp_path, capsys):
     assert main([verb, *config, "--workdir", str(tmp_path / "run"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("hosts", [None, "host-0,host-1"])
+def test_a_kubernetes_job_without_the_extra(hosts, tmp_path, monkeypatch, capsys):
+    """Pods with TPUs find each other without it."""
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    if hosts:
+        monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
+    assert main(["evaluate", "--workdir", str(tmp_path / "run")]) == 2
+    needed = "an indexed Kubernetes job needs pip install" in capsys.readouterr().err
+    assert needed == (hosts is None)

@@ -15,6 +15,6 @@ END_OF_FILE
 # All processes at once. This script waits for all; `cnx2 launch` ends the others when one fails.
 cd '/my jobs/pretrain'
 processes=() status=0
-xpk workload create --cluster=pods --zone=us-central1-a --project=my-project --workload=pretrain --tpu-type=v5litepod-16 --num-slices=2 --base-docker-image=python:3.11 '--script-dir=/my jobs/pretrain/source' '--env-file=/my jobs/pretrain/environment' --max-restarts=3 --restart-on-user-code-failure --termination-grace-period-seconds=60 '--command=pip install --quiet --constraint constraints.txt '"'"'.[tpu]'"'"' && exec cnx2 train --config configs/pretrain.py:tiny --workdir '"'"'/shared/runs/a b'"'"'' >>'/my jobs/pretrain/logs/submit.log' 2>&1 & processes+=($!)
+xpk workload create --cluster=pods --zone=us-central1-a --project=my-project --workload=pretrain --tpu-type=v5litepod-16 --num-slices=2 --base-docker-image=python:3.11 '--script-dir=/my jobs/pretrain/source' '--env-file=/my jobs/pretrain/environment' --max-restarts=3 --restart-on-exit-codes=1,3-126 --termination-grace-period-seconds=60 '--command=pip install --quiet --constraint constraints.txt '"'"'.[tpu]'"'"' && exec cnx2 train --config configs/pretrain.py:tiny --workdir '"'"'/shared/runs/a b'"'"'' >>'/my jobs/pretrain/logs/submit.log' 2>&1 & processes+=($!)
 for process in "${processes[@]}"; do wait "$process" || status=$?; done
 exit "$status"
