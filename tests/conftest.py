@@ -54,6 +54,11 @@ def admit_placeholders(kind: type) -> None:
 admit_placeholders(Windows)
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores, because tests that start processes often wait for them."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """Moves files with long tests to the front, so that no worker is left alone with one at the end."""
     ranks = {}
@@ -107,9 +112,15 @@ def fill_randomly(model: nnx.Module, seed: int, dtype=np.float32) -> nnx.Module:
 QUICK_FLAG = "xla_cpu_use_fusion_emitters"
 
 
+QUICK_ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": f"--{QUICK_FLAG}=false"}
+
+
 @pytest.fixture(scope="module")
 def compile_quickly():
-    """Leaves out what XLA optimises, where nothing runs long enough to earn back what that takes."""
+    """Leaves out what XLA optimises, where nothing runs long enough to earn back what that takes.
+
+    In this process and in those that tests start, because results are compared between them.
+    """
     get_options = compiler.get_compile_options
 
     def get_quick_options(*arguments, backend, **options):
@@ -120,17 +131,13 @@ def compile_quickly():
 
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
-    # JAX has no setting for the flag, and XLA_FLAGS holds for whole processes.
     with pytest.MonkeyPatch.context() as patch:
+        # JAX has no setting for the flag, and this process has read XLA_FLAGS already.
         patch.setattr(compiler, "get_compile_options", get_quick_options)
+        for name, value in QUICK_ENVIRONMENT.items():
+            patch.setenv(name, value)
         yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="session")
-def quick_environment():
-    """Variables that let a process compile as `compile_quickly` does."""
-    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": f"--{QUICK_FLAG}=false"}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("compile_quickly")]
 
 ROOT = Path(__file__).parents[1]
 SIZE = [

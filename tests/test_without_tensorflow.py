@@ -1,7 +1,6 @@
 """TensorFlow is needed to read images and to write a SavedModel; everything else works without it."""
 
 import ast
-import functools
 import json
 import os
 import subprocess
@@ -9,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cnx2_jax", "configs", "experiments")
@@ -96,18 +97,12 @@ print(json.dumps({"step": metrics["step"], "loss": float(loss)}))
 """
 
 
-@pytest.fixture
-def run(quick_environment):
-    """The function `run_without_tensorflow(program, *arguments)`."""
-    return functools.partial(run_without_tensorflow, quick_environment)
-
-
-def run_without_tensorflow(environment, program, *arguments):
+def run(program, *arguments):
     """Runs a program that cannot import TensorFlow, and returns what it printed last, as JSON."""
     done = subprocess.run(
         [sys.executable, "-c", HIDE + program, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         capture_output=True,
         text=True,
     )
@@ -143,14 +138,14 @@ def test_tensorflow_is_imported_in_one_place():
     assert {"cnx2_jax/data/pipeline.py", "cnx2_jax/interop/savedmodel.py"} <= seen
 
 
-def test_modules_import_without_tensorflow(run):
+def test_modules_import_without_tensorflow():
     failed = run(IMPORT_ALL)
     assert "cnx2_jax.data.pipeline" in failed, "TensorFlow was not hidden"
     assert {name: error for name, error in failed.items() if not needs_tensorflow(name)} == {}
 
 
 @pytest.mark.slow
-def test_training_works_without_tensorflow(run, tmp_path):
+def test_training_works_without_tensorflow(tmp_path):
     result = run(TRAIN, tmp_path)
     assert result["step"] == 3
     assert 0 < result["loss"] < 100
@@ -158,6 +153,6 @@ def test_training_works_without_tensorflow(run, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_step_compiles_from_shapes_without_tensorflow(run):
+def test_a_step_compiles_from_shapes_without_tensorflow():
     found = run(COMPILE)
     assert found.keys() == {"pretrain", "classify"} and min(found.values()) > 1000

@@ -14,7 +14,7 @@ import pytest
 from cnx2_jax.data.images import preprocess_files
 from cnx2_jax.models.pixels import normalise
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("compile_quickly")]
 
 # In HELPER: batches of 48 of 359 images, which neither 8 devices, nor 2 processes, nor the batch divide.
 

@@ -8,6 +8,11 @@ import time
 import pytest
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_compile_quickly(compile_quickly):
+    """Turns off optimisations, also for the runs that are launched."""
+
+
 @pytest.fixture
 def start_launch():
     """The function `start_launch(*arguments, **options)` that starts `cnx2 launch` as a process."""

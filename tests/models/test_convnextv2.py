@@ -15,6 +15,8 @@ from cnx2_jax.models import ConvNeXtV2, Encoder, EncoderConfig
 from cnx2_jax.models.convnextv2 import Block
 from cnx2_jax.models.layouts import Dense, Gathered, Masked
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 DEPTHS, DIMS = (1, 1, 2, 1), (4, 6, 8, 10)
 
 

@@ -21,6 +21,8 @@ from cnx2_jax.models.layouts import (
     to_patches,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def hold(kind, masked, visible, scale):
     return kind.from_mask(masked, *([visible] if kind is Gathered else []), scale)

@@ -18,6 +18,8 @@ from scipy.special import erf
 from cnx2_jax.models import FCMAE, EncoderConfig
 from cnx2_jax.models.fcmae import LAYOUTS
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 DEPTHS, DIMS = (1, 1, 2, 1), (3, 4, 5, 6)
 
 

@@ -13,6 +13,8 @@ from cnx2_jax.models.convnextv2 import Block
 from cnx2_jax.models.layouts import Dense, Gathered, Masked
 from cnx2_jax.models.stack import REMAT, run_blocks
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 DIMS = (4, 6, 8, 10)
 MASKED = np.array([[[False, True], [True, False]], [[False, False], [True, True]]])
 

@@ -27,8 +27,8 @@ SMALL = [
     "--config.batch_size=16",
     f"--config.total_steps={STEPS}",
     "--config.log_steps=1",
-    "--config.checkpoint_steps=2",
-    "--config.eval_epochs=0.089",  # every 8 steps
+    "--config.checkpoint_steps=3",
+    "--config.eval_epochs=0.134",  # every 12 steps
     "--config.optimizer.warmup_epochs=0.05",
     "--config.optimizer.clip_norm=1.0",
     "--config.model.drop_path=0.2",
@@ -102,7 +102,7 @@ def reference(request, tmp_path_factory):
     assert json.loads(out.splitlines()[-1])["step"] == STEPS
     found = rows(workdir)
     assert [row["step"] for row in found if row["split"] == "train"] == list(range(1, STEPS + 1))
-    assert [row["step"] for row in found if row["split"] == "val"] == [8, 16, 24]
+    assert [row["step"] for row in found if row["split"] == "val"] == [12, 24]
     assert len({row["loss"] for row in found if row["split"] == "train"}) == STEPS
     return request.param, workdir
 

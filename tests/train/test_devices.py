@@ -13,7 +13,7 @@ from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.cli import main
 from cnx2_jax.observe.timing import TIMED
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("compile_quickly")]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -69,22 +69,17 @@ def outcome(workdir):
     return rows, {name: np.asarray(value) for name, value in params.items()}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def all_compile_quickly(compile_quickly):
-    """In this process as in the other one, because results are compared."""
-
-
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory, quick_environment):
+def eight(tmp_path_factory, compile_quickly):
     """The folder of all runs on eight devices."""
     folder = tmp_path_factory.mktemp("eight")
     lines = [json.dumps(words(task, MESHES[mesh], folder / task / mesh)) for task, mesh in RUNS]
-    flags = f"{quick_environment['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         input="\n".join(lines),
         cwd=ROOT,
-        env={**os.environ, **quick_environment, "XLA_FLAGS": flags},
+        env={**os.environ, "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
     )
@@ -94,7 +89,7 @@ def eight(tmp_path_factory, quick_environment):
 
 
 @pytest.fixture(scope="module", params=TASKS)
-def one(request, tmp_path_factory):
+def one(request, tmp_path_factory, compile_quickly):
     """A task and its outcome on one device."""
     workdir = tmp_path_factory.mktemp("one") / request.param
     assert main(words(request.param, [], workdir)) == 0
