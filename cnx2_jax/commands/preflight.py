@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology", required=True, metavar="CHIP:SHAPE", help="such as v5e:16x16 or h100:1x8"
     )
     parser.add_argument(
+        "--slices", type=count, default=1, metavar="N", help="of a TPU topology; %(default)s by default"
+    )
+    parser.add_argument(
         "--find-batch", action="store_true", help="find the largest batch per device that fits"
     )
     parser.add_argument("--hours", type=float, help="show the data rate of a run of this length")
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--hours {args.hours} must be above 0")
     config = load_config(args.config, overrides)
     data = Described(args.images, class_names=[str(label) for label in range(args.classes)])
-    topology = topologies.topology(args.topology)
+    topology = topologies.topology(args.topology, args.slices)
     found = find_batch(config, topology, data) if args.find_batch else preflight(config, topology, data)
     if args.hours and found["fits"]:
         found |= needed_rate(config, topology, data, found, args.hours)

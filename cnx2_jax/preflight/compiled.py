@@ -16,6 +16,9 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _KIND = "|".join(COLLECTIVES)
 # The shape can be a tuple with comments such as `/*index=5*/` in it.
 _COLLECTIVE = re.compile(rf" = (?P<shape>.*?) (?P<kind>{_KIND})(?P<start>-start)?\(")
+# What a TPU hands to the network between slices, beside the collectives within each.
+BETWEEN_SLICES = "between slices"
+_SENT = re.compile(r" = (?P<shape>.*?) send\(.*xla_megascale_runtime")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 Tally = collections.Counter
 
@@ -42,6 +45,9 @@ def cycles_by_kind(text: str) -> dict[str, int]:
 def collectives(text: str) -> dict[str, dict[str, int]]:
     """Returns a compiled program's collectives and the bytes that each device sends for them, by kind.
 
+    For several TPU slices the compiler turns an all-reduce into collectives within each slice and transfers
+    between slices, which are a kind of their own: the bytes that each device hands over.
+
     Bytes are those of a ring of n devices: (n - 1) / n of an array that is gathered, scattered or exchanged,
     twice that of one that is all-reduced, and all of one that is permuted.
 
@@ -53,6 +59,8 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     """
 
     def collective(line: str, computation: str) -> Tally:
+        if sent := _SENT.search(line):
+            return Tally({(BETWEEN_SLICES, "count"): 1, (BETWEEN_SLICES, "bytes"): _bytes(sent["shape"])})
         found = _COLLECTIVE.search(line)
         # On TPUs an asynchronous operation is part of several fusions; only the first has no start flag.
         if not found or re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', line):
@@ -76,7 +84,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     sums = _sum(text, collective, inside_fusions=True)
     return {
         kind: {what: sums[kind, what] for what in ("count", "bytes")}
-        for kind in COLLECTIVES
+        for kind in (*COLLECTIVES, BETWEEN_SLICES)
         if sums[kind, "count"]
     }
 
@@ -90,7 +98,7 @@ def _bytes(shape: str) -> int:
     """Returns the bytes of a shape such as `(f32[8,2]{1,0}, u32[])`; scalars of type u32 are flags."""
     return sum(
         _item_bytes(kind) * math.prod(int(n) for n in sizes.split(",") if n)
-        for kind, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}|u32\[\]", "", shape))
+        for kind, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}|u32\[\]|token\[\]", "", shape))
     )
 
 

@@ -73,7 +73,7 @@ class Topology:
     """Devices to compile for.
 
     Attributes:
-      name: such as `v5e:16x16`.
+      name: such as `v5e:16x16`, or `2 x v5e:16x16` for two slices.
       platform: `tpu` or `gpu`.
       devices: abstract devices; on v2, v3 and tpu7x a chip is two of them.
       usable_bytes: memory per device that a program can use.
@@ -91,15 +91,17 @@ class Topology:
         return len({device.process_index for device in self.devices})
 
 
-def topology(name: str) -> Topology:
-    """Returns the TPU slice `VERSION:SHAPE`, such as `v5e:16x16`, or the GPUs `h100:NODESxGPUS`.
+def topology(name: str, slices: int = 1) -> Topology:
+    """Returns TPU slices `VERSION:SHAPE`, such as `v5e:16x16`, or the GPUs `h100:NODESxGPUS`.
 
     Raises:
-      UserError: the name is malformed, the chip is unknown or has no such shape, or the compiler is not
-        installed.
+      UserError: the name is malformed, the chip is unknown or has no such shape, several slices of GPUs are
+        asked for, or the compiler is not installed.
     """
     kind, _, shape = name.partition(":")
     if kind == "h100":
+        if slices > 1:
+            raise UserError(f"{slices} slices of '{name}': GPUs have none; give more nodes, h100:NODESxGPUS")
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
             raise UserError(f"topology '{name}' must be h100:NODESxGPUS, such as h100:1x8")
         memory = re.search(r"device_memory_size: (\d+)", H100)
@@ -108,19 +110,22 @@ def topology(name: str) -> Topology:
     if kind not in CHIPS:
         known = ", ".join([*CHIPS, "h100"])
         raise UserError(f"unknown chip '{kind}' in topology '{name}'{nearest(kind, CHIPS)} (known: {known})")
-    devices = tpu_devices(name)
-    per_chip = len(devices) // len({tuple(device.coords) for device in devices})
+    devices = tpu_devices(name, slices)
+    per_chip = len(devices) // len({(device.slice_index, *device.coords) for device in devices})
     chip = CHIPS[kind]
+    name = name if slices == 1 else f"{slices} x {name}"
     return Topology(name, "tpu", devices, chip.gigabytes * 2**30 // per_chip, chip.clock)
 
 
-def tpu_devices(topology: str) -> list:
-    """Returns the devices of a TPU topology such as `v5e:2x2`.
+def tpu_devices(topology: str, slices: int = 1) -> list:
+    """Returns the devices of slices of a TPU topology such as `v5e:2x2`.
 
     Raises:
       UserError: the TPU compiler is not installed, or it has no such topology.
     """
-    options = {"topology_name": topology}
+    options: dict[str, Any] = {"topology_name": topology}
+    if slices > 1:
+        options["num_slices"] = slices
     if topology.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # both cores as one device, as at run time
     return _devices("tpu", "libtpu", "tpu", topology, **options)
@@ -137,7 +142,7 @@ def h100_devices(shape: str = "1x1") -> list:
     )
 
 
-def _devices(platform: str, wheel: str, extra: str, name: str, **options: str) -> list:
+def _devices(platform: str, wheel: str, extra: str, name: str, **options: Any) -> list:
     if importlib.util.find_spec(wheel) is None:
         raise UserError(
             f"cannot compile for {name}: the wheel {wheel.replace('_', '-')} is not installed; "

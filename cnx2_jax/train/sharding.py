@@ -27,12 +27,16 @@ PARTITION_RULES = (
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh of `config.data` x `config.fsdp` devices; -1 takes the devices that are left.
 
+    Several TPU slices, which JAX's devices tell apart, follow each other along `data`: only gradients cross
+    the slower network between them, once per update.
+
     Args:
       config: the config's `mesh`.
       devices: the devices to use; all of the default backend by default.
 
     Raises:
-      UserError: the product is not the number of devices, or a TPU's torus cannot be divided that way.
+      UserError: the product is not the number of devices, `data` does not divide over the slices, or a TPU's
+        torus cannot be divided that way.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -45,14 +49,31 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
             f"mesh data={config.data}, fsdp={config.fsdp} does not fit {count} device(s); "
             "their product must be the number of devices (-1 takes what is left)"
         )
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(slice_of(device), []).append(device)
+    if shape[0] % len(slices):
+        raise UserError(
+            f"mesh data={shape[0]}, fsdp={shape[1]}: data must be a multiple of the {len(slices)} slices, "
+            "because parameters are not sharded across the network between them"
+        )
     kinds = (jax.sharding.AxisType.Auto,) * 2
+    in_slice = (shape[0] // len(slices), shape[1])
     try:
-        return jax.make_mesh(tuple(shape), AXES, axis_types=kinds, devices=devices)
+        parts = [
+            jax.make_mesh(in_slice, AXES, axis_types=kinds, devices=slices[index]) for index in sorted(slices)
+        ]
     except NotImplementedError:
         raise UserError(
             f"mesh data={shape[0]}, fsdp={shape[1]} cannot be laid over this TPU slice; each must be a "
             "product of sides of the slice"
         ) from None
+    return Mesh(np.concatenate([part.devices for part in parts]), AXES, axis_types=kinds)
+
+
+def slice_of(device: jax.Device) -> int:
+    """Returns the index of a device's TPU slice; 0 on platforms without slices."""
+    return getattr(device, "slice_index", 0)
 
 
 def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:

@@ -143,3 +143,23 @@ def test_what_is_in_flight_counts_once():
 def test_groups_that_cannot_be_read_are_an_error():
     with pytest.raises(ValueError, match="groups"):
         programs.collectives(ASYNCHRONOUS.replace("[1,8]<=[8]", "unheard_of"))
+
+
+def test_what_goes_between_slices():
+    """The TPU compiler writes an all-reduce over two slices in three steps; the second leaves the slice."""
+    program = """\
+HloModule jit_f
+ENTRY %main (a: f32[256,128]) -> f32[256,128] {
+  %reduce-scatter.1 = f32[128,128]{1,0:T(8,128)} reduce-scatter(%a), channel_id=3, replica_groups={{0,2},{1,3}}, dimensions={0}, to_apply=%add
+  %send = (f32[16,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%bitcast, %after-all), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM"}
+  %recv = (f32[16,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  ROOT %all-gather.14 = f32[256,128]{1,0:T(8,128)S(1)} all-gather(%bitcast.1), channel_id=3, replica_groups={{0,2},{1,3}}, dimensions={0}
+}
+"""  # noqa: E501 - as the compiler writes it
+    half = 128 * 128 * 4
+    assert programs.collectives(program) == {
+        "all-gather": {"count": 1, "bytes": half},
+        "reduce-scatter": {"count": 1, "bytes": half},
+        "between slices": {"count": 1, "bytes": half},
+    }

@@ -124,6 +124,7 @@ def preflight(*arguments):
     ("arguments", "said"),
     [
         (["v9:2x2"], "unknown chip 'v9' in topology 'v9:2x2'"),
+        (["h100:1x8", "--slices", "2"], "2 slices of 'h100:1x8': GPUs have none"),
         (["h100:8"], "topology 'h100:8' must be h100:NODESxGPUS, such as h100:1x8"),
         (["v5e:2x2", "--hours", "0"], "--hours 0.0 must be above 0"),
         (["v5e:2x2", "--bath"], "unrecognized arguments: --bath"),
@@ -192,6 +193,20 @@ def test_a_detector_on_a_tpu():
     assert found["fits"] and found["batch_per_device"] == 1
     assert found["collectives"].keys() == {"all-reduce"}
     assert sum(found["cycles"].values()) > 0
+
+
+def test_two_slices():
+    pytest.importorskip("libtpu")
+    done = preflight(
+        "--config", "configs/pretrain.py:digits", "--topology", "v5e:2x2", "--slices", "2", *SMALL,
+        "--config.mesh.data=2", "--config.mesh.fsdp=4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["topology"], found["devices"], found["hosts"]) == ("2 x v5e:2x2", 8, 2)
+    # Between slices go gradients alone, of which each device has a quarter.
+    between = found["collectives"]["between slices"]["bytes"]
+    assert found["parameters"] < between < 2 * found["parameters"]
 
 
 def test_what_does_not_fit_a_tpu():

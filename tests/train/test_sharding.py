@@ -124,6 +124,21 @@ for wrong in [(3, -1), (-1, 3), (2, 2), (-1, 16), (-1, -1)]:
     else:
         raise AssertionError(wrong)
 
+# Two slices, whose devices JAX may list in any order.
+sharding.slice_of = lambda device: device.id % 2
+for shape in [(2, 4), (4, 2), (8, 1), (-1, 4)]:
+    rows = mesh(*shape).devices
+    half = len(rows) // 2
+    assert all(device.id % 2 == 0 for device in rows[:half].flat) and len({*rows.flat}) == 8
+for wrong in [(1, 8), (-1, 8)]:
+    try:
+        mesh(*wrong)
+    except UserError as error:
+        assert "data=1, fsdp=8: data must be a multiple of the 2 slices" in str(error)
+    else:
+        raise AssertionError(wrong)
+sharding.slice_of = lambda device: 0
+
 over = mesh(2, 4)
 kernel = np.arange(24, dtype=np.float32).reshape(3, 8)
 divided = jax.device_put(kernel, sharding.param_sharding("a.kernel", kernel.shape, over))
