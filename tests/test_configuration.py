@@ -36,6 +36,8 @@ RECIPES = [
         "linear_probe": (*VARIANTS, "digits"),
         "scratch": VARIANTS,
         "detect": (*VARIANTS, "digits"),
+        "multilabel": (*VARIANTS, "digits"),
+        "regress": (*VARIANTS, "digits"),
         "segment": (*VARIANTS, "base_22k", "large_22k", "huge_22k", "digits"),
     }.items()
     for name in (*names, "smoke")
@@ -664,6 +666,9 @@ class CheapTask:
     def start(self, arrays):
         return arrays
 
+    def adopt(self, metadata):
+        pass
+
     def begin(self, arrays):
         pass
 
@@ -740,6 +745,17 @@ def test_every_key_is_read(name, tmp_path, reads):
 
     read = {prefixes[place] + key for place, key in reads if place in prefixes}
     assert set(flatten(config)) - read == {"model.nobody_reads_this"}
+
+
+@pytest.mark.parametrize(
+    ("value", "names"), [("age", ("age",)), ('("age","mass")', ("age", "mass")), ("(1,)", None)]
+)
+def test_names_are_given_one_or_several(value, names):
+    if names:
+        assert changed("regress", f"data.targets={value}").data.targets == names
+    else:
+        with pytest.raises(UserError, match=r"data\.targets=\(1,\) must be names, such as data\.targets="):
+            changed("regress", f"data.targets={value}")
 
 
 def test_of_an_override_that_is_given_twice_the_last_counts():

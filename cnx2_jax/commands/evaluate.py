@@ -127,6 +127,8 @@ def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
     task, model, mesh, folder = _run_of(args, overrides)
     if not task.gives_features:
         raise UserError(f"--knn: task '{task.config.task}' gives no label to an image; leave it out")
+    if task.wanted != "label":
+        raise UserError(f"--knn: images have no single class in task '{task.config.task}'; leave it out")
     found = neighbours.evaluate(models.without_decoder(model), task.config, task.images, args.knn, mesh)
     return {"checkpoint": str(folder), **found}
 
@@ -138,7 +140,9 @@ def _run_of(args: argparse.Namespace, overrides: list[str], *, averaged: bool = 
     folder = checkpoint.find(args.checkpoint or args.workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)
-    weights.check_class_names(checkpoint.read_metadata(folder), task.metadata(), str(folder))
+    metadata = checkpoint.read_metadata(folder)
+    weights.check_class_names(metadata, task.metadata(), str(folder))
+    task.adopt(metadata)
     graph, like = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
     params = checkpoint.read_params(folder, averaged=averaged)
     weights.check_params(params, like, str(folder))

@@ -23,6 +23,7 @@ from cnx2_jax.configuration import image_hw, register_task
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.features import predictions
 from cnx2_jax.evaluation.metrics import Collected, Mean, Metric, evaluate
+from cnx2_jax.evaluation.outputs import ONE_CLASS, Outputs
 from cnx2_jax.models import pixels
 from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.models.state import Params
@@ -66,6 +67,9 @@ class Task:
     name: ClassVar[str] = ""
     # The metric of `evaluate` by which checkpoints are ranked, and which end of it is good.
     best: ClassVar[tuple[str, Literal["max", "min"]]] = ("loss", "min")
+    # The field of an example that training learns from, and what the numbers of a classifier's head mean.
+    wanted: ClassVar[str] = "label"
+    outputs: ClassVar[Outputs] = ONE_CLASS
     # Whether `per_class` reports anything and `write_results` writes anything, and whether `predict` gives
     # feature vectors and pictures.
     reports_classes: ClassVar[bool] = False
@@ -117,7 +121,7 @@ class Task:
         # TensorFlow is needed for reading images alone.
         from cnx2_jax.data.images import ImageData
 
-        data = ImageData(self.config)
+        data = ImageData(self.config, self.wanted)
         if not data.num_val:
             raise UserError(
                 f"no validation images with data.val_fraction {self.config.data.val_fraction}; raise it, or "
@@ -132,7 +136,7 @@ class Task:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The name of each class; empty where there are none."""
+        """The name of each class or, in regression, of each target; empty where there are none."""
         return self.data.class_names
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -155,6 +159,12 @@ class Task:
 
     def begin(self, arrays: Params) -> None:
         """Called once with the initial or restored arrays, before any batch is asked for."""
+
+    def adopt(self, metadata: Mapping[str, Any]) -> None:
+        """Called with the metadata of a checkpoint whose arrays are used, to resume, evaluate or predict.
+
+        A task takes from it what it learnt from data besides the arrays, and put there by `metadata`.
+        """
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         """Returns a global batch as `loss` takes it; what samples do to each other, such as mixup, goes here.
@@ -226,9 +236,14 @@ class Task:
         config.batch_size = min(batch_size, source.num_records)
         config.data.unreadable = "error"  # training may skip images, but here each must give a result
         batches = watched(eval_batches(source, config), source.num_records)
-        for vectors, probabilities in predictions(models.without_decoder(model), config, batches):
+        encoder = models.without_decoder(model)
+        for vectors, probabilities in predictions(encoder, config, batches, self.outputs):
             for vector, probability in zip(vectors, probabilities, strict=True):
                 yield {"features": vector, "probability": probability}
+
+    def exported(self, model: Any) -> Any:
+        """Returns the network that exports hold, whose results need nothing of the metadata."""
+        return model
 
     def prediction(self, outputs: Mapping[str, np.ndarray], top: int) -> dict:
         """Returns what `cnx2 predict --json` prints of one image, as JSON.
