@@ -15,6 +15,7 @@ from cnx2_jax.evaluation import feature_file
 from cnx2_jax.files import check_new, creating
 from cnx2_jax.observe.progress import say
 from cnx2_jax.tasks import Task, models, weights
+from cnx2_jax.tasks.base import TTA, TTA_HELP, use_tta
 
 TAKES_OVERRIDES = False
 
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write pictures of the predictions into a new folder; for segmentation: NAME.overlay.png, and "
         "NAME.map.png, whose pixels are class numbers; for detection: NAME.objects.png",
     )
+    parser.add_argument("--tta", choices=TTA, help=TTA_HELP)
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="images per batch; 32 by default"
     )
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     source = open_files(args.images)
     model, task = weights.load_task(args.checkpoint)
     _check_options(args, task)
+    use_tta(task.config, args.tta)
     paths = [source.describe(index) for index in range(source.num_records)]
     with contextlib.ExitStack() as stack:
         write = None

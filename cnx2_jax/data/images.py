@@ -2,21 +2,23 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from cnx2_jax.configuration import image_hw
-from cnx2_jax.data import faults, pipeline
+from cnx2_jax.data import faults, order, pipeline
 from cnx2_jax.data.augment import make_augmentation
 from cnx2_jax.data.fields import Field, Image, Label
 from cnx2_jax.data.pipeline import Batch, Examples
 from cnx2_jax.data.sources import Source, open_set, open_source
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import EvalTransform, TrainTransform
-from cnx2_jax.errors import UserError
+from cnx2_jax.errors import UserError, nearest
+
+SAMPLING = ("all", "balanced")
 
 
 class ImageData(Examples):
@@ -70,6 +72,24 @@ class ImageData(Examples):
         )
         eval_transform = _eval_transform(val, config)
         super().__init__(train, val, train_transform, eval_transform, seed, config.batch_size, tolerance)
+        self.record_at = _sampling(data, train, seed)
+
+    def val_images(self, places: np.ndarray) -> UInt8[np.ndarray, "n height width c"]:
+        """Returns validation images as the model sees them, in the order of `places` in a pass.
+
+        Args:
+          places: int [n], without repetitions.
+        """
+        chosen = np.zeros(self.num_val, bool)
+        chosen[places] = True
+        batches = pipeline.one_pass(
+            self.val.only(chosen),
+            self.eval_transform,
+            batch_size=len(places),
+            tolerance=self.tolerance,
+        )
+        images = next(iter(batches))["image"]
+        return images[np.argsort(np.argsort(places))]
 
 
 def _taking(wanted: str, source: Source, data: Any) -> Source:
@@ -87,6 +107,18 @@ def _taking(wanted: str, source: Source, data: Any) -> Source:
         fields={"image": source.fields["image"], "label": Label(())},
         read=lambda index: {"image": source.read(index)["image"], "label": tf.constant(0)},
     )
+
+
+def _sampling(data: Any, train: Source, seed: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns the function from positions of the training stream to records that `data.sampling` names."""
+    chosen = data.get("sampling", "all")
+    if chosen not in SAMPLING:
+        raise UserError(
+            f"unknown data.sampling '{chosen}'{nearest(chosen, SAMPLING)} (known: {', '.join(SAMPLING)})"
+        )
+    if chosen == "balanced":
+        return order.Balanced(train.all_labels(), seed).record_at
+    return lambda position: order.shuffled_record(position, train.num_records, seed)
 
 
 def eval_batches(

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from cnx2_jax.evaluation.metrics import Records
+from cnx2_jax.evaluation.report import Report, Table, shown
 from cnx2_jax.types import Metrics
 
 
@@ -50,7 +51,7 @@ class MultiLabelScores(Records):
                 "f1": np.where(present, f1(predicted, targets), np.nan),
                 "precision": np.where(present, hits / predicted.sum(axis=0), np.nan),
                 "recall": hits / targets.sum(axis=0),
-                "support": targets.sum(axis=0).astype(np.float64),
+                "support": targets.sum(axis=0),
             }
 
 
@@ -121,6 +122,40 @@ def best_threshold(logits: Float[np.ndarray, "n classes"], targets: Bool[np.ndar
     upper = ranked[last[best]]
     lower = ranked[last[best + 1]] if best + 1 < len(last) else 0.0
     return float((upper + lower) / 2)
+
+
+def regression_report(
+    predicted: Float[np.ndarray, "n targets"], target: Float[np.ndarray, "n targets"], names: Sequence[str]
+) -> Report:
+    """Returns a table `targets` of the errors, and plots `scatter` and `residuals` of every target."""
+    columns = regression_errors(predicted, target)
+    rows = [(name, *map(shown, values)) for name, *values in zip(names, *columns.values(), strict=True)]
+
+    def panels(figure, draw) -> None:
+        figure.set_size_inches(4, 3.5 * len(names))
+        for place, name in enumerate(names):
+            axes = figure.add_subplot(len(names), 1, place + 1)
+            axes.set_title(name, fontsize=9)
+            draw(axes, target[:, place], predicted[:, place])
+
+    def scatter(axes, truth: np.ndarray, found: np.ndarray) -> None:
+        ends = min(truth.min(), found.min()), max(truth.max(), found.max())
+        axes.plot(ends, ends, color="grey", linewidth=0.8)
+        axes.scatter(truth, found, s=6, alpha=0.5)
+        axes.set(xlabel="true", ylabel="predicted")
+
+    def residuals(axes, truth: np.ndarray, found: np.ndarray) -> None:
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.scatter(found, found - truth, s=6, alpha=0.5)
+        axes.set(xlabel="predicted", ylabel="predicted - true")
+
+    return Report(
+        {"targets": Table(("target", *columns), rows)},
+        {
+            "scatter": lambda figure: panels(figure, scatter),
+            "residuals": lambda figure: panels(figure, residuals),
+        },
+    )
 
 
 class RegressionErrors(Records):

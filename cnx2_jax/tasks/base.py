@@ -22,8 +22,9 @@ from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import image_hw, register_task
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.features import predictions
-from cnx2_jax.evaluation.metrics import Collected, Mean, Metric, evaluate
+from cnx2_jax.evaluation.metrics import Collected, Mean, Metric, Scorer, evaluate
 from cnx2_jax.evaluation.outputs import ONE_CLASS, Outputs
+from cnx2_jax.evaluation.report import Report
 from cnx2_jax.models import pixels
 from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.models.state import Params
@@ -34,6 +35,10 @@ from cnx2_jax.train.terms import Terms
 from cnx2_jax.types import Batch, HostBatch, Metrics
 
 TASKS: dict[str, type["Task"]] = {}
+
+
+TTA = ("flip",)
+TTA_HELP = "average what the model gives for each image and its mirror image; the same as the key eval_flip"
 
 
 class Described:
@@ -70,9 +75,9 @@ class Task:
     # The field of an example that training learns from, and what the numbers of a classifier's head mean.
     wanted: ClassVar[str] = "label"
     outputs: ClassVar[Outputs] = ONE_CLASS
-    # Whether `per_class` reports anything and `write_results` writes anything, and whether `predict` gives
-    # feature vectors and pictures.
-    reports_classes: ClassVar[bool] = False
+    # Whether `report` and `write_results` give anything, and whether `predict` gives feature vectors and
+    # pictures.
+    gives_report: ClassVar[bool] = False
     writes_results: ClassVar[bool] = False
     gives_features: ClassVar[bool] = True
     gives_pictures: ClassVar[bool] = False
@@ -199,8 +204,12 @@ class Task:
         """Returns the metrics over one pass of padded batches."""
         return evaluate(self, model, batches)
 
-    def per_class(self, collected: Collected) -> dict[str, np.ndarray]:
-        """Returns the columns of `cnx2 evaluate --report`, a value per class each."""
+    def reporter(self) -> Scorer:
+        """Returns what scores the samples for `report`: by default the task itself."""
+        return self
+
+    def report(self, collected: Collected) -> Report:
+        """Returns what `cnx2 evaluate --report` writes, from the totals of the metrics of `reporter`."""
         raise NotImplementedError
 
     def write_results(self, collected: Collected, folder: Path) -> None:
@@ -236,8 +245,8 @@ class Task:
         config.batch_size = min(batch_size, source.num_records)
         config.data.unreadable = "error"  # training may skip images, but here each must give a result
         batches = watched(eval_batches(source, config), source.num_records)
-        encoder = models.without_decoder(model)
-        for vectors, probabilities in predictions(encoder, config, batches, self.outputs):
+        encoder, flip = models.without_decoder(model), bool(config.get("eval_flip", False))
+        for vectors, probabilities in predictions(encoder, config, batches, self.outputs, flip=flip):
             for vector, probability in zip(vectors, probabilities, strict=True):
                 yield {"features": vector, "probability": probability}
 
@@ -296,6 +305,19 @@ class Task:
     def denormalise(self, images: Float[Array, "b height width c"]) -> UInt8[Array, "b height width c"]:
         """Inverse of `normalise`."""
         return pixels.denormalise(images, self.config.data.mean, self.config.data.std)
+
+
+def use_tta(config: ConfigDict, tta: str | None) -> None:
+    """Sets the key of a `--tta` option, in place.
+
+    Raises:
+      UserError: the task of the config has no such key.
+    """
+    if tta is None:
+        return
+    if "eval_flip" not in config:
+        raise UserError(f"--tta {tta}: task '{config.task}' does not average views of an image; leave it out")
+    config.eval_flip = True
 
 
 def check_keys(config: ConfigDict) -> None:

@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.evaluation.labels import MultiLabelScores
-from cnx2_jax.evaluation.metrics import Mean, Metric
+from cnx2_jax.evaluation.metrics import Collected, Mean, Metric
 from cnx2_jax.evaluation.outputs import ANY_CLASSES
+from cnx2_jax.evaluation.report import Report, class_report
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import Params
 from cnx2_jax.tasks import models, weights
@@ -41,6 +42,7 @@ class Multilabel(Task, name="multilabel"):
     """
 
     best = ("map", "max")
+    gives_report = True
     wanted = "labels"
     outputs = ANY_CLASSES
     ranges: ClassVar = {}
@@ -51,6 +53,7 @@ class Multilabel(Task, name="multilabel"):
         config.model.head_init_scale = 1.0
         config.label_smoothing = 0.0  # moves the targets 0 and 1 by half of this towards each other
         config.positive_weights = "none"  # or balanced: a class's negatives per positive, at most 20
+        config.eval_flip = False  # average probabilities with the mirrored image
         config.data.labels = ""  # a CSV file of the classes of each image in data.root
         config.data.classes = ""  # a text file with one class name per line; empty: those in data.labels
 
@@ -111,7 +114,7 @@ class Multilabel(Task, name="multilabel"):
         return np.minimum((1 - share) / np.maximum(share, 1e-9), MOST_WEIGHT)
 
     def score(self, model: ConvNeXtV2, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
-        logits = self.outputs.of(model, self.normalise(batch["image"]), flip=False)
+        logits = self.outputs.of(model, self.normalise(batch["image"]), flip=self.config.eval_flip)
         loss = optax.sigmoid_binary_cross_entropy(logits, batch["labels"]).mean(axis=1)
         return {"loss": loss, "logit": logits, "target": batch["labels"]}
 
@@ -123,6 +126,12 @@ class Multilabel(Task, name="multilabel"):
         found = super().evaluate(model, batches)
         self.threshold = found["threshold"]
         return found
+
+    def report(self, collected: Collected) -> Report:
+        """Returns the columns of `MultiLabelScores.per_class`, at the threshold that suits these images."""
+        metric, total = MultiLabelScores(), collected.total(MultiLabelScores)
+        columns = metric.per_class(total, metric.result(total)["threshold"])
+        return class_report(self.class_names, columns)
 
     def prediction(self, outputs: Mapping[str, np.ndarray], top: int) -> dict:
         """Returns the `top` most probable classes, or more if more reach the threshold, and which do."""

@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.errors import UserError, nearest
-from cnx2_jax.evaluation.labels import RegressionErrors
-from cnx2_jax.evaluation.metrics import Mean, Metric
+from cnx2_jax.evaluation.labels import RegressionErrors, regression_report
+from cnx2_jax.evaluation.metrics import Collected, Mean, Metric
 from cnx2_jax.evaluation.outputs import VALUES
+from cnx2_jax.evaluation.report import Report
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.tasks import models, weights
@@ -48,6 +49,7 @@ class Regress(Task, name="regress"):
     """
 
     best = ("rmse", "min")
+    gives_report = True
     wanted = "value"
     outputs = VALUES
     ranges: ClassVar = {"huber_delta": (1e-6, 1e6)}
@@ -58,6 +60,7 @@ class Regress(Task, name="regress"):
         config.model.head_init_scale = 1.0
         config.regression_loss = "squared"  # or huber: linear in errors above huber_delta
         config.huber_delta = 1.0  # in deviations of the target
+        config.eval_flip = False  # average predictions with the mirrored image
         config.data.labels = ""  # a CSV file of the targets of each image in data.root
         config.data.targets = ("value",)  # its columns to learn
 
@@ -130,12 +133,17 @@ class Regress(Task, name="regress"):
         return errors**2
 
     def score(self, model: ConvNeXtV2, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
-        predicted = self.outputs.of(model, self.normalise(batch["image"]), flip=False)
+        predicted = self.outputs.of(model, self.normalise(batch["image"]), flip=self.config.eval_flip)
         loss = self._losses(predicted, batch["value"]).mean(axis=1)
         return {"loss": loss, "predicted": predicted, "target": batch["value"]}
 
     def metrics(self) -> Sequence[Metric]:
         return Mean(), RegressionErrors(self.class_names, *self.standards)
+
+    def report(self, collected: Collected) -> Report:
+        metric = RegressionErrors(self.class_names, *self.standards)
+        predicted, target = metric.values(collected.total(RegressionErrors))
+        return regression_report(predicted, target, self.class_names)
 
     def predict(self, model: ConvNeXtV2, source: Any, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields `features` `[dim]`, and `value` float64 `[targets]` in their own units."""

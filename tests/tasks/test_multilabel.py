@@ -159,7 +159,12 @@ def test_train_evaluate_predict_export(tmp_path, capfd):
     logged = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert all(np.isfinite(row["loss"]) for row in logged if row["split"] == "train")
 
-    assert main(["evaluate", "--workdir", run]) == 0
+    report = tmp_path / "report"
+    assert main(["evaluate", "--workdir", run, "--report", str(report)]) == 0
+    lines = (report / "classes.csv").read_text().splitlines()
+    assert lines[0] == "class,average_precision,f1,precision,recall,support"
+    aps = [float(line.split(",")[1]) for line in lines[1:] if line.split(",")[1]]
+    assert np.mean(aps) == pytest.approx(result["ema_map"], abs=1e-4)
     evaluated = json.loads(capfd.readouterr().out)
     assert evaluated["ema_map"] == result["ema_map"]
     image = str(tmp_path / "images" / "c.png")

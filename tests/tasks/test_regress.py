@@ -169,7 +169,9 @@ def test_evaluation_uses_the_checkpoints_standards(run, images, tmp_path, capfd)
     ]
     (other / "labels.csv").write_text("\n".join(swapped))
     place = [f"--config.data.root={other}", f"--config.data.labels={other / 'labels.csv'}"]
-    assert main(["evaluate", "--workdir", str(run), *place]) == 0
+    report = tmp_path / "report"
+    assert main(["evaluate", "--workdir", str(run), "--report", str(report), *place]) == 0
+    assert (report / "targets.csv").read_text().splitlines()[0] == "target,mae,rmse,r2"
     found = json.loads(capfd.readouterr().out)
     val = np.arange(0, 24, 3)
     rows = np.genfromtxt(other / "labels.csv", delimiter=",", skip_header=1, usecols=(1, 2))[val]
