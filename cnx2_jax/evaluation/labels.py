@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
-from cnx2_jax.evaluation.metrics import Records
+from cnx2_jax.evaluation.metrics import Records, mean_of_numbers
 from cnx2_jax.evaluation.report import Report, Table, shown
 from cnx2_jax.types import Metrics
 
@@ -23,11 +23,11 @@ class MultiLabelScores(Records):
         """
         logits, targets = rows_of(total)
         threshold = best_threshold(logits, targets)
-        present = targets.any(axis=0)
+        present = np.flatnonzero(targets.any(axis=0))
         found = f1(probabilities(logits) >= threshold, targets)
         return {
-            "map": mean_over(average_precision(logits, targets), present),
-            "f1": mean_over(found, present),
+            "map": mean_of_numbers(average_precision(logits, targets)[present]),
+            "f1": mean_of_numbers(found[present]),
             "threshold": threshold,
         }
 
@@ -64,11 +64,6 @@ def rows_of(total: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Returns the logistic function of float64 logits."""
     return 0.5 * (1 + np.tanh(0.5 * logits))
-
-
-def mean_over(values: np.ndarray, chosen: np.ndarray) -> float:
-    """Returns the mean of the chosen values, NaN if there are none."""
-    return float(values[chosen].mean()) if chosen.any() else float("nan")
 
 
 def average_precision(

@@ -143,8 +143,8 @@ class ConfusionMatrix:
         with np.errstate(invalid="ignore"):
             overall = np.diag(total).sum() / total.sum()
         return {
-            "miou": _mean_of_numbers(classes["iou"]),
-            "mean_accuracy": _mean_of_numbers(classes["accuracy"]),
+            "miou": mean_of_numbers(classes["iou"]),
+            "mean_accuracy": mean_of_numbers(classes["accuracy"]),
             "pixel_accuracy": float(overall),
         }
 
@@ -162,7 +162,8 @@ class ConfusionMatrix:
             }
 
 
-def _mean_of_numbers(values: np.ndarray) -> float:
+def mean_of_numbers(values: np.ndarray) -> float:
+    """Returns the mean of the values that are not NaN; NaN if there are none."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else float("nan")
 

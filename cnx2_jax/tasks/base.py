@@ -22,12 +22,14 @@ from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import image_hw, register_task
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.features import predictions
+from cnx2_jax.evaluation.heatmaps import heatmaps
 from cnx2_jax.evaluation.metrics import Collected, Mean, Metric, Scorer, evaluate
 from cnx2_jax.evaluation.outputs import ONE_CLASS, Outputs
 from cnx2_jax.evaluation.report import Report
 from cnx2_jax.models import pixels
 from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.models.state import Params
+from cnx2_jax.observe.overlay import heat_overlay
 from cnx2_jax.observe.progress import watched
 from cnx2_jax.tasks import models
 from cnx2_jax.train.task import Data
@@ -81,6 +83,9 @@ class Task:
     writes_results: ClassVar[bool] = False
     gives_features: ClassVar[bool] = True
     gives_pictures: ClassVar[bool] = False
+    # Whether `heatmaps` explains predictions, and whether it explains every output, not the largest alone.
+    gives_heatmaps: ClassVar[bool] = False
+    explains_each: ClassVar[bool] = False
     # Least and greatest value of the task's own keys.
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
 
@@ -241,14 +246,38 @@ class Task:
         """
         from cnx2_jax.data.images import eval_batches  # TensorFlow is needed for reading images alone
 
-        config = copy.deepcopy(self.config)
-        config.batch_size = min(batch_size, source.num_records)
-        config.data.unreadable = "error"  # training may skip images, but here each must give a result
+        config = self._prediction_config(source, batch_size)
         batches = watched(eval_batches(source, config), source.num_records)
         encoder, flip = models.without_decoder(model), bool(config.get("eval_flip", False))
         for vectors, probabilities in predictions(encoder, config, batches, self.outputs, flip=flip):
             for vector, probability in zip(vectors, probabilities, strict=True):
                 yield {"features": vector, "probability": probability}
+
+    def _prediction_config(self, source: Any, batch_size: int) -> ConfigDict:
+        config = copy.deepcopy(self.config)
+        config.batch_size = min(batch_size, source.num_records)
+        config.data.unreadable = "error"  # training may skip images, but here each must give a result
+        return config
+
+    def heatmaps(self, model: Any, source: Any, batch_size: int) -> Iterator[dict[str, Image.Image]]:
+        """Yields pictures of each image by name, with the places that raise its largest output, in order.
+
+        Args:
+          model, source, batch_size: see `predict`.
+
+        Raises:
+          UserError: an image cannot be read.
+        """
+        from cnx2_jax.data.images import eval_batches  # TensorFlow is needed for reading images alone
+
+        config = self._prediction_config(source, batch_size)
+        batches = watched(eval_batches(source, config), source.num_records, "drawing heat maps")
+        for image, maps in heatmaps(model, config, batches, each=self.explains_each):
+            names = ["heatmap"]
+            if len(maps) > 1:
+                names = [f"heatmap.{name}".replace("/", "_") for name in self.class_names]
+            pictures = [Image.fromarray(heat_overlay(image, heat)) for heat in maps]
+            yield dict(zip(names, pictures, strict=True))
 
     def exported(self, model: Any) -> Any:
         """Returns the network that exports hold, whose results need nothing of the metadata."""

@@ -46,6 +46,7 @@ class Classify(Task, name="classify"):
 
     best = ("accuracy", "max")
     gives_report = True
+    gives_heatmaps = True
     ranges: ClassVar = {
         "model.head_init_scale": (0, 1e9),
         "label_smoothing": (0, 0.999),

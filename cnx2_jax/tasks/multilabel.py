@@ -43,6 +43,7 @@ class Multilabel(Task, name="multilabel"):
 
     best = ("map", "max")
     gives_report = True
+    gives_heatmaps = True
     wanted = "labels"
     outputs = ANY_CLASSES
     ranges: ClassVar = {}

@@ -50,6 +50,8 @@ class Regress(Task, name="regress"):
 
     best = ("rmse", "min")
     gives_report = True
+    gives_heatmaps = True
+    explains_each = True
     wanted = "value"
     outputs = VALUES
     ranges: ClassVar = {"huber_delta": (1e-6, 1e6)}
