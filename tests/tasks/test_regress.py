@@ -1,6 +1,7 @@
 """Regression as a task: standardised targets, losses, original units everywhere, a run from end to end."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -192,3 +193,21 @@ def test_a_head_of_the_same_targets_is_adapted(run, images):
     other = make_task(config(*keys(images, '("bright",)'), f"init_from={run}"))
     fresh = split(other.init(nnx.Rngs(0)))[1]
     np.testing.assert_array_equal(other.start(fresh)["head.kernel"], fresh["head.kernel"])
+
+
+def test_a_run_resumes_with_the_standards_that_it_began_with(run, images, tmp_path, capfd):
+    workdir, table = tmp_path / "run", images / "labels.csv"
+    shutil.copytree(run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")  # as if it had been stopped after step 3
+    (workdir / "result.json").unlink(missing_ok=True)
+    text = table.read_text()
+    try:
+        table.write_text(text.replace(",10", ",90"))  # of 1000 and so on
+        assert make_task(config(*keys(images))).standards.mean[0] > 2000
+        settings = [f"--config.{each}" for each in [*SMALL, *keys(images)]]
+        assert main(["train", "--config", "regress:digits", "--workdir", str(workdir), *settings]) == 0
+    finally:
+        table.write_text(text)
+    assert "resuming after step 3" in capfd.readouterr().err
+    before, after = (checkpoint.read_metadata(checkpoint.find(path)) for path in (run, workdir))
+    assert after["standards"] == before["standards"]
