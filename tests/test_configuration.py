@@ -741,6 +741,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     model = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))
     keys = jax.random.split(jax.random.key(0), 4)
     nnx.eval_shape(lambda m, b, k: task.loss(m, task.prepare(b, k[0]), k)[0], model, batch, keys)
+    nnx.eval_shape(lambda m, b: task.score(m, b, np.arange(4)), model, batch)
     fit(CheapTask(task), tmp_path / "run")
 
     read = {prefixes[place] + key for place, key in reads if place in prefixes}
