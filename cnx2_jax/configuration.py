@@ -247,6 +247,10 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         raise UserError(text) from None
     for key, value in flatten(config).items():
         if isinstance(value, tuple):  # absl accepts any items in it
+            if known[key] and all(isinstance(item, str) for item in known[key]):
+                if not all(isinstance(item, str) for item in value):
+                    raise UserError(f'config key {key}={value} must be names, such as {key}=\'("a","b")\'')
+                continue
             # Tuples that are empty by default, such as dims, hold whole numbers.
             kinds = (int,) if all(isinstance(item, int) for item in known[key]) else (int, float)
             if not all(type(item) in kinds for item in value):

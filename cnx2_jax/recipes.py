@@ -1,10 +1,39 @@
 """Helpers for config files: the arguments after the colon, and values that several recipes share."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError, nearest
+
+
+class Finetuning(NamedTuple):
+    """The published values of fine-tuning a variant on ImageNet-1K (paper, tables 9 to 11)."""
+
+    base_learning_rate: float
+    weight_decay: float
+    layer_decay: float
+    layer_decay_type: str
+    warmup_epochs: int
+    epochs: int
+    label_smoothing: float
+    mixup: float
+    cutmix: float
+    drop_path: float
+
+
+FINETUNING = {
+    "atto": Finetuning(2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0.0, 0.0, 0.1),
+    "femto": Finetuning(2e-4, 0.05, 0.9, "single", 0, 600, 0.2, 0.3, 0.3, 0.0),
+    "pico": Finetuning(2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0.3, 0.3, 0.0),
+    "nano": Finetuning(2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0.5, 0.5, 0.1),
+    "tiny": Finetuning(8e-4, 0.05, 0.9, "single", 40, 300, 0.1, 0.8, 1.0, 0.2),
+    "small": Finetuning(8e-4, 0.05, 0.9, "single", 40, 300, 0.1, 0.8, 1.0, 0.2),
+    "base": Finetuning(6.25e-4, 0.05, 0.6, "group", 20, 100, 0.1, 0.8, 1.0, 0.1),
+    "large": Finetuning(6.25e-4, 0.05, 0.6, "group", 20, 100, 0.1, 0.8, 1.0, 0.2),
+    "huge": Finetuning(1.25e-3, 0.05, 0.75, "group", 10, 50, 0.1, 0.8, 1.0, 0.3),
+}
 
 
 def use_digits(config: ConfigDict) -> None:
@@ -55,6 +84,28 @@ def use_imagenet_recipe(config: ConfigDict) -> None:
     config.data.augment = "rand-m9-mstd0.5-inc1"
     config.data.random_erasing = 0.25
     config.optimizer.min_learning_rate = 1e-6
+
+
+def use_finetuning(config: ConfigDict, variant: str) -> Finetuning:
+    """Sets a variant, and the values of its fine-tuning that no data set changes, in place; returns all."""
+    recipe = FINETUNING[variant]
+    config.model.variant = variant
+    config.model.drop_path = recipe.drop_path
+    config.model.head_init_scale = 0.001
+    config.optimizer.base_learning_rate = recipe.base_learning_rate
+    config.optimizer.weight_decay = recipe.weight_decay
+    config.optimizer.layer_decay = recipe.layer_decay
+    config.optimizer.layer_decay_type = recipe.layer_decay_type
+    return recipe
+
+
+def use_digit_rows(config: ConfigDict) -> None:
+    """Sets rows of one to three of scikit-learn's digits and a network small enough for a CPU, in place."""
+    use_digits(config)
+    config.image_size = (16, 48)
+    config.data.source = "digit_rows"
+    config.data.crop_ratio = (3.0, 3.0)
+    config.data.crop_scale = (1.0, 1.0)  # what a crop leaves out would still be in the labels
 
 
 def parse_argument(argument: str, names: Iterable[str], **options: float) -> tuple[str, dict]:

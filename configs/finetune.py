@@ -28,27 +28,20 @@ Differences from the official code:
 fine-tunes the digits network in about a minute on a CPU; `digits,labels=10` uses ten labels per class.
 """
 
-from cnx2_jax.recipes import parse_argument, use_digits, use_imagenet_recipe, use_smoke
+from cnx2_jax.recipes import (
+    FINETUNING,
+    parse_argument,
+    use_digits,
+    use_finetuning,
+    use_imagenet_recipe,
+    use_smoke,
+)
 from cnx2_jax.sweeps import choice, log_uniform, product, random, uniform
 from cnx2_jax.tasks import defaults
 
-RECIPES = {
-    # variant: base lr, weight decay, layer decay, its type, warmup epochs, epochs, smoothing, mixup, cutmix,
-    # drop path
-    "atto": (2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0.0, 0.0, 0.1),
-    "femto": (2e-4, 0.05, 0.9, "single", 0, 600, 0.2, 0.3, 0.3, 0.0),
-    "pico": (2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0.3, 0.3, 0.0),
-    "nano": (2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0.5, 0.5, 0.1),
-    "tiny": (8e-4, 0.05, 0.9, "single", 40, 300, 0.1, 0.8, 1.0, 0.2),
-    "small": (8e-4, 0.05, 0.9, "single", 40, 300, 0.1, 0.8, 1.0, 0.2),
-    "base": (6.25e-4, 0.05, 0.6, "group", 20, 100, 0.1, 0.8, 1.0, 0.1),
-    "large": (6.25e-4, 0.05, 0.6, "group", 20, 100, 0.1, 0.8, 1.0, 0.2),
-    "huge": (1.25e-3, 0.05, 0.75, "group", 10, 50, 0.1, 0.8, 1.0, 0.3),
-}
-
 
 def get_config(argument="tiny"):
-    name, options = parse_argument(argument, [*RECIPES, "digits", "smoke"], epochs=0.0, labels=0)
+    name, options = parse_argument(argument, [*FINETUNING, "digits", "smoke"], epochs=0.0, labels=0)
     config = defaults("classify")
     config.data.train_per_class = options["labels"]
     if name == "digits":
@@ -65,21 +58,13 @@ def get_config(argument="tiny"):
         return config
 
     use_imagenet_recipe(config)
-    variant = "tiny" if name == "smoke" else name
-    rate, decay, layer_decay, kind, warmup, epochs, smoothing, mixup, cutmix, drop_path = RECIPES[variant]
-    config.model.variant = variant
-    config.model.drop_path = drop_path
-    config.model.head_init_scale = 0.001
+    recipe = use_finetuning(config, "tiny" if name == "smoke" else name)
     config.batch_size = 1024
-    config.total_epochs = options["epochs"] or float(epochs)
+    config.total_epochs = options["epochs"] or float(recipe.epochs)
     config.ema_decay = 0.9999
-    config.label_smoothing = smoothing
-    config.mixup, config.cutmix = mixup, cutmix
-    config.optimizer.base_learning_rate = rate
-    config.optimizer.weight_decay = decay
-    config.optimizer.layer_decay = layer_decay
-    config.optimizer.layer_decay_type = kind
-    config.optimizer.warmup_epochs = float(warmup)
+    config.label_smoothing = recipe.label_smoothing
+    config.mixup, config.cutmix = recipe.mixup, recipe.cutmix
+    config.optimizer.warmup_epochs = float(recipe.warmup_epochs)
     if name == "smoke":
         use_smoke(config)
     return config

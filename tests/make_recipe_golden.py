@@ -19,7 +19,14 @@ CONFIGS = TESTS.parent / "configs"
 GOLDEN = TESTS / "golden" / "recipes"
 IMAGES = {"finetune_22k": 14_197_122 * 99 // 100}  # of the training set; ImageNet-1K's otherwise
 IMAGENET_1K = 1_281_167
-SOURCES = {"digits": 1438, "synthetic": 400, "scenes": 2000, "ade20k": 20_210, "coco": 117_266}
+SOURCES = {
+    "digits": 1438,
+    "digit_rows": 2000,
+    "synthetic": 400,
+    "scenes": 2000,
+    "ade20k": 20_210,
+    "coco": 117_266,
+}
 
 
 def recipes(path: Path) -> list[str]:

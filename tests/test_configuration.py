@@ -36,6 +36,8 @@ RECIPES = [
         "linear_probe": (*VARIANTS, "digits"),
         "scratch": VARIANTS,
         "detect": (*VARIANTS, "digits"),
+        "multilabel": (*VARIANTS, "digits"),
+        "regress": (*VARIANTS, "digits"),
         "segment": (*VARIANTS, "base_22k", "large_22k", "huge_22k", "digits"),
     }.items()
     for name in (*names, "smoke")
@@ -664,6 +666,9 @@ class CheapTask:
     def start(self, arrays):
         return arrays
 
+    def adopt(self, metadata):
+        pass
+
     def begin(self, arrays):
         pass
 
@@ -736,10 +741,22 @@ def test_every_key_is_read(name, tmp_path, reads):
     model = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))
     keys = jax.random.split(jax.random.key(0), 4)
     nnx.eval_shape(lambda m, b, k: task.loss(m, task.prepare(b, k[0]), k)[0], model, batch, keys)
+    nnx.eval_shape(lambda m, b: task.score(m, b, np.arange(4)), model, batch)
     fit(CheapTask(task), tmp_path / "run")
 
     read = {prefixes[place] + key for place, key in reads if place in prefixes}
     assert set(flatten(config)) - read == {"model.nobody_reads_this"}
+
+
+@pytest.mark.parametrize(
+    ("value", "names"), [("age", ("age",)), ('("age","mass")', ("age", "mass")), ("(1,)", None)]
+)
+def test_names_are_given_one_or_several(value, names):
+    if names:
+        assert changed("regress", f"data.targets={value}").data.targets == names
+    else:
+        with pytest.raises(UserError, match=r"data\.targets=\(1,\) must be names, such as data\.targets="):
+            changed("regress", f"data.targets={value}")
 
 
 def test_of_an_override_that_is_given_twice_the_last_counts():

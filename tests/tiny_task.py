@@ -74,6 +74,9 @@ class TinyTask:
     def start(self, arrays):
         return arrays
 
+    def adopt(self, metadata):
+        pass
+
     def begin(self, arrays):
         pass
 

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         images.num_train,
         config.seed,
         lambda step, host, hosts: rows.train_batches(step, process_index=host, process_count=hosts),
+        epochs=config.data.get("sampling", "all") == "all",
     )
     for name, holds in checks.items():
         say(f"{'yes' if holds else 'NO '}  {name}")
@@ -93,7 +94,8 @@ def _describe(split: str, source: "Source") -> None:
     from cnx2_jax.data.sizes import image_sizes
 
     counts = inspection.class_counts(source)
-    line = f"{split}: {source.num_records:,} images, {len(source.class_names):,} classes"
+    what = "targets" if "value" in source.fields else "classes"
+    line = f"{split}: {source.num_records:,} images, {len(source.class_names):,} {what}"
     if not source.num_records:
         say(line)
         return

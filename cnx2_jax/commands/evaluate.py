@@ -12,12 +12,13 @@ from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.cluster import processes
 from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
-from cnx2_jax.evaluation import class_report, metrics, neighbours, robustness
+from cnx2_jax.evaluation import metrics, neighbours, report, robustness
 from cnx2_jax.files import check_new
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.observe.progress import say, watched
 from cnx2_jax.tasks import Task, make_task, models, weights
+from cnx2_jax.tasks.base import TTA, TTA_HELP, use_tta
 from cnx2_jax.train import sharding
 from cnx2_jax.train.loop import AVERAGED
 from cnx2_jax.types import Metrics
@@ -53,8 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report",
         type=Path,
         metavar="FOLDER",
-        help="write a table and a picture of every class into a new folder; for segmentation and detection",
+        help="write tables and plots into a new folder: of every class; for classification also of "
+        "calibration, confusions and the worst mistakes; for regression of the errors. Where a run has "
+        "averaged weights, they are of these",
     )
+    parser.add_argument("--tta", choices=TTA, help=TTA_HELP)
     parser.add_argument(
         "--out",
         type=Path,
@@ -70,14 +74,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("evaluate needs --workdir, or --set NAME=FOLDER with --checkpoint")
     if args.set and args.knn is not None:
         raise UserError("--knn uses the run's own images and excludes --set; give only one of the two")
-    for option, path in (("--report", args.report), ("--out", args.out)):
-        if path is None:
-            continue
-        if args.set or args.knn is not None:
+    for option, value in (("--report", args.report), ("--out", args.out), ("--tta", args.tta)):
+        if value is not None and (args.set or args.knn is not None):
             raise UserError(
                 f"{option} is about the run's own images and excludes --set and --knn; leave it out"
             )
-        check_new(path, option)
+        if isinstance(value, Path):
+            check_new(value, option)
     with processes.joined(args):
         if args.set:
             results = _on_sets(args, overrides)
@@ -91,30 +94,33 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _on_run_images(args: argparse.Namespace, overrides: list[str]) -> dict:
     task, model, mesh, folder = _run_of(args, overrides, averaged=False)
+    if args.report is not None and not task.gives_report:
+        raise UserError(f"--report: task '{task.config.task}' has nothing to report; leave it out")
+    if args.out is not None and not task.writes_results:
+        raise UserError(f"--out: task '{task.config.task}' writes nothing for each image; leave it out")
     results: dict = {"checkpoint": str(folder)}
-    results |= _metrics(task, model, mesh, "evaluating", args.report, args.out)
-    if checkpoint.has_average(folder):
+    files = args.report, args.out
+    has_average = checkpoint.has_average(folder)
+    results |= _metrics(task, model, mesh, "evaluating", *((None, None) if has_average else files))
+    if has_average:
         graph, _ = split(model)
         model = merge(graph, sharding.put_params(checkpoint.read_params(folder), mesh))
-        averaged = _metrics(task, model, mesh, "evaluating the averaged weights")
+        averaged = _metrics(task, model, mesh, "evaluating the averaged weights", *files)
         results |= {AVERAGED + name: value for name, value in averaged.items()}
     return results
 
 
 def _metrics(
-    task: Task, model, mesh: Mesh, label: str, report: Path | None = None, out: Path | None = None
+    task: Task, model, mesh: Mesh, label: str, report_folder: Path | None, out: Path | None
 ) -> Metrics:
-    if report is not None and not task.reports_classes:
-        raise UserError(f"--report: task '{task.config.task}' reports nothing per class; leave it out")
-    if out is not None and not task.writes_results:
-        raise UserError(f"--out: task '{task.config.task}' writes nothing for each image; leave it out")
     batches = sharding.put_batches(task.images.eval_batches(**processes.share()), mesh, keep_host=True)
     batches = watched(batches, task.images.num_val, label)
-    if report is None and out is None:
+    if report_folder is None and out is None:
         return task.evaluate(model, batches)
-    collected = metrics.collect(task, model, batches)
-    if report is not None and processes.is_first():
-        say(class_report.write_report(report, task.class_names, task.per_class(collected)))
+    collected = metrics.collect(task.reporter() if report_folder else task, model, batches)
+    if report_folder is not None and processes.is_first():
+        for line in report.write_report(report_folder, task.report(collected)):
+            say(line)
     if out is not None and processes.is_first():
         task.write_results(collected, out)
         say(f"wrote the results for each image to {out}")
@@ -127,6 +133,8 @@ def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
     task, model, mesh, folder = _run_of(args, overrides)
     if not task.gives_features:
         raise UserError(f"--knn: task '{task.config.task}' gives no label to an image; leave it out")
+    if task.wanted != "label":
+        raise UserError(f"--knn: images have no single class in task '{task.config.task}'; leave it out")
     found = neighbours.evaluate(models.without_decoder(model), task.config, task.images, args.knn, mesh)
     return {"checkpoint": str(folder), **found}
 
@@ -134,11 +142,14 @@ def _by_neighbours(args: argparse.Namespace, overrides: list[str]) -> dict:
 def _run_of(args: argparse.Namespace, overrides: list[str], *, averaged: bool = True):
     """Returns the task of a run, its model on the mesh, the mesh, and the folder of the checkpoint."""
     config = override(read_config(args.workdir), overrides)
+    use_tta(config, args.tta)
     task = make_task(config)
     folder = checkpoint.find(args.checkpoint or args.workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, 1, mesh)
-    weights.check_class_names(checkpoint.read_metadata(folder), task.metadata(), str(folder))
+    metadata = checkpoint.read_metadata(folder)
+    weights.check_class_names(metadata, task.metadata(), str(folder))
+    task.adopt(metadata)
     graph, like = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
     params = checkpoint.read_params(folder, averaged=averaged)
     weights.check_params(params, like, str(folder))

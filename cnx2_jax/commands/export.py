@@ -53,7 +53,8 @@ def _inference_model(
       uint8: see InferenceModel.
       image_size: a side, or height and width; by default those of evaluation.
     """
-    model, config, _ = weights.load(path)
+    loaded, task = weights.load_task(path)
+    model, config = task.exported(loaded), task.config
     network: Network = model
     if not isinstance(model, whole):
         network = models.without_decoder(model)

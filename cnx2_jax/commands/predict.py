@@ -15,6 +15,7 @@ from cnx2_jax.evaluation import feature_file
 from cnx2_jax.files import check_new, creating
 from cnx2_jax.observe.progress import say
 from cnx2_jax.tasks import Task, models, weights
+from cnx2_jax.tasks.base import TTA, TTA_HELP, use_tta
 
 TAKES_OVERRIDES = False
 
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         action="store_true",
         help='print one JSON line per image: {"image": ..., "predictions": '
-        '[{"class", "name", "probability"}, ...]}; for segmentation {"image": ..., "shares": '
+        '[{"class", "name", "probability"}, ...]}; for several labels {"class", "probability", "predicted"}; '
+        'for regression {"image": ..., "values": {TARGET: VALUE}}; for segmentation {"image": ..., "shares": '
         '{CLASS: SHARE}}; for detection {"image": ..., "objects": [{"class", "name", "score", "bbox", '
         '"segmentation"}, ...]}, the last two as in COCO\'s files',
     )
@@ -51,6 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write pictures of the predictions into a new folder; for segmentation: NAME.overlay.png, and "
         "NAME.map.png, whose pixels are class numbers; for detection: NAME.objects.png",
     )
+    parser.add_argument(
+        "--heatmap",
+        type=Path,
+        metavar="FOLDER",
+        help="draw where an image raises its most probable class, or each of its predicted values, into a "
+        "new folder: NAME.heatmap.png (Grad-CAM of the last stage)",
+    )
+    parser.add_argument("--tta", choices=TTA, help=TTA_HELP)
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="images per batch; 32 by default"
     )
@@ -71,11 +81,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError(f"{name} {value} must be at least 1")
     if args.features is not None:
         feature_file.check(args.features)
-    if args.out is not None:
-        check_new(args.out, "--out")
+    for option, path in (("--out", args.out), ("--heatmap", args.heatmap)):
+        if path is not None:
+            check_new(path, option)
     source = open_files(args.images)
     model, task = weights.load_task(args.checkpoint)
     _check_options(args, task)
+    use_tta(task.config, args.tta)
     paths = [source.describe(index) for index in range(source.num_records)]
     with contextlib.ExitStack() as stack:
         write = None
@@ -102,6 +114,14 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
                     text = "\n".join([shown, *task.prediction_lines(prediction)])
                 tqdm.write(text)  # above a progress bar, if there is one
                 sys.stdout.flush()
+    if args.heatmap is not None:
+        with creating(args.heatmap) as folder:
+            folder.mkdir()
+            every = task.heatmaps(model, source, args.batch_size)
+            for name, pictures in zip(_unique_names(paths), every, strict=True):
+                for kind, picture in pictures.items():
+                    picture.save(folder / f"{name}.{kind}.png")
+        say(f"drew the heat maps into {args.heatmap}")
     if args.features is not None:
         say(f"wrote {args.features}, and the names of its rows to {feature_file.names_path(args.features)}")
     if args.out is not None:
@@ -118,6 +138,10 @@ def _check_options(args: argparse.Namespace, task: Task) -> None:
         )
     if args.features is not None and not task.gives_features:
         raise UserError(f"--features: task '{task.config.task}' has no feature vectors; leave it out")
+    if args.heatmap is not None and not (task.gives_heatmaps and task.class_names):
+        raise UserError(f"--heatmap: task '{task.config.task}' has no outputs to explain; leave it out")
+    if args.tta is not None and args.features is not None:
+        raise UserError("--features are of the image alone, and --tta averages two views; give only one")
     if args.out is not None and not task.gives_pictures:
         raise UserError(f"--out: task '{task.config.task}' draws no pictures; leave it out")
 

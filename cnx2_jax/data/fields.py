@@ -165,9 +165,15 @@ class MultiLabel(Field):
 
 @dataclasses.dataclass(frozen=True)
 class Value(Field):
-    """Regression targets: `size` numbers per example, float32."""
+    """Regression targets: `size` numbers per example, float32.
+
+    Attributes:
+      size: how many.
+      names: what each is called; empty if nothing needs their names.
+    """
 
     size: int = 1
+    names: tuple[str, ...] = ()
 
     def decode(self, stored: Entry) -> Entry:
         return tf.ensure_shape(tf.cast(stored, tf.float32), [self.size])

@@ -2,49 +2,61 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from cnx2_jax.configuration import image_hw
-from cnx2_jax.data import faults, pipeline
+from cnx2_jax.data import faults, order, pipeline
 from cnx2_jax.data.augment import make_augmentation
 from cnx2_jax.data.fields import Field, Image, Label
 from cnx2_jax.data.pipeline import Batch, Examples
 from cnx2_jax.data.sources import Source, open_set, open_source
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import EvalTransform, TrainTransform
-from cnx2_jax.errors import UserError
+from cnx2_jax.errors import UserError, nearest
+
+SAMPLING = ("all", "balanced")
 
 
 class ImageData(Examples):
-    """The images of one run: batches of {"image": uint8 [b, h, w, C], "label": int32 [b]}."""
+    """The images of one run: batches of {"image": uint8 [b, h, w, C], "label": int32 [b]}.
 
-    def __init__(self, config: Any):
+    Instead of "label" they may hold another field that training learns from; see `fields`.
+    """
+
+    def __init__(self, config: Any, wanted: str = "label"):
         """Opens both splits of `config.data`; see `open_source` for its keys and errors.
 
         Args:
           config: the config of the run. Read here: `seed`, `batch_size` (global), `image_size`,
             `model.in_chans` (1 or 3), and all of `data`.
+          wanted: the name of the field that training learns from.
 
         Raises:
-          UserError: as `open_source`, `open_set`, `make_augmentation` and `faults.Tolerance`, or if images
-            cannot have `model.in_chans` channels.
+          UserError: as `open_source`, `open_set`, `make_augmentation` and `faults.Tolerance`; if images
+            cannot have `model.in_chans` channels; or if the source lacks the field `wanted`, unless that is
+            "label".
         """
         data, seed = config.data, config.seed
         tolerance = _tolerance(config)
         _check_channels(config.model.in_chans)
-        train = _labelled(open_source(data, "train", seed))
+        train = _taking(wanted, open_source(data, "train", seed, wanted), data)
         if data.val_root and not data.val_source:
             raise UserError(
                 f"data.val_root '{data.val_root}' without data.val_source; set it to folder or tfds:..."
             )
+        if data.val_source and wanted != "label":
+            raise UserError(
+                f"data.val_source '{data.val_source}': validation images with '{wanted}' come from "
+                "data.source; set it to '', and give data.labels a column 'split'"
+            )
         if data.val_source:
             val = open_set(data.val_source, data.val_root, train.class_names)
         else:
-            val = _labelled(open_source(data, "val", seed))
+            val = _taking(wanted, open_source(data, "val", seed, wanted), data)
         fields = _fields(train, config)
         train_transform = TrainTransform(
             fields,
@@ -60,17 +72,53 @@ class ImageData(Examples):
         )
         eval_transform = _eval_transform(val, config)
         super().__init__(train, val, train_transform, eval_transform, seed, config.batch_size, tolerance)
+        self.record_at = _sampling(data, train, seed)
+
+    def val_images(self, places: np.ndarray) -> UInt8[np.ndarray, "n height width c"]:
+        """Returns validation images as the model sees them, in the order of `places` in a pass.
+
+        Args:
+          places: int [n], without repetitions.
+        """
+        chosen = np.zeros(self.num_val, bool)
+        chosen[places] = True
+        batches = pipeline.one_pass(
+            self.val.only(chosen),
+            self.eval_transform,
+            batch_size=len(places),
+            tolerance=self.tolerance,
+        )
+        images = next(iter(batches))["image"]
+        return images[np.argsort(np.argsort(places))]
 
 
-def _labelled(source: Source) -> Source:
-    """Returns the images of a source and their labels, all 0 where it has none, such as one of maps."""
-    if "label" in source.fields:
-        return source
+def _taking(wanted: str, source: Source, data: Any) -> Source:
+    """Returns the images of a source and the field `wanted`; labels are 0 where there are none."""
+    if wanted in source.fields:
+        fields = {name: source.fields[name] for name in ("image", wanted)}
+        return dataclasses.replace(source, fields=fields)
+    if wanted != "label":
+        raise UserError(
+            f"data.source '{data.source}' has nothing to learn for this task; set data.labels to a CSV file "
+            "that names the images of data.root and what each shows"
+        )
     return dataclasses.replace(
         source,
         fields={"image": source.fields["image"], "label": Label(())},
         read=lambda index: {"image": source.read(index)["image"], "label": tf.constant(0)},
     )
+
+
+def _sampling(data: Any, train: Source, seed: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns the function from positions of the training stream to records that `data.sampling` names."""
+    chosen = data.get("sampling", "all")
+    if chosen not in SAMPLING:
+        raise UserError(
+            f"unknown data.sampling '{chosen}'{nearest(chosen, SAMPLING)} (known: {', '.join(SAMPLING)})"
+        )
+    if chosen == "balanced":
+        return order.Balanced(train.all_labels(), seed).record_at
+    return lambda position: order.shuffled_record(position, train.num_records, seed)
 
 
 def eval_batches(

@@ -57,6 +57,8 @@ class Examples:
       seed: of the run; decides the order of training and all random changes.
       batch_size: of the global batch.
       tolerance: what to do about records that cannot be read.
+      record_at: maps a position of the training stream to the index of its record, both scalar int64; by
+        default every epoch visits each record once.
     """
 
     train: Source
@@ -71,6 +73,9 @@ class Examples:
         # Traced once, for however many streams are opened: every evaluation opens one.
         self.train_transform = _Traced(self.train_transform)
         self.eval_transform = _Traced(self.eval_transform)
+        self.record_at: Callable[[tf.Tensor], tf.Tensor] = lambda position: shuffled_record(
+            position, self.num_train, self.seed
+        )
 
     @property
     def num_train(self) -> int:
@@ -96,7 +101,7 @@ class Examples:
     ) -> Iterator[Batch]:
         """Yields the global batches from `start_step` on, without end: this host's slice of each.
 
-        Every epoch visits each record once; a batch may span two epochs.
+        Records come in the order of `record_at`; a batch may span two epochs.
 
         Returns:
           An iterator over the arrays of `train_transform`, stacked to [b, ...], where b is
@@ -114,7 +119,7 @@ class Examples:
             self.train_transform,
             self.tolerance,
             self.seed,
-            lambda position: shuffled_record(position, self.num_train, self.seed),
+            self.record_at,
             steps=(start_step, _END_OF_STREAM // self.batch_size),
             positions=_Positions(self.batch_size, process_index, process_count),
             # In a later epoch another record is at the same place.

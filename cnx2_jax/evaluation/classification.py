@@ -10,12 +10,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cnx2_jax.evaluation import metrics
+from cnx2_jax.evaluation.outputs import ONE_CLASS
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.types import Batch, Metrics
 
 
 def evaluate(
-    model: nnx.Module, mean: Sequence[float], std: Sequence[float], batches: Iterable[Batch]
+    model: nnx.Module,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batches: Iterable[Batch],
 ) -> Metrics:
     """Returns `accuracy`, `top5_accuracy` and `loss` over one pass of padded batches.
 
@@ -24,18 +28,28 @@ def evaluate(
       mean, std: that normalise the images.
       batches: as `data.images.eval_batches` gives them.
     """
-    return metrics.evaluate(_Scorer(tuple(mean), tuple(std)), model, batches)
+    return metrics.evaluate(Scorer(tuple(mean), tuple(std)), model, batches)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scorer:
-    """Scores each sample; equal ones compile once."""
+class Scorer:
+    """Scores each sample; equal ones compile once.
+
+    Attributes:
+      mean, std: that normalise the images.
+      flip: whether probabilities are averaged over each image and its mirror image.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    flip: bool = False
+
+    def logits(self, model, batch: Batch) -> Float[Array, "b classes"]:
+        """Returns the logits of a batch's images."""
+        return ONE_CLASS.of(model, normalise(batch["image"], self.mean, self.std), flip=self.flip)
 
     def score(self, model, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
-        return class_scores(model(normalise(batch["image"], self.mean, self.std)), batch["label"])
+        return class_scores(self.logits(model, batch), batch["label"])
 
     def metrics(self) -> tuple[metrics.Metric, ...]:
         return (metrics.Mean(),)

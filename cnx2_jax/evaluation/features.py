@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from cnx2_jax.evaluation.outputs import ONE_CLASS, Outputs
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.pixels import normalise
 from cnx2_jax.models.state import Params, merge, split
@@ -40,11 +41,22 @@ def features(
 
 
 def predictions(
-    model: ConvNeXtV2, config: ConfigDict, batches: Batches
-) -> Iterator[tuple[Vectors, Float32[np.ndarray, "n classes"]]]:
-    """Yields feature vectors and class probabilities of each batch; without a head these are `[n, 0]`."""
-    for _, mask, vectors, probabilities in _outputs(model, config, batches):
-        yield vectors[mask], probabilities[mask]
+    model: ConvNeXtV2,
+    config: ConfigDict,
+    batches: Batches,
+    outputs: Outputs = ONE_CLASS,
+    *,
+    flip: bool = False,
+) -> Iterator[tuple[Vectors, Float32[np.ndarray, "n outputs"]]]:
+    """Yields feature vectors and the head's values of each batch; without a head these are `[n, 0]`.
+
+    Args:
+      model, config, batches: see `features`.
+      outputs: what the head's numbers mean; class probabilities by default.
+      flip: average the values over an image and its mirror image; feature vectors are of the image alone.
+    """
+    for _, mask, vectors, values in _outputs(model, config, batches, outputs, flip):
+        yield vectors[mask], values[mask]
 
 
 def all_features(
@@ -70,17 +82,31 @@ def all_features(
     return vectors[:count], labels[:count]
 
 
-def _outputs(model: ConvNeXtV2, config: ConfigDict, batches: Batches):
+def _outputs(
+    model: ConvNeXtV2, config: ConfigDict, batches: Batches, outputs: Outputs = ONE_CLASS, flip: bool = False
+):
     graph, params = split(model)
     data = FrozenConfigDict({"mean": config.data.mean, "std": config.data.std})
     for batch in batches:
-        vectors, probabilities = _forward(graph, params, batch["image"], data)
-        yield batch, np.asarray(batch["mask"]), np.asarray(vectors), np.asarray(probabilities)
+        vectors, values = _forward(graph, params, batch["image"], data, outputs, flip)
+        yield batch, np.asarray(batch["mask"]), np.asarray(vectors), np.asarray(values)
 
 
-@partial(jax.jit, static_argnames=("graph", "data"))
-def _forward(graph: nnx.GraphDef, params: Params, images: jax.Array, data: FrozenConfigDict):
+@partial(jax.jit, static_argnames=("graph", "data", "outputs", "flip"))
+def _forward(
+    graph: nnx.GraphDef,
+    params: Params,
+    images: jax.Array,
+    data: FrozenConfigDict,
+    outputs: Outputs,
+    flip: bool,
+):
     model = merge(graph, params)
-    vectors = model.pooled(normalise(images, data.mean, data.std))
-    logits = model.head(vectors) if model.num_classes else jnp.zeros((len(images), 0))
-    return vectors, jax.nn.softmax(logits, axis=-1)
+    images = normalise(images, data.mean, data.std)
+    vectors = model.pooled(images)
+    if not model.num_classes:
+        return vectors, jnp.zeros((len(images), 0))
+    numbers = model.head(vectors)
+    if flip:
+        numbers = outputs.average(numbers, model(images[:, :, ::-1]))
+    return vectors, outputs.value(numbers)

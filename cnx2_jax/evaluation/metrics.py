@@ -61,20 +61,27 @@ class Scorer(Protocol):
 
 
 class Mean:
-    """The mean of every score `[B]` over all samples, by the score's name."""
+    """The mean of scores `[B]` over all samples, by the score's name.
+
+    Args:
+      names: of the scores; by default every score that is one number per sample.
+    """
+
+    def __init__(self, *names: str):
+        self.names = names
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self)
+        return type(other) is type(self) and other.names == self.names
 
     def __hash__(self) -> int:
-        return hash(type(self))
+        return hash((type(self), self.names))
 
     def empty(self) -> tuple[dict[str, float], int]:
         return {}, 0
 
     def update(self, scores: Scores, valid: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        sums = {name: jnp.where(valid, score, 0).sum() for name, score in scores.items() if score.ndim == 1}
-        return sums, valid.sum()
+        names = self.names or [name for name, score in scores.items() if score.ndim == 1]
+        return {name: jnp.where(valid, scores[name], 0).sum() for name in names}, valid.sum()
 
     def add(self, total, contribution, host):
         (sums, count), (more, valid) = total, contribution
@@ -136,8 +143,8 @@ class ConfusionMatrix:
         with np.errstate(invalid="ignore"):
             overall = np.diag(total).sum() / total.sum()
         return {
-            "miou": _mean_of_numbers(classes["iou"]),
-            "mean_accuracy": _mean_of_numbers(classes["accuracy"]),
+            "miou": mean_of_numbers(classes["iou"]),
+            "mean_accuracy": mean_of_numbers(classes["accuracy"]),
             "pixel_accuracy": float(overall),
         }
 
@@ -155,7 +162,8 @@ class ConfusionMatrix:
             }
 
 
-def _mean_of_numbers(values: np.ndarray) -> float:
+def mean_of_numbers(values: np.ndarray) -> float:
+    """Returns the mean of the values that are not NaN; NaN if there are none."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else float("nan")
 
@@ -232,6 +240,10 @@ class Collected(NamedTuple):
 
     totals: list[tuple[Metric, Any]]
     unreadable: float | None
+
+    def total(self, kind: type) -> Any:
+        """Returns the total of the metric of this class."""
+        return next(total for metric, total in self.totals if isinstance(metric, kind))
 
     def results(self) -> Metrics:
         """Returns the metrics by name."""

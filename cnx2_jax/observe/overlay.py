@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Float, Integer, UInt8
 from PIL import Image
 
 from cnx2_jax.observe.grid import draw_grid
@@ -42,6 +42,24 @@ def overlay(
     labelled = ((map >= 0) & (map < classes))[..., None]
     mixed = (1 - STRENGTH) * image + STRENGTH * coloured(map, classes)
     return np.where(labelled, np.round(mixed), image).astype(np.uint8)
+
+
+def heat_overlay(
+    image: UInt8[np.ndarray, "height width c"], heat: Float[np.ndarray, "h w"]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns an image with a heat map over it: nothing at 0, then red, and yellow at the largest value.
+
+    Args:
+      image: of any size.
+      heat: not negative, of any size; resized to the image by bilinear interpolation.
+    """
+    image = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+    size = image.shape[1], image.shape[0]
+    whole = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    share = np.asarray(whole)[..., None] / max(float(heat.max()), 1e-30)
+    colour = np.concatenate([np.full_like(share, 255), 255 * share, np.zeros_like(share)], axis=-1)
+    strength = STRENGTH * np.sqrt(share)
+    return np.round((1 - strength) * image + strength * colour).astype(np.uint8)
 
 
 def draw_segmentations(

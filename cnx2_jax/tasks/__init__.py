@@ -6,12 +6,26 @@ from cnx2_jax.configuration import check_task, defaults
 from cnx2_jax.tasks.base import TASKS, Task
 from cnx2_jax.tasks.classify import Classify
 from cnx2_jax.tasks.detect import Detect
+from cnx2_jax.tasks.multilabel import Multilabel
 from cnx2_jax.tasks.pretrain import Pretrain
 from cnx2_jax.tasks.probe import Probe
+from cnx2_jax.tasks.regress import Regress
 from cnx2_jax.tasks.segment import Segment
 from cnx2_jax.train.task import Data
 
-__all__ = ["TASKS", "Classify", "Detect", "Pretrain", "Probe", "Segment", "Task", "defaults", "make_task"]
+__all__ = [
+    "TASKS",
+    "Classify",
+    "Detect",
+    "Multilabel",
+    "Pretrain",
+    "Probe",
+    "Regress",
+    "Segment",
+    "Task",
+    "defaults",
+    "make_task",
+]
 
 
 def make_task(config: ConfigDict, platform: str | None = None, data: Data | None = None) -> Task:

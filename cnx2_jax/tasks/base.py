@@ -22,10 +22,14 @@ from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import image_hw, register_task
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.features import predictions
-from cnx2_jax.evaluation.metrics import Collected, Mean, Metric, evaluate
+from cnx2_jax.evaluation.heatmaps import heatmaps
+from cnx2_jax.evaluation.metrics import Collected, Mean, Metric, Scorer, evaluate
+from cnx2_jax.evaluation.outputs import ONE_CLASS, Outputs
+from cnx2_jax.evaluation.report import Report
 from cnx2_jax.models import pixels
 from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.models.state import Params
+from cnx2_jax.observe.overlay import heat_overlay
 from cnx2_jax.observe.progress import watched
 from cnx2_jax.tasks import models
 from cnx2_jax.train.task import Data
@@ -33,6 +37,10 @@ from cnx2_jax.train.terms import Terms
 from cnx2_jax.types import Batch, HostBatch, Metrics
 
 TASKS: dict[str, type["Task"]] = {}
+
+
+TTA = ("flip",)
+TTA_HELP = "average what the model gives for each image and its mirror image; the same as the key eval_flip"
 
 
 class Described:
@@ -66,12 +74,18 @@ class Task:
     name: ClassVar[str] = ""
     # The metric of `evaluate` by which checkpoints are ranked, and which end of it is good.
     best: ClassVar[tuple[str, Literal["max", "min"]]] = ("loss", "min")
-    # Whether `per_class` reports anything and `write_results` writes anything, and whether `predict` gives
-    # feature vectors and pictures.
-    reports_classes: ClassVar[bool] = False
+    # The field of an example that training learns from, and what the numbers of a classifier's head mean.
+    wanted: ClassVar[str] = "label"
+    outputs: ClassVar[Outputs] = ONE_CLASS
+    # Whether `report` and `write_results` give anything, and whether `predict` gives feature vectors and
+    # pictures.
+    gives_report: ClassVar[bool] = False
     writes_results: ClassVar[bool] = False
     gives_features: ClassVar[bool] = True
     gives_pictures: ClassVar[bool] = False
+    # Whether `heatmaps` explains predictions, and whether it explains every output, not the largest alone.
+    gives_heatmaps: ClassVar[bool] = False
+    explains_each: ClassVar[bool] = False
     # Least and greatest value of the task's own keys.
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
 
@@ -117,7 +131,7 @@ class Task:
         # TensorFlow is needed for reading images alone.
         from cnx2_jax.data.images import ImageData
 
-        data = ImageData(self.config)
+        data = ImageData(self.config, self.wanted)
         if not data.num_val:
             raise UserError(
                 f"no validation images with data.val_fraction {self.config.data.val_fraction}; raise it, or "
@@ -132,7 +146,7 @@ class Task:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The name of each class; empty where there are none."""
+        """The name of each class or, in regression, of each target; empty where there are none."""
         return self.data.class_names
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -155,6 +169,12 @@ class Task:
 
     def begin(self, arrays: Params) -> None:
         """Called once with the initial or restored arrays, before any batch is asked for."""
+
+    def adopt(self, metadata: Mapping[str, Any]) -> None:
+        """Called with the metadata of a checkpoint whose arrays are used, to resume, evaluate or predict.
+
+        A task takes from it what it learnt from data besides the arrays, and put there by `metadata`.
+        """
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         """Returns a global batch as `loss` takes it; what samples do to each other, such as mixup, goes here.
@@ -189,8 +209,12 @@ class Task:
         """Returns the metrics over one pass of padded batches."""
         return evaluate(self, model, batches)
 
-    def per_class(self, collected: Collected) -> dict[str, np.ndarray]:
-        """Returns the columns of `cnx2 evaluate --report`, a value per class each."""
+    def reporter(self) -> Scorer:
+        """Returns what scores the samples for `report`: by default the task itself."""
+        return self
+
+    def report(self, collected: Collected) -> Report:
+        """Returns what `cnx2 evaluate --report` writes, from the totals of the metrics of `reporter`."""
         raise NotImplementedError
 
     def write_results(self, collected: Collected, folder: Path) -> None:
@@ -222,13 +246,42 @@ class Task:
         """
         from cnx2_jax.data.images import eval_batches  # TensorFlow is needed for reading images alone
 
+        config = self._prediction_config(source, batch_size)
+        batches = watched(eval_batches(source, config), source.num_records)
+        encoder, flip = models.without_decoder(model), bool(config.get("eval_flip", False))
+        for vectors, probabilities in predictions(encoder, config, batches, self.outputs, flip=flip):
+            for vector, probability in zip(vectors, probabilities, strict=True):
+                yield {"features": vector, "probability": probability}
+
+    def _prediction_config(self, source: Any, batch_size: int) -> ConfigDict:
         config = copy.deepcopy(self.config)
         config.batch_size = min(batch_size, source.num_records)
         config.data.unreadable = "error"  # training may skip images, but here each must give a result
-        batches = watched(eval_batches(source, config), source.num_records)
-        for vectors, probabilities in predictions(models.without_decoder(model), config, batches):
-            for vector, probability in zip(vectors, probabilities, strict=True):
-                yield {"features": vector, "probability": probability}
+        return config
+
+    def heatmaps(self, model: Any, source: Any, batch_size: int) -> Iterator[dict[str, Image.Image]]:
+        """Yields pictures of each image by name, with the places that raise its largest output, in order.
+
+        Args:
+          model, source, batch_size: see `predict`.
+
+        Raises:
+          UserError: an image cannot be read.
+        """
+        from cnx2_jax.data.images import eval_batches  # TensorFlow is needed for reading images alone
+
+        config = self._prediction_config(source, batch_size)
+        batches = watched(eval_batches(source, config), source.num_records, "drawing heat maps")
+        for image, maps in heatmaps(model, config, batches, each=self.explains_each):
+            names = ["heatmap"]
+            if len(maps) > 1:
+                names = [f"heatmap.{name}".replace("/", "_") for name in self.class_names]
+            pictures = [Image.fromarray(heat_overlay(image, heat)) for heat in maps]
+            yield dict(zip(names, pictures, strict=True))
+
+    def exported(self, model: Any) -> Any:
+        """Returns the network that exports hold, whose results need nothing of the metadata."""
+        return model
 
     def prediction(self, outputs: Mapping[str, np.ndarray], top: int) -> dict:
         """Returns what `cnx2 predict --json` prints of one image, as JSON.
@@ -281,6 +334,19 @@ class Task:
     def denormalise(self, images: Float[Array, "b height width c"]) -> UInt8[Array, "b height width c"]:
         """Inverse of `normalise`."""
         return pixels.denormalise(images, self.config.data.mean, self.config.data.std)
+
+
+def use_tta(config: ConfigDict, tta: str | None) -> None:
+    """Sets the key of a `--tta` option, in place.
+
+    Raises:
+      UserError: the task of the config has no such key.
+    """
+    if tta is None:
+        return
+    if "eval_flip" not in config:
+        raise UserError(f"--tta {tta}: task '{config.task}' does not average views of an image; leave it out")
+    config.eval_flip = True
 
 
 def check_keys(config: ConfigDict) -> None:

@@ -3,25 +3,36 @@
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import image_hw
 from cnx2_jax.data.imagenet import describe
 from cnx2_jax.data.mixing import draw_mix, mix_images, mix_targets
-from cnx2_jax.errors import UserError
-from cnx2_jax.evaluation import classification
+from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.evaluation import classification, metrics
+from cnx2_jax.evaluation.metrics import Collected
+from cnx2_jax.evaluation.outcomes import Outcomes, Reporter, outcome_report, worst_mistakes
+from cnx2_jax.evaluation.report import Report
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import Params
+from cnx2_jax.observe.grid import draw_sheet
 from cnx2_jax.tasks import models, weights
-from cnx2_jax.tasks.base import Task
-from cnx2_jax.train.terms import Terms, mean_of
+from cnx2_jax.tasks.base import Described, Task
+from cnx2_jax.train.terms import Term, Terms, mean_of
 from cnx2_jax.types import Batch, HostBatch, Metrics
+
+S = TypeVar("S", bound=classification.Scorer)
+
+CLASS_WEIGHTS = ("none", "balanced")
+MISTAKES, MISTAKES_PER_ROW = 24, 6  # images that a report shows
 
 
 class Classify(Task, name="classify"):
@@ -34,6 +45,8 @@ class Classify(Task, name="classify"):
     """
 
     best = ("accuracy", "max")
+    gives_report = True
+    gives_heatmaps = True
     ranges: ClassVar = {
         "model.head_init_scale": (0, 1e9),
         "label_smoothing": (0, 0.999),
@@ -50,6 +63,23 @@ class Classify(Task, name="classify"):
         # batch draws which.
         config.mixup = 0.0
         config.cutmix = 0.0
+        config.class_weights = "none"  # or balanced: every class has the same weight in the loss
+        config.eval_flip = False  # average probabilities with the mirrored image
+        config.data.labels = ""  # a CSV file with the class of each image in data.root; empty: sub-folders
+        config.data.classes = ""  # a text file with one class name per line; empty: those in data.labels
+        config.data.sampling = "all"  # or balanced: images of every class equally often
+
+    def check(self) -> None:
+        super().check()
+        chosen = self.config.get("class_weights", "none")
+        if chosen not in CLASS_WEIGHTS:
+            hint = nearest(chosen, CLASS_WEIGHTS)
+            raise UserError(f"unknown class_weights '{chosen}'{hint} (known: {', '.join(CLASS_WEIGHTS)})")
+        if self.config.data.classes and not self.config.data.labels:
+            raise UserError(
+                f"data.classes '{self.config.data.classes}' names the classes in data.labels; set that "
+                "too, or leave it out"
+            )
 
     def check_data(self) -> None:
         if len(self.class_names) < 2:
@@ -78,12 +108,51 @@ class Classify(Task, name="classify"):
 
     def loss(self, model: ConvNeXtV2, batch: Batch, keys: jax.Array) -> tuple[Terms, Terms]:
         logits = model(batch["image"], keys)
-        loss = optax.softmax_cross_entropy(logits, batch["target"])
         correct = logits.argmax(axis=-1) == batch["label"]
-        return {"loss": mean_of(loss)}, {"accuracy": mean_of(correct)}
+        targets = batch["target"]
+        if self.config.class_weights == "none":
+            loss = mean_of(optax.softmax_cross_entropy(logits, targets))
+        else:
+            weighted = targets * jnp.asarray(self.class_weights(), jnp.float32)
+            loss = Term(-(weighted * jax.nn.log_softmax(logits)).sum(), weighted.sum())
+        return {"loss": loss}, {"accuracy": mean_of(correct)}
+
+    def class_weights(self) -> Float[np.ndarray, " classes"]:
+        """Returns the weight of each class: images over classes times its images, as in scikit-learn.
+
+        A class without training images has the weight 0.
+        """
+        if isinstance(self.data, Described):
+            return np.ones(len(self.class_names))
+        counts = np.bincount(self.data.train.all_labels(), minlength=len(self.class_names))
+        return np.where(counts > 0, counts.sum() / (len(counts) * np.maximum(counts, 1)), 0)
 
     def score(self, model: ConvNeXtV2, batch: Batch, positions: jax.Array) -> dict[str, jax.Array]:
-        return classification.class_scores(model(self.normalise(batch["image"])), batch["label"])
+        return self._scorer(classification.Scorer).score(model, batch, positions)
+
+    def _scorer(self, kind: type[S]) -> S:
+        """Returns a scorer of this class for the task's images."""
+        data = self.config.data
+        return kind(tuple(data.mean), tuple(data.std), bool(self.config.get("eval_flip", False)))
+
+    def reporter(self) -> Reporter:
+        return self._scorer(Reporter)
+
+    def report(self, collected: Collected) -> Report:
+        """Returns the tables and plots of `outcome_report`, and a picture `mistakes` of the worst ones."""
+        total = collected.total(Outcomes)
+        report = outcome_report(total, self.class_names)
+        rows = worst_mistakes(total, MISTAKES)
+        if not len(rows):
+            return report
+        captions = [
+            f"{sure:.0%} {self.class_names[found]}, is {self.class_names[label]}"
+            for sure, found, label in zip(
+                *(total[name][rows] for name in ("confidence", "predicted", "label")), strict=True
+            )
+        ]
+        images = self.images.val_images(total["position"][rows])
+        return report._replace(pictures={"mistakes": draw_sheet(images, captions, MISTAKES_PER_ROW)})
 
     def prediction(self, outputs: Mapping[str, np.ndarray], top: int) -> dict:
         shares = outputs["probability"]
@@ -119,7 +188,7 @@ class Classify(Task, name="classify"):
 
     def evaluate(self, model: ConvNeXtV2, batches: Iterable[Batch]) -> Metrics:
         # The same as by `score`, but compiled once for all tasks that normalise alike.
-        return classification.evaluate(model, self.config.data.mean, self.config.data.std, batches)
+        return metrics.evaluate(self._scorer(classification.Scorer), model, batches)
 
 
 def _shown(name: str) -> str:

@@ -22,6 +22,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.coco import AveragePrecision
 from cnx2_jax.evaluation.detections import Detections, write_results
 from cnx2_jax.evaluation.metrics import Collected, Metric
+from cnx2_jax.evaluation.report import Report, class_report
 from cnx2_jax.models import MaskRCNN
 from cnx2_jax.models.mask_rcnn import Truth
 from cnx2_jax.models.state import Params, merge, split
@@ -53,7 +54,7 @@ class Detect(Task, name="detect"):
     """
 
     best = ("box_ap", "max")
-    reports_classes = True
+    gives_report = True
     writes_results = True
     gives_features = False
     gives_pictures = True
@@ -140,8 +141,9 @@ class Detect(Task, name="detect"):
     def metrics(self) -> Sequence[Metric]:
         return (AveragePrecision(self.data.annotations),)
 
-    def per_class(self, collected: Collected) -> dict[str, np.ndarray]:
-        return AveragePrecision(self.data.annotations).per_class(_detections(collected))
+    def report(self, collected: Collected) -> Report:
+        columns = AveragePrecision(self.data.annotations).per_class(_detections(collected))
+        return class_report(self.class_names, columns)
 
     def write_results(self, collected: Collected, folder: Path) -> None:
         """Writes `results_bbox.json` and `results_segm.json` in COCO's format; see the base class."""

@@ -18,6 +18,7 @@ from cnx2_jax.configuration import image_hw
 from cnx2_jax.data.segmentation_keys import RANGES, add_segmentation_keys
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.metrics import Collected, ConfusionMatrix, Mean, Metric
+from cnx2_jax.evaluation.report import Report, class_report
 from cnx2_jax.evaluation.windows import average_over_windows, resized_to
 from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.models.resampling import resize
@@ -46,7 +47,7 @@ class Segment(Task, name="segment"):
     """
 
     best = ("miou", "max")
-    reports_classes = True
+    gives_report = True
     gives_features = False
     gives_pictures = True
     ranges: ClassVar = {
@@ -211,9 +212,9 @@ class Segment(Task, name="segment"):
     def metrics(self) -> Sequence[Metric]:
         return Mean(), ConfusionMatrix(len(self.class_names))
 
-    def per_class(self, collected: Collected) -> dict[str, np.ndarray]:
-        matrices = [total for metric, total in collected.totals if isinstance(metric, ConfusionMatrix)]
-        return ConfusionMatrix(len(self.class_names)).per_class(matrices[0])
+    def report(self, collected: Collected) -> Report:
+        total = collected.total(ConfusionMatrix)
+        return class_report(self.class_names, ConfusionMatrix(len(self.class_names)).per_class(total))
 
     def _labelled(self, maps: Array) -> tuple[Int[Array, "b h w"], Bool[Array, "b h w"]]:
         """Returns the class of each pixel, and whether it has one."""

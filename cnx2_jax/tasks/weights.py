@@ -37,6 +37,7 @@ def load_task(path: Path) -> tuple[Any, Task]:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"checkpoint '{path}' is damaged: its config cannot be read ({error})") from None
     task = TASKS[config.task](config, data=Described(class_names=class_names))
+    task.adopt(metadata)
     graph, like = split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
     params = checkpoint.read_params(folder)
     check_params(params, like, str(path))

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cnx2_jax.checkpoints import damage
+from cnx2_jax.checkpoints.checkpoint import read_metadata
 from cnx2_jax.checkpoints.manager import Checkpoints
 from cnx2_jax.cluster import processes
 from cnx2_jax.errors import UserError, nearest
@@ -98,6 +99,7 @@ def first_state(
     places = sharding.state_sharding(like, mesh)
     latest = latest_step(checkpoints, like)
     if latest is not None:
+        task.adopt(read_metadata(checkpoints.directory / str(latest)))
         shapes = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, places
         )

@@ -1,6 +1,6 @@
 """The interface that the loop uses; `tasks.base.Task` implements it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import jax
@@ -54,6 +54,8 @@ class Task(Protocol):
     def start(self, arrays: Params) -> Params: ...
 
     def begin(self, arrays: Params) -> None: ...
+
+    def adopt(self, metadata: Mapping[str, Any]) -> None: ...
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch: ...
 

@@ -200,3 +200,51 @@ def test_neighbours_need_classes_and_so_many_images(runs, tmp_path, capfd):
         captured = capfd.readouterr()
         assert captured.out == "" and len(captured.err.splitlines()) == 1
         assert message in captured.err
+
+
+# Reports, and averages over views.
+
+
+def test_a_report_of_a_classifier(runs, tmp_path, capfd):
+    folder = tmp_path / "report"
+    assert run("--workdir", runs["classify"], "--config.batch_size=100") == 0
+    plain = json.loads(capfd.readouterr().out)
+    assert run("--workdir", runs["classify"], "--report", folder, "--config.batch_size=100") == 0
+    captured = capfd.readouterr()
+    found = json.loads(captured.out)
+    assert {name: found[name] for name in plain} == pytest.approx(plain)
+    assert 0 < found["ece"] <= found["mce"] <= 1
+    rows = [line.split(",") for line in (folder / "classes.csv").read_text().splitlines()]
+    assert rows[0] == ["class", "f1", "precision", "recall", "support"]
+    assert [row[0] for row in rows[1:]] == [*"0123456789"]
+    support, recall = (np.array([float(row[place]) for row in rows[1:]]) for place in (4, 3))
+    assert support.sum() == 359
+    assert (support * recall).sum() / 359 == pytest.approx(found["accuracy"], abs=1e-4)
+    written = {path.name for path in folder.iterdir()}
+    tables = {f"{name}.{end}" for name in ("classes", "calibration", "confusions") for end in ("md", "csv")}
+    plots = {"classes.png", "calibration.png", "confusion.png"}
+    assert written - plots == tables | {"mistakes.png"}
+    # Six images of 96 pixels in each of four rows.
+    assert Image.open(folder / "mistakes.png").size == (4 + 6 * 100, 4 + 4 * (96 + 20 + 4))
+    assert len(captured.err.splitlines()) == 3  # a line per plot, drawn or not
+    assert run("--workdir", runs["classify"], "--report", folder) == 2
+    assert "exists already" in capfd.readouterr().err
+
+
+def test_views_are_averaged_where_the_task_can(runs, capfd):
+    found = []
+    for options in ([], ["--tta", "flip"], ["--config.eval_flip=true"]):
+        assert run("--workdir", runs["classify"], "--config.batch_size=100", *options) == 0
+        found.append(json.loads(capfd.readouterr().out))
+    assert found[0]["loss"] != found[1]["loss"] and found[1] == found[2]
+    for kind, options, message in (
+        ("pretrain", ["--tta", "flip"], "--tta flip: task 'pretrain' does not average views of an image"),
+        ("pretrain", ["--report", "x"], "--report: task 'pretrain' has nothing to report; leave it out"),
+        (
+            "classify",
+            ["--tta", "flip", "--knn", "3"],
+            "--tta is about the run's own images and excludes --set",
+        ),
+    ):
+        assert run("--workdir", runs[kind], *options) == 2
+        assert message in capfd.readouterr().err

@@ -225,3 +225,30 @@ def test_a_reader_that_leaves_early(classifier, images):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+def test_probabilities_are_averaged_over_both_views(classifier, images, tmp_path, capfd):
+    mirrored = []
+    for index, path in enumerate(images):
+        mirrored.append(tmp_path / f"{index}.png")
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirrored[-1])
+    assert run("--checkpoint", classifier, "--json", "--tta", "flip", *images) == 0
+    shares = (expected(classifier, images)[1] + expected(classifier, mirrored)[1]) / 2
+    check_lines(capfd.readouterr().out, images, shares)
+
+
+def test_heat_maps_are_drawn_for_every_image(classifier, pretrained, images, tmp_path, capfd):
+    folder = tmp_path / "heat"
+    assert run("--checkpoint", classifier, "--heatmap", folder, "--batch-size", 2, *images) == 0
+    assert capfd.readouterr().err == f"drew the heat maps into {folder}\n"
+    assert {path.name for path in folder.iterdir()} == {f"{path.stem}.heatmap.png" for path in images}
+    assert all(Image.open(path).size == (16, 16) for path in folder.iterdir())
+    features = ["--features", tmp_path / "x.npy"]
+    for stored, options, message in (
+        (classifier, ["--heatmap", folder], "exists already"),
+        (pretrained, [*features, "--heatmap", tmp_path / "y"], "has no outputs to explain"),
+        (classifier, [*features, "--tta", "flip"], "give only one"),
+    ):
+        assert run("--checkpoint", stored, *options, *images) == 2
+        assert message in capfd.readouterr().err
+    assert not (tmp_path / "x.npy").exists() and not (tmp_path / "y").exists()

@@ -7,9 +7,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from cnx2_jax.data.class_names import read_class_names
 from cnx2_jax.data.segmentation_keys import add_segmentation_keys
 from cnx2_jax.data.sources import open_set, open_source
-from cnx2_jax.data.sources.masks import read_class_names
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 

@@ -287,3 +287,18 @@ def test_labels_are_read_where_they_are_not_known(tmp_path):
     for labels in (source.all_labels(), unknown.all_labels()):
         assert labels.tolist() == [0, 1, 1]
         assert labels.dtype == np.int32
+
+
+def test_rows_of_digits_hold_the_set_and_the_sum_of_their_digits():
+    source = open_source(config("digit_rows"), "val", seed=0)
+    again = open_source(config("digit_rows"), "val", seed=1)
+    assert source.num_records == 400 and source.class_names == tuple("0123456789")
+    for index in range(20):
+        record, other = source.read(np.int64(index)), again.read(np.int64(index))
+        assert bytes(record["image"].numpy()) == bytes(other["image"].numpy())
+        found, total = set(record["labels"].numpy().tolist()), float(record["value"][0])
+        assert 1 <= len(found) <= 3 and sum(found) <= total <= 27
+        np.testing.assert_array_equal(np.flatnonzero(source.targets["labels"][index]), sorted(found))
+        assert source.targets["value"][index, 0] == total
+    few = source.only(np.arange(400) < 3)
+    assert few.targets["value"].shape == (3, 1)

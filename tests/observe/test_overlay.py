@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cnx2_jax.observe.overlay import coloured, draw_segmentations, overlay, palette
+from cnx2_jax.observe.overlay import coloured, draw_segmentations, heat_overlay, overlay, palette
 
 
 def test_colours_are_those_of_pascal_voc_and_all_different():
@@ -31,3 +31,13 @@ def test_a_grid_takes_rows_of_different_sizes():
     grid = draw_segmentations(rows, 3)
     assert grid.dtype == np.uint8 and grid.shape[2] == 3
     assert grid.shape[0] > 2 * 256
+
+
+def test_heat_is_strongest_at_its_largest_value_and_leaves_the_rest():
+    image = np.full((6, 8, 1), 100, np.uint8)
+    drawn = heat_overlay(image, np.float32([[0, 0], [0, 5]]))
+    assert drawn.shape == (6, 8, 3)
+    assert (drawn[0, 0] == 100).all()
+    red = drawn[..., 0].astype(int)
+    assert red.max() == red[-1, -1] > 150 and drawn[-1, -1, 2] < 100
+    assert (heat_overlay(image, np.zeros((2, 2), np.float32)) == 100).all()  # nothing raises the output

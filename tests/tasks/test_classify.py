@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from sklearn.utils.class_weight import compute_class_weight
 
 from cnx2_jax.configuration import override
 from cnx2_jax.data.mixing import draw_mix, mix_targets
@@ -57,6 +58,42 @@ def test_loss_is_smoothed_cross_entropy(smoothing):
     loss, metrics = task.loss(Given(logits), batch, jax.random.split(jax.random.key(0), 6))
     assert float(value(loss["loss"])) == pytest.approx(expected, rel=1e-5)
     assert float(value(metrics["accuracy"])) == pytest.approx((logits.argmax(axis=1) == labels).mean())
+
+
+def test_balanced_weights_are_scikit_learns_and_divide_the_loss():
+    task = classify("class_weights=balanced")
+    labels = task.data.train.labels
+    expected = compute_class_weight("balanced", classes=np.arange(10), y=labels)
+    np.testing.assert_allclose(task.class_weights(), expected)
+    logits, few = np.random.default_rng(0).standard_normal((4, 10)), np.array([0, 8, 8, 3])
+    loss, _ = task.loss(
+        Given(logits),
+        task.prepare(batch_of(few), jax.random.key(0)),
+        jax.random.split(jax.random.key(0), 4),
+    )
+    each = -log_softmax(logits)[np.arange(4), few]
+    average = (expected[few] * each).sum() / expected[few].sum()
+    assert float(value(loss["loss"])) == pytest.approx(average, rel=1e-5)
+    with pytest.raises(UserError, match="unknown class_weights 'balance'; did you mean 'balanced'"):
+        classify("class_weights=balance")
+
+
+def test_classes_come_from_a_table(tmp_path):
+    names = [f"{index}.png" for index in range(8)]
+    for name in names:
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
+    rows = [f"{name},{'cat' if index < 6 else 'dog'}" for index, name in enumerate(names)]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,label", *rows]))
+    place = ["data.source=folder", f"data.root={tmp_path}", f"data.labels={tmp_path / 'labels.csv'}"]
+    task = classify(*place, "data.val_fraction=0.5", "data.sampling=balanced", "batch_size=4", "image_size=8")
+    assert task.class_names == ("cat", "dog")
+    assert task.data.train.labels.tolist().count(1) == task.data.val.labels.tolist().count(1) == 1
+    batches = task.data.train_batches(0)
+    assert all(sorted(next(batches)["label"]) == [0, 0, 1, 1] for _ in range(3))
+    with pytest.raises(UserError, match=r"unknown data\.sampling 'balance'; did you mean 'balanced'"):
+        classify("data.sampling=balance")
+    with pytest.raises(UserError, match=r"data\.classes 'x' names the classes in data\.labels; set that too"):
+        classify("data.classes=x")
 
 
 def test_evaluation_is_without_smoothing_and_without_padding():

@@ -8,8 +8,9 @@ import numpy as np
 
 from cnx2_jax.data.sources.base import Source, first_of_each_class, held_out
 from cnx2_jax.data.sources.coco import open_coco
-from cnx2_jax.data.sources.digits import open_digits
+from cnx2_jax.data.sources.digits import open_digit_rows, open_digits
 from cnx2_jax.data.sources.folder import open_folder, open_whole_folder
+from cnx2_jax.data.sources.labelled import open_labelled
 from cnx2_jax.data.sources.masks import open_ade20k, open_masks
 from cnx2_jax.data.sources.scenes import open_scenes
 from cnx2_jax.data.sources.synthetic import open_synthetic
@@ -39,6 +40,7 @@ KINDS: dict[str, Kind] = {
         open_set=lambda _, root: open_whole_folder(root),
     ),
     "digits": Kind(lambda data, _, split: open_digits(split), open_set=lambda *_: open_digits("val")),
+    "digit_rows": Kind(lambda data, _, split: open_digit_rows(split)),
     "tfds": Kind(
         lambda data, spec, split: _open_tfds_split(spec, data, split), detailed=True, open_set=open_tfds
     ),
@@ -54,22 +56,24 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def open_source(data: Any, split: str, seed: int) -> Source:
+def open_source(data: Any, split: str, seed: int, wanted: str = "label") -> Source:
     """Opens one split of the source that a config names.
 
     The val split never depends on `seed`, so runs with different seeds, such as pretraining and fine-tuning,
     keep the same images out of training.
 
     Args:
-      data: `config.data`. `source` is "digits"; "folder", with its path in `root`;
+      data: `config.data`. `source` is "digits" or "digit_rows"; "folder", with its path in `root`;
         "tfds:NAME[/CONFIG]:SPLIT", with TFDS's data directory in `root` or its default one;
         "synthetic[:RECORDS[:CLASSES]]"; with maps of classes, "masks" and "ade20k", in `root`; with objects,
         "coco", in `root`; or, with both, "scenes[:RECORDS]". Its val split is a folder's `val`, COCO's
         val2017, a TFDS data set's `validation` or `test`, or else `val_fraction` of each class, held out of
         training.
         `train_per_class` keeps that many training records per class, chosen by `seed`; 0 keeps all.
+        With `labels`, a CSV file, see `open_labelled`.
       split: "train" or "val".
       seed: the run's seed.
+      wanted: the field that training learns from, which decides what is read from `labels`.
 
     Raises:
       UserError: an unknown source, a number out of range, or images that are missing or laid out
@@ -78,8 +82,16 @@ def open_source(data: Any, split: str, seed: int) -> Source:
     if data.train_per_class < 0:
         raise UserError(f"data.train_per_class {data.train_per_class} is negative; 0 keeps all")
     kind, detail = _kind(data.source, "data.source", KINDS)
-    source = KINDS[kind].open(data, detail, split)
+    if data.get("labels", ""):
+        source = open_labelled(data, split, wanted)
+    else:
+        source = KINDS[kind].open(data, detail, split)
     if split == "train" and data.train_per_class:
+        if source.targets:
+            raise UserError(
+                f"data.train_per_class {data.train_per_class}: these images have not one class "
+                "each; set it to 0"
+            )
         if source.labels is None:
             raise UserError(
                 f"data.train_per_class {data.train_per_class}: the labels of '{data.source}' are only "

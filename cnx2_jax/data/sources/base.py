@@ -26,6 +26,8 @@ class Source:
       describe: maps an index to the path of the file or the name of the record, for error messages.
       describe_entry: the same for one field, by its name, where records consist of several files.
       annotations: the objects of all images, where they have any, as detections are compared with them.
+      targets: float64 [num_records, n] by the name of a field: 0 or 1 for each of n classes of a multi-label
+        field, or n values. Training learns from them, before it begins, what the field is like.
     """
 
     num_records: int
@@ -35,6 +37,7 @@ class Source:
     describe: Callable[[int], str]
     describe_entry: Callable[[int, str], str] | None = None
     annotations: Annotations | None = None
+    targets: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def name_of(self, index: int, field: str) -> str:
         """Returns what an error message calls the entry of one field."""
@@ -42,8 +45,10 @@ class Source:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes of the first field that has any; empty if no field has."""
-        named = (getattr(field, "class_names", ()) for field in self.fields.values())
+        """The names of the classes, or values, of the first field that has any; empty if no field has."""
+        named = (
+            getattr(field, "class_names", ()) or getattr(field, "names", ()) for field in self.fields.values()
+        )
         return next(filter(None, named), ())
 
     def only(self, chosen: np.ndarray) -> "Source":
@@ -58,6 +63,7 @@ class Source:
             describe=lambda index: self.describe(int(indices[index])),
             describe_entry=lambda index, field: self.name_of(int(indices[index]), field),
             annotations=self.annotations and self.annotations.only(indices),
+            targets={name: rows[indices] for name, rows in self.targets.items()},
         )
 
     def all_labels(self) -> np.ndarray:
@@ -112,3 +118,11 @@ def first_of_each_class(labels: np.ndarray, ranks: np.ndarray, share: np.ndarray
     chosen = np.zeros(len(labels), bool)
     chosen[order] = place_in_class < share[sorted_labels]
     return chosen
+
+
+def stored_sets(chosen: np.ndarray) -> tf.RaggedTensor:
+    """Returns the stored entries of a `MultiLabel`, int32 [records, any], from bool [records, classes]."""
+    rows, classes = np.nonzero(chosen)
+    return tf.RaggedTensor.from_value_rowids(
+        tf.constant(classes, tf.int32), tf.constant(rows, tf.int64), nrows=len(chosen)
+    )
