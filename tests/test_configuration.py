@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cnx2_jax import configuration
+from cnx2_jax.bands import take_statistics
 from cnx2_jax.configuration import flatten, load_config, load_module, override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import split
@@ -717,7 +718,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     config = defaults(name)
     config.update(image_size=(32, 32), batch_size=4, total_epochs=1.0, log_steps=1, checkpoint_steps=1)
     config.data.root = config.data.val_root = str(tmp_path / "images")
-    config.data.val_source = "folder"
+    config.data.source = config.data.val_source = "arrays"  # they read more keys than images
     config.data.unreadable = "skip"
     config.model.variant = "atto"
     config.model.patch_size = 2
@@ -729,6 +730,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     }
     reads.clear()
 
+    take_statistics(config.data)  # as `override` does
     task = make_task(config)
     task.start(split(task.init(nnx.Rngs(0)))[1])
     batch = next(task.data.train_batches(0))

@@ -6,28 +6,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 
 from cnx2_jax.configuration import image_hw
 from cnx2_jax.data import faults, pipeline
 from cnx2_jax.data.augment import make_augmentation
-from cnx2_jax.data.fields import Field, Image, Label
+from cnx2_jax.data.fields import Field, Label
 from cnx2_jax.data.pipeline import Batch, Examples
-from cnx2_jax.data.sources import Source, open_set, open_source
+from cnx2_jax.data.sources import Source, open_paths, open_set, open_source
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import EvalTransform, TrainTransform
 from cnx2_jax.errors import UserError
 
 
 class ImageData(Examples):
-    """The images of one run: batches of {"image": uint8 [b, h, w, C], "label": int32 [b]}."""
+    """The images of one run: batches of {"image": [b, h, w, C], "label": int32 [b]}.
+
+    Images are uint8, arrays of bands in `data.dtype`.
+    """
 
     def __init__(self, config: Any):
         """Opens both splits of `config.data`; see `open_source` for its keys and errors.
 
         Args:
           config: the config of the run. Read here: `seed`, `batch_size` (global), `image_size`,
-            `model.in_chans` (1 or 3), and all of `data`.
+            `model.in_chans` (of images 1 or 3), and all of `data`.
 
         Raises:
           UserError: as `open_source`, `open_set`, `make_augmentation` and `faults.Tolerance`, or if images
@@ -35,14 +38,13 @@ class ImageData(Examples):
         """
         data, seed = config.data, config.seed
         tolerance = _tolerance(config)
-        _check_channels(config.model.in_chans)
         train = _labelled(open_source(data, "train", seed))
         if data.val_root and not data.val_source:
             raise UserError(
                 f"data.val_root '{data.val_root}' without data.val_source; set it to folder or tfds:..."
             )
         if data.val_source:
-            val = open_set(data.val_source, data.val_root, train.class_names)
+            val = open_set(data.val_source, data.val_root, train.class_names, data)
         else:
             val = _labelled(open_source(data, "val", seed))
         fields = _fields(train, config)
@@ -94,28 +96,31 @@ def eval_batches(
 
 
 def preprocess_files(
-    paths: Sequence[str | os.PathLike[str]],
-    *,
-    size: tuple[int, int],
-    channels: int,
-    eval_crop: float,
-) -> UInt8[np.ndarray, "files height width channels"]:
-    """Reads image files the way evaluation does, in the order given.
+    paths: Sequence[str | os.PathLike[str]], config: Any
+) -> Shaped[np.ndarray, "files height width channels"]:
+    """Reads image or array files the way evaluation does, in the order given.
+
+    Args:
+      paths: of the files.
+      config: as for `ImageData`; of `data.source` only the kind is read.
+
+    Returns:
+      uint8, or `config.data.dtype` for arrays.
 
     Raises:
-      UserError: a file is missing or not a readable image.
+      UserError: a file is missing or not readable.
     """
-    _check_channels(channels)
-    transform = EvalTransform({"image": Image(channels)}, size, eval_crop)
-    images = np.empty((len(paths), *size, channels), np.uint8)
+    source = open_paths([os.fspath(path) for path in paths], config.data)
+    transform = _eval_transform(source, config)
+    images = []
     seed = tf.zeros([2], tf.int64)  # evaluation draws nothing
-    for index, path in enumerate(paths):
+    for index in range(source.num_records):
         try:
-            record = {"image": tf.io.read_file(os.fsencode(path))}
-            images[index] = transform.finish(transform.decode(record, seed), seed)["image"]
+            record = source.read(tf.constant(index, tf.int64))
+            images.append(transform.finish(transform.decode(record, seed), seed)["image"])
         except pipeline.FAILURES as error:
-            raise pipeline.unreadable(os.fspath(path), error, transform.fields["image"]) from error
-    return images
+            raise pipeline.unreadable(source.describe(index), error, transform.fields["image"]) from error
+    return np.stack(images)
 
 
 def _eval_transform(source: Source, config: Any) -> EvalTransform:
@@ -123,15 +128,9 @@ def _eval_transform(source: Source, config: Any) -> EvalTransform:
 
 
 def _fields(source: Source, config: Any) -> Mapping[str, Field]:
-    """Returns the fields of a source, its images in the channels that the model has."""
-    _check_channels(config.model.in_chans)
-    return {**source.fields, "image": Image(config.model.in_chans)}
+    """Returns the fields of a source as the run reads them."""
+    return {name: field.configured(config) for name, field in source.fields.items()}
 
 
 def _tolerance(config: Any) -> faults.Tolerance:
     return faults.Tolerance(config.data.unreadable, config.data.max_unreadable)
-
-
-def _check_channels(channels: int) -> None:
-    if channels not in (1, 3):
-        raise UserError(f"model.in_chans {channels}: image files are read with 1 or 3 channels")
