@@ -12,6 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from cnx2_jax.bands import take_statistics
 from cnx2_jax.errors import UserError, nearest
 
 # The recipes that come with the package. In a checkout, this is a link to the folder at the top.
@@ -102,8 +103,8 @@ def defaults(task: str) -> ConfigDict:
     model.scan = "auto"  # compile one block per stage and loop over the parameters: on, off or auto
 
     data = config.data = ConfigDict()
-    data.source = "folder"  # or tfds:NAME[/CONFIG]:SPLIT, synthetic[:RECORDS[:CLASSES]], digits
-    data.root = ""  # the folder of images, or TFDS's data_dir if it is not the default one
+    data.source = "folder"  # or arrays, tfds:NAME[/CONFIG]:SPLIT, synthetic[:RECORDS[:CLASSES]], digits
+    data.root = ""  # the folder of images, folder or file of arrays, or TFDS's data_dir if not the default
     data.val_source = ""  # another source for the validation images
     data.val_root = ""
     data.val_fraction = 0.1  # held out if the source has no validation images
@@ -116,8 +117,16 @@ def defaults(task: str) -> ConfigDict:
     data.unreadable = "error"  # or skip: use another image instead and count it in the metrics
     data.max_unreadable = 0.01  # the run stops if a larger share of all images is skipped
     data.eval_crop = 0.875
-    data.mean = (0.485, 0.456, 0.406)  # of ImageNet, for pixels from 0 to 1
+    data.mean = (0.485, 0.456, 0.406)  # of ImageNet, for pixels from 0 to 1; raw values unless uint8
     data.std = (0.229, 0.224, 0.225)
+    data.statistics = ""  # a file of `cnx2 data --statistics`: sets bands, dtype, mean and std
+    data.dtype = "uint8"  # of batches of images; others for arrays
+    data.layout = "channels_last"  # of .npy, .npz and zarr; or channels_first, also of TIFFs of several pages
+    data.array = ""  # the name of the array in .npz files of several
+    data.bands = ""  # names of all bands of the arrays, with commas; empty: those of statistics, or 1,2,...
+    data.use_bands = ""  # names of those that the network gets, in its order; empty: all
+    data.show_bands = ""  # the three that pictures show as red, green and blue; empty: a false-colour rule
+    data.no_data = ""  # the number that stands for a missing value in arrays
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.base_learning_rate = 1.5e-4  # for a batch of 256; scales with batch_size
@@ -221,7 +230,8 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """Applies `--config.KEY=VALUE` arguments in place, type-checked by the key's value; locks the config.
 
     Raises:
-      UserError: an unknown key, with the nearest known one, or a value of another type.
+      UserError: an unknown key, with the nearest known one, or a value of another type; see
+        `take_statistics`.
     """
     known = flatten(config)
     # absl would append the values of a tuple that is given twice; here the last one wins.
@@ -256,6 +266,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             if not all(type(item) in kinds for item in value):
                 kind = "whole numbers" if kinds == (int,) else "numbers"
                 raise UserError(f"config key {key}={value} must be {kind}, such as {key}=(1,2)")
+    take_statistics(config.data)
     check_ranges(config)
     config.lock()
     return config

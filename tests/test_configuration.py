@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cnx2_jax import configuration
+from cnx2_jax.bands import take_statistics
 from cnx2_jax.configuration import flatten, load_config, load_module, override
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import split
@@ -186,7 +187,10 @@ def test_unknown_name_names_the_nearest_and_the_known(name, nearest, monkeypatch
     (tmp_path / "other").write_text("")  # a config file's name ends in .py
     with pytest.raises(UserError) as raised:
         load_config(f"{name}:tiny")
-    known = "detect, finetune, finetune_22k, finetune_22k_1k, linear_probe, pretrain, scratch, segment"
+    known = (
+        "detect, finetune, finetune_22k, finetune_22k_1k, linear_probe, multilabel, pretrain, regress, "
+        "scratch, segment"
+    )
     assert str(raised.value) == f"unknown config '{name}'{nearest} (known: {known}; or give a FILE.py)"
 
 
@@ -283,7 +287,7 @@ def test_workdir_of_another_run_is_refused_and_kept(tmp_path):
     assert "\n" not in message
     assert "model.mask_ratio = 0.6 there, 0.75 here" in message
     assert "seed = 0 there, 3 here" in message
-    with pytest.raises(UserError, match=r"init_from = unset there, '' here.* and .* more"):
+    with pytest.raises(UserError, match=r"class_weights = unset there, none here.* and .* more"):
         record_config(changed("classify"), tmp_path)
     assert (tmp_path / "config.json").read_text() == text
 
@@ -722,7 +726,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     config = defaults(name)
     config.update(image_size=(32, 32), batch_size=4, total_epochs=1.0, log_steps=1, checkpoint_steps=1)
     config.data.root = config.data.val_root = str(tmp_path / "images")
-    config.data.val_source = "folder"
+    config.data.source = config.data.val_source = "arrays"  # they read more keys than images
     config.data.unreadable = "skip"
     config.model.variant = "atto"
     config.model.patch_size = 2
@@ -734,6 +738,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     }
     reads.clear()
 
+    take_statistics(config.data)  # as `override` does
     task = make_task(config)
     task.start(split(task.init(nnx.Rngs(0)))[1])
     batch = next(task.data.train_batches(0))

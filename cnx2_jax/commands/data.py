@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnx2_jax.commandline import count
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError, UserError
+from cnx2_jax.files import check_new, replacing
 from cnx2_jax.observe.grid import draw_sheet
 from cnx2_jax.observe.pictures import check_picture, write_picture
-from cnx2_jax.observe.progress import say
+from cnx2_jax.observe.progress import counted, say
+from cnx2_jax.observe.tables import markdown_table
 from cnx2_jax.tasks import Task, make_task
 from cnx2_jax.train.step import batch_key
 
@@ -26,6 +29,7 @@ TAKES_OVERRIDES = True
 COLUMNS = 8  # images per row; only images of the same row are mixed
 SIZES_OF = 1000  # images whose sizes are read
 TIMED_BATCH = 64
+SAMPLE = 10_000
 SHOWN_CLASSES = 3  # largest and smallest classes to list
 
 
@@ -37,7 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as for train, NAME:RECIPE or FILE.py:RECIPE; change any key with --config.KEY=VALUE",
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="SHEET.png", help="the sheet of training images to write"
+        "--out", type=Path, metavar="SHEET.png", help="the sheet of training images to write, by default none"
+    )
+    parser.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE.json",
+        help="only compute mean, deviation, percentiles and extremes of each band of the training images, "
+        "print them and write them to this new file, which data.statistics takes",
+    )
+    parser.add_argument(
+        "--sample",
+        type=count,
+        default=SAMPLE,
+        metavar="N",
+        help=f"--statistics: images to read, spread over all; {SAMPLE:,} by default",
     )
     parser.add_argument("--rows", type=int, default=6, help=f"rows of {COLUMNS} images; 6 by default")
     parser.add_argument("--step", type=int, default=0, help="training step of the first row; 0 by default")
@@ -50,6 +68,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     from cnx2_jax.data import inspection
     from cnx2_jax.data.pipeline import Examples
 
+    if (args.out is None) == (args.statistics is None):
+        raise UserError("give either --out, the sheet to write, or --statistics, the file to write")
+    if args.statistics is not None:
+        _measure(args, overrides)
+        return
     check_picture(args.out)
     if not (1 <= args.rows <= 100 and 0 <= args.step < 2**31 and 0 <= args.seconds <= 3600):
         raise UserError(
@@ -87,6 +110,31 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     print(json.dumps({**result, "sheet": str(args.out)}))
     if not all(checks.values()):
         raise RunError("a check of the data order failed; please report this")
+
+
+def _measure(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Writes the statistics of the training images."""
+    from cnx2_jax.data import statistics
+    from cnx2_jax.data.sources import open_source
+
+    check_new(args.statistics, "--statistics")
+    config = load_config(args.config, overrides)
+    source = open_source(config.data, "train", config.seed)
+    images = min(args.sample, source.num_records)
+    arrays = statistics.sample_arrays(source, config, args.sample)
+    found = statistics.measure(source, config, counted(arrays, images, "statistics"))
+    with replacing(args.statistics) as partial:
+        partial.write_text(found.as_json())
+    columns = (found.mean, found.std, found.least, found.low, found.high, found.most)
+    rows = [
+        [name, *(f"{column[place]:.6g}" for column in columns), f"{found.bad[place]:.2%}"]
+        for place, name in enumerate(found.names)
+    ]
+    heads = ["band", "mean", "deviation", "least", "2%", "98%", "most", "bad values"]
+    say(f"{found.images:,} images of {found.dtype}\n{markdown_table(heads, rows)}")
+    for name in found.constant():
+        say(f"band '{name}' is constant, so a run has to leave it out: data.use_bands")
+    print(json.dumps({"statistics": str(args.statistics), "images": found.images, "bands": found.names}))
 
 
 def _describe(split: str, source: "Source") -> None:

@@ -157,6 +157,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     form = FORMATS[args.format]
     export.check_writable(form)
     folder = checkpoint.find(args.checkpoint)  # once: a running training may save a later one meanwhile
+    dtype = checkpoint.read_metadata(folder)["config"]["data"].get("dtype", "uint8")
+    if args.input == "uint8" and dtype != "uint8":
+        raise UserError(f"--input uint8: '{args.checkpoint}' is of images of {dtype}; give --input float32")
     if args.format == "orbax":
         model = _inference_model(folder, whole=COMPARED_WHOLE)
     else:

@@ -68,13 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="JPEG, PNG or WebP files, or folders: all such files in them and their sub-folders, sorted",
+        help="JPEG, PNG or WebP files (for a run on arrays: .npy, .npz, .tif or .png), or folders: all such "
+        "files in them and their sub-folders, sorted",
     )
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     # TensorFlow, which data needs, takes seconds to import; --help should not wait for it.
-    from cnx2_jax.data.sources.folder import open_files
+    from cnx2_jax.data.sources import open_paths
 
     for name, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value < 1:
@@ -84,8 +85,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     for option, path in (("--out", args.out), ("--heatmap", args.heatmap)):
         if path is not None:
             check_new(path, option)
-    source = open_files(args.images)
     model, task = weights.load_task(args.checkpoint)
+    source = open_paths(args.images, task.config.data)
     _check_options(args, task)
     use_tta(task.config, args.tta)
     paths = [source.describe(index) for index in range(source.num_records)]

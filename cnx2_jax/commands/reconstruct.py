@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from cnx2_jax.configuration import image_hw
 from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE
 from cnx2_jax.observe.pictures import check_picture, write_picture
@@ -24,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="IMAGE",
-        help="JPEG, PNG or WebP files; by default some of the run's validation images",
+        help="JPEG, PNG or WebP files, or arrays; by default some of the run's validation images",
     )
 
 
@@ -38,12 +37,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.images:
         from cnx2_jax.data.images import preprocess_files  # loads TensorFlow, so not before it is needed
 
-        images = preprocess_files(
-            args.images,
-            size=image_hw(config),
-            channels=config.model.in_chans,
-            eval_crop=config.data.eval_crop,
-        )
+        images = preprocess_files(args.images, config)
     else:
         images = some_images(make_task(config).data)
     grid = reconstruct(model, config, images, args.seed)

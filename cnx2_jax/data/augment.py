@@ -52,6 +52,12 @@ def make_augmentation(name: str, fill: Fill, fields: Mapping[str, Field]) -> Aug
             "distort"
         )
     augmentation = _KINDS[kind](name, settings, fill)
+    colourless = next((field for field in fields.values() if not field.eight_bit_colours), None)
+    if colourless is not None:
+        raise UserError(
+            f"data.augment '{name}' changes the colours of RGB or grey images of 8 bits, not {colourless}; "
+            "set data.augment=''"
+        )
     aligned = next((name for name, field in fields.items() if field.aligned), None)
     if augmentation.geometric and aligned is not None:
         raise UserError(

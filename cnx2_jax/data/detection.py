@@ -272,9 +272,7 @@ def _warn_of_many(train: Annotations, most: int) -> None:
 
 
 def _image_field(config: Any) -> Image:
-    if config.model.in_chans not in (1, 3):
-        raise UserError(f"model.in_chans {config.model.in_chans}: image files are read with 1 or 3 channels")
-    return Image(config.model.in_chans)
+    return Image().configured(config)
 
 
 def _ratios(ratios: tuple[float, ...]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Random erasing: a box of an image is replaced by noise."""
 
 from cnx2_jax.data.crops import random_boxes
+from cnx2_jax.data.resizing import to_dtype
 from cnx2_jax.data.tensorflow import tf
 
 # timm's RandomErasing: area of the box as a share of the image, and its aspect ratio.
@@ -36,20 +37,24 @@ def erase(
     8 bits clip about a 50th of the values on either side.
 
     Args:
-      image: uint8 [height, width, C], all known before the graph runs.
+      image: [height, width, C], all known before the graph runs; uint8, uint16, int16, float16 or float32.
       box: int32 [4]: top, left, height, width.
       seed: int64 [2], of the example; the noise is independent of its other draws.
-      mean, std: of the noise in each channel, as shares of the full range.
+      mean, std: of the noise in each channel; for uint8 as shares of 255.
 
     Returns:
-      uint8 [height, width, C].
+      [height, width, C], of the same dtype.
     """
     top, left, height, width = tf.unstack(box)
     rows, columns, channels = image.shape
     # In rows of width x channels, because broadcasting along a last axis of 3 is slow.
     noise = tf.random.stateless_normal([height, width * channels], _other_stream(seed))
-    scale, shift = (tf.tile(tf.constant([255 * x for x in each]), [width]) for each in (std, mean))
-    noise = tf.cast(tf.clip_by_value(noise * scale + (shift + 0.5), 0.0, 255.0), tf.uint8)
+    unit = 255 if image.dtype == tf.uint8 else 1
+    scale, shift = (tf.tile(tf.constant([unit * x for x in each]), [width]) for each in (std, mean))
+    if image.dtype == tf.uint8:
+        noise = tf.cast(tf.clip_by_value(noise * scale + (shift + 0.5), 0.0, 255.0), tf.uint8)
+    else:
+        noise = to_dtype(noise * scale + shift, image.dtype)
     right = (columns - left - width) * channels
     around = [[top, rows - top - height], [left * channels, right]]
     flat = tf.reshape(image, [rows, columns * channels])

@@ -1,13 +1,15 @@
 """What an example can hold: each kind of field and what decoding, geometry and batching do to it.
 
 A source declares its fields by name and reads their stored entries under the same names. A field knows how
-its entry is decoded, moved by a geometry, padded, and which arrays of a batch it gives. Nothing outside this
-module asks for the kind of a field.
+its entry is decoded, moved by a geometry, padded, and which arrays of a batch it gives. Nothing else asks for
+the kind of a field.
 
 | kind            | stored entry                       | arrays of a batch of b examples                   |
 |-----------------|------------------------------------|---------------------------------------------------|
 | Image           | string: JPEG, PNG, WebP or GIF     | NAME uint8 [b, h, w, C]; on a canvas also         |
 |                 |                                    | NAME_size int32 [b, 2], height and width          |
+| bands.Bands     | string: an array of one form       | as Image, in uint8, uint16, int16, float16 or     |
+|                 |                                    | float32                                           |
 | Label           | int32                              | NAME int32 [b]                                    |
 | MultiLabel      | int32 [k], any k                   | NAME float32 [b, classes], 0 or 1                 |
 | Value           | float [size]                       | NAME float32 [b, size]                            |
@@ -44,6 +46,7 @@ class Field:
     Attributes:
       host_only: whether its arrays stay on the host.
       aligned: whether it describes places in the image, and is wrong if the image alone is moved.
+      eight_bit_colours: whether photometric operations mean something for it, or leave it alone.
       noun: what messages call an entry.
       readable: the form of an entry that can be decoded, and how a file may fall short of it.
     """
@@ -52,6 +55,22 @@ class Field:
     aligned: bool = False
     noun: ClassVar[str] = "entry"
     readable: ClassVar[str] = "a readable record; it may be damaged"
+
+    @property
+    def eight_bit_colours(self) -> bool:
+        return True
+
+    def configured(self, config: Any) -> "Field":
+        """Returns the field as a run reads it.
+
+        Args:
+          config: of the run; read are `data` and `model.in_chans`.
+
+        Raises:
+          UserError: the config does not fit what is stored.
+        """
+        del config
+        return self
 
     def decode(self, stored: Entry) -> Entry:
         """Decodes the stored entry; may fail with tf.errors.OpError when it runs."""
@@ -110,6 +129,25 @@ class Image(Field):
     channels: int = 3
     noun = "image"
     readable = "a readable JPEG, PNG or WebP image; it may be truncated or animated"
+
+    def configured(self, config: Any) -> "Image":
+        """Returns the field with the channels of the model.
+
+        Raises:
+          UserError: these are not 1 or 3, or the config is one of arrays.
+        """
+        data, channels = config.data, config.model.in_chans
+        if channels not in (1, 3):
+            raise UserError(
+                f"model.in_chans {channels}: image files are read with 1 or 3 channels; data.source=arrays "
+                "reads any number of bands"
+            )
+        if data.dtype != "uint8" or data.use_bands:
+            raise UserError(
+                f"data.dtype '{data.dtype}' and data.use_bands '{data.use_bands}' are of arrays, but the "
+                "images are read with 8 bits; set data.source=arrays or leave them out"
+            )
+        return Image(channels)
 
     def decode(self, stored: Entry) -> Entry:
         return decoding.decode(stored, self.channels)

@@ -49,14 +49,14 @@ class Geometry:
         return tf.concat([[0, 0], self.source], axis=0) if self.crop is None else self.crop
 
     def image(self, image: tf.Tensor) -> tf.Tensor:
-        """Returns uint8 [height, width, C] of uint8 [*source, C], resized with `kernel`."""
+        """Returns [height, width, C] of [*source, C], of the same dtype, resized with `kernel`."""
         if self.crop is not None:
             top, left, height, width = tf.unstack(self.crop)
             image = image[top : top + height, left : left + width]
         return self.cropped_image(image)
 
     def cropped_image(self, image: tf.Tensor) -> tf.Tensor:
-        """Does to the pixels of the crop alone, uint8 [h, w, C], what `image` does after cropping."""
+        """Does to the pixels of the crop alone, [h, w, C], what `image` does after cropping."""
         resized = resizing.resize(
             image, self.size, window=self._window(), mirrored=self.mirrored, kernel=self.kernel
         )

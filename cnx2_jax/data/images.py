@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 
 from cnx2_jax.configuration import image_hw
 from cnx2_jax.data import faults, order, pipeline
 from cnx2_jax.data.augment import make_augmentation
-from cnx2_jax.data.fields import Field, Image, Label
+from cnx2_jax.data.fields import Field, Label
 from cnx2_jax.data.pipeline import Batch, Examples
-from cnx2_jax.data.sources import Source, open_set, open_source
+from cnx2_jax.data.sources import Source, open_paths, open_set, open_source
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import EvalTransform, TrainTransform
 from cnx2_jax.errors import UserError, nearest
@@ -22,7 +22,9 @@ SAMPLING = ("all", "balanced")
 
 
 class ImageData(Examples):
-    """The images of one run: batches of {"image": uint8 [b, h, w, C], "label": int32 [b]}.
+    """The images of one run: batches of {"image": [b, h, w, C], "label": int32 [b]}.
+
+    Images are uint8, arrays of bands in `data.dtype`.
 
     Instead of "label" they may hold another field that training learns from; see `fields`.
     """
@@ -32,7 +34,7 @@ class ImageData(Examples):
 
         Args:
           config: the config of the run. Read here: `seed`, `batch_size` (global), `image_size`,
-            `model.in_chans` (1 or 3), and all of `data`.
+            `model.in_chans` (of images 1 or 3), and all of `data`.
           wanted: the name of the field that training learns from.
 
         Raises:
@@ -42,7 +44,6 @@ class ImageData(Examples):
         """
         data, seed = config.data, config.seed
         tolerance = _tolerance(config)
-        _check_channels(config.model.in_chans)
         train = _taking(wanted, open_source(data, "train", seed, wanted), data)
         if data.val_root and not data.val_source:
             raise UserError(
@@ -54,7 +55,7 @@ class ImageData(Examples):
                 "data.source; set it to '', and give data.labels a column 'split'"
             )
         if data.val_source:
-            val = open_set(data.val_source, data.val_root, train.class_names)
+            val = open_set(data.val_source, data.val_root, train.class_names, data)
         else:
             val = _taking(wanted, open_source(data, "val", seed, wanted), data)
         fields = _fields(train, config)
@@ -74,7 +75,7 @@ class ImageData(Examples):
         super().__init__(train, val, train_transform, eval_transform, seed, config.batch_size, tolerance)
         self.record_at = _sampling(data, train, seed)
 
-    def val_images(self, places: np.ndarray) -> UInt8[np.ndarray, "n height width c"]:
+    def val_images(self, places: np.ndarray) -> Shaped[np.ndarray, "n height width c"]:
         """Returns validation images as the model sees them, in the order of `places` in a pass.
 
         Args:
@@ -142,28 +143,31 @@ def eval_batches(
 
 
 def preprocess_files(
-    paths: Sequence[str | os.PathLike[str]],
-    *,
-    size: tuple[int, int],
-    channels: int,
-    eval_crop: float,
-) -> UInt8[np.ndarray, "files height width channels"]:
-    """Reads image files the way evaluation does, in the order given.
+    paths: Sequence[str | os.PathLike[str]], config: Any
+) -> Shaped[np.ndarray, "files height width channels"]:
+    """Reads image or array files the way evaluation does, in the order given.
+
+    Args:
+      paths: of the files.
+      config: as for `ImageData`; of `data.source` only the kind is read.
+
+    Returns:
+      uint8, or `config.data.dtype` for arrays.
 
     Raises:
-      UserError: a file is missing or not a readable image.
+      UserError: a file is missing or not readable.
     """
-    _check_channels(channels)
-    transform = EvalTransform({"image": Image(channels)}, size, eval_crop)
-    images = np.empty((len(paths), *size, channels), np.uint8)
+    source = open_paths([os.fspath(path) for path in paths], config.data)
+    transform = _eval_transform(source, config)
+    images = []
     seed = tf.zeros([2], tf.int64)  # evaluation draws nothing
-    for index, path in enumerate(paths):
+    for index in range(source.num_records):
         try:
-            record = {"image": tf.io.read_file(os.fsencode(path))}
-            images[index] = transform.finish(transform.decode(record, seed), seed)["image"]
+            record = source.read(tf.constant(index, tf.int64))
+            images.append(transform.finish(transform.decode(record, seed), seed)["image"])
         except pipeline.FAILURES as error:
-            raise pipeline.unreadable(os.fspath(path), error, transform.fields["image"]) from error
-    return images
+            raise pipeline.unreadable(source.describe(index), error, transform.fields["image"]) from error
+    return np.stack(images)
 
 
 def _eval_transform(source: Source, config: Any) -> EvalTransform:
@@ -171,15 +175,9 @@ def _eval_transform(source: Source, config: Any) -> EvalTransform:
 
 
 def _fields(source: Source, config: Any) -> Mapping[str, Field]:
-    """Returns the fields of a source, its images in the channels that the model has."""
-    _check_channels(config.model.in_chans)
-    return {**source.fields, "image": Image(config.model.in_chans)}
+    """Returns the fields of a source as the run reads them."""
+    return {name: field.configured(config) for name, field in source.fields.items()}
 
 
 def _tolerance(config: Any) -> faults.Tolerance:
     return faults.Tolerance(config.data.unreadable, config.data.max_unreadable)
-
-
-def _check_channels(channels: int) -> None:
-    if channels not in (1, 3):
-        raise UserError(f"model.in_chans {channels}: image files are read with 1 or 3 channels")

@@ -25,6 +25,15 @@ def refuse_unless(condition: tf.Tensor, reason: tf.Tensor | str, value: tf.Tenso
         return tf.identity(value)
 
 
+def refused(reason: str) -> tf.errors.InvalidArgumentError:
+    """Returns the error by which a Python function inside a graph refuses the record that it was given.
+
+    Args:
+      reason: see `refuse_unless`.
+    """
+    return tf.errors.InvalidArgumentError(None, None, f"{_BEGIN}{reason}{_END}")
+
+
 def refusal(error: Exception) -> str | None:
     """Returns the reason that `refuse_unless` gave for this error; None for any other error."""
     found = re.search(f"{_BEGIN}(.*?){_END}", str(error), re.DOTALL)

@@ -46,21 +46,27 @@ def resize(
     mirrored: tf.Tensor | bool = False,
     kernel: Kernel = BICUBIC,
 ) -> tf.Tensor:
-    """Resizes as Pillow's `Image.resize` does: along one axis, then the other, rounded after each.
+    """Resizes as Pillow's `Image.resize` does: along one axis, then the other.
+
+    uint8 is rounded after each, as by Pillow; other integers at the end, and floats never. Results of the
+    bicubic filter are clipped to the range of integers and to the finite numbers of float16.
 
     `tf.image.resize(antialias=True)` filters pixel by pixel. Here blocks of outputs are matrix products of
     weights with the inputs that they see, which takes a third of its time.
 
     Args:
-      image: uint8 [h, w, C].
+      image: [h, w, C], uint8, uint16, int16, float16 or float32.
       size: height and width of the whole result.
       window: int32 [4]: top, left, height, width of the part to compute; all of the result if None.
       mirrored: scalar bool; whether to mirror the result left to right, at no cost.
       kernel: BICUBIC, BILINEAR or PLAIN_BILINEAR.
 
     Returns:
-      uint8 [height, width, C], of the window.
+      [height, width, C] of the window, of the same dtype.
     """
+    dtype = image.dtype
+    if dtype != tf.uint8:
+        image = tf.cast(image, tf.float32)
     shape, size = tf.shape(image), tf.convert_to_tensor(size, tf.int32)
     window = tf.concat([[0, 0], size], axis=0) if window is None else window
     indices, weights = _filters(shape[:2], size, window, tf.convert_to_tensor(mirrored), kernel)
@@ -83,7 +89,15 @@ def resize(
     rows_first = shrinking[0] > 2 * tf.maximum(shrinking[1], 0)
     result = tf.cond(rows_first, lambda: columns(rows(image)), lambda: rows(columns(image)))
     result.set_shape([None, None, image.shape[-1]])
-    return result
+    return to_dtype(result, dtype)
+
+
+def to_dtype(values: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Rounds (halves to even) and clips to an integer dtype, clips to float16, or keeps the dtype it has."""
+    if values.dtype == dtype:
+        return values
+    values = tf.round(values) if dtype.is_integer else values
+    return tf.cast(tf.clip_by_value(values, float(dtype.min), float(dtype.max)), dtype)
 
 
 def resize_nearest(
@@ -136,12 +150,14 @@ def nearest_places(
 
 
 def _filter(rows: tf.Tensor, indices: tf.Tensor, weights: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-    """Filters uint8 [n, m] to uint8 [count, m] with what `_filters` returns for one axis."""
+    """Filters uint8 or float32 [n, m] to [count, m] with what `_filters` returns for one axis."""
     inputs, others = tf.unstack(tf.shape(rows))
     seen = tf.cast(tf.gather(rows, tf.minimum(indices, inputs - 1)), tf.float32)
-    # One operation that clips and rounds halves up: 256 levels from 0 to 255.
-    rounded = tf.quantization.fake_quant_with_min_max_args(tf.matmul(weights, seen), 0.0, 255.0)
-    return tf.reshape(tf.cast(rounded, tf.uint8), [-1, others])[:count]
+    filtered = tf.matmul(weights, seen)
+    if rows.dtype == tf.uint8:
+        # One operation that clips and rounds halves up: 256 levels from 0 to 255.
+        filtered = tf.quantization.fake_quant_with_min_max_args(filtered, 0.0, 255.0)
+    return tf.reshape(tf.cast(filtered, rows.dtype), [-1, others])[:count]
 
 
 def _filters(

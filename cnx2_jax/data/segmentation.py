@@ -232,9 +232,7 @@ def name_at(scale: int) -> str:
 
 
 def _image_field(config: Any) -> Image:
-    if config.model.in_chans not in (1, 3):
-        raise UserError(f"model.in_chans {config.model.in_chans}: image files are read with 1 or 3 channels")
-    return Image(config.model.in_chans)
+    return Image().configured(config)
 
 
 def _fields(source: Source, config: Any) -> Mapping[str, Field]:

@@ -87,7 +87,8 @@ def evaluate_set(
     config.unlock()
 
     def scored(place: tuple[str, str]) -> Metrics:
-        return _evaluate(model, config, open_set(*place, class_names), name in PRESENT_CLASSES_ONLY, mesh)
+        source = open_set(*place, class_names, config.data)
+        return _evaluate(model, config, source, name in PRESENT_CLASSES_ONLY, mesh)
 
     if name != "imagenet-c":
         return scored(_place(location, SETS[name]))

@@ -4,20 +4,24 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 
 def normalise(
-    images: UInt8[Array | np.ndarray, "b height width c"], mean: Sequence[float], std: Sequence[float]
+    images: Shaped[Array | np.ndarray, "b height width c"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Array, "b height width c"]:
-    """Maps uint8 images to float32: (x / 255 - mean) / std per channel."""
-    return (jnp.asarray(images).astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+    """Maps images to float32: (x - mean) / std per channel, of uint8 images (x / 255 - mean) / std."""
+    images = jnp.asarray(images)
+    values = images.astype(jnp.float32)
+    if images.dtype == jnp.uint8:
+        values = values / 255
+    return (values - jnp.array(mean)) / jnp.array(std)
 
 
 def denormalise(
     images: Float[Array | np.ndarray, "b height width c"], mean: Sequence[float], std: Sequence[float]
 ) -> UInt8[Array, "b height width c"]:
-    """Inverse of `normalise`, rounded and clipped to uint8."""
+    """Inverse of `normalise` for uint8 images, rounded and clipped."""
     images = (images * jnp.array(std) + jnp.array(mean)) * 255
     return jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8)
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -10,6 +10,7 @@ from tqdm import tqdm
 from cnx2_jax.cluster.processes import is_first
 
 AnyBatch = TypeVar("AnyBatch", bound=Mapping)
+Item = TypeVar("Item")
 
 LINE_SECONDS = 10.0  # between progress lines if standard error is not a terminal
 
@@ -28,6 +29,17 @@ def watched(batches: Iterable[AnyBatch], num_images: int, label: str = "") -> It
       num_images: number of images.
       label: the name of the work, for the progress bar or line.
     """
+    return _reported(batches, num_images, label, lambda batch: len(batch["mask"]))
+
+
+def counted(items: Iterable[Item], num_images: int, label: str = "") -> Iterator[Item]:
+    """Yields items of one image each, and reports as `watched` does."""
+    return _reported(items, num_images, label, lambda _: 1)
+
+
+def _reported(
+    batches: Iterable[Item], num_images: int, label: str, size: Callable[[Item], int]
+) -> Iterator[Item]:
     done, printed_at = 0, time.monotonic()
     terminal = sys.stderr.isatty()
     with tqdm(
@@ -41,7 +53,7 @@ def watched(batches: Iterable[AnyBatch], num_images: int, label: str = "") -> It
     ) as bar:
         for batch in batches:
             yield batch
-            done = min(done + len(batch["mask"]), num_images)
+            done = min(done + size(batch), num_images)
             bar.update(done - bar.n)
             if not terminal and time.monotonic() - printed_at > LINE_SECONDS:
                 printed_at = time.monotonic()

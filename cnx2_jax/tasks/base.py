@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
+from cnx2_jax.bands import BATCH_DTYPES
 from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import image_hw, register_task
-from cnx2_jax.errors import UserError
+from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.evaluation.features import predictions
 from cnx2_jax.evaluation.heatmaps import heatmaps
 from cnx2_jax.evaluation.metrics import Collected, Mean, Metric, Scorer, evaluate
@@ -31,7 +32,7 @@ from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.models.state import Params
 from cnx2_jax.observe.overlay import heat_overlay
 from cnx2_jax.observe.progress import watched
-from cnx2_jax.tasks import models
+from cnx2_jax.tasks import models, pictures, stem
 from cnx2_jax.train.task import Data
 from cnx2_jax.train.terms import Terms
 from cnx2_jax.types import Batch, HostBatch, Metrics
@@ -154,7 +155,7 @@ class Task:
         count = self.config.batch_size
         return {
             "image": jax.ShapeDtypeStruct(
-                (count, *image_hw(self.config), self.config.model.in_chans), jnp.uint8
+                (count, *image_hw(self.config), self.config.model.in_chans), jnp.dtype(self.config.data.dtype)
             ),
             "label": jax.ShapeDtypeStruct((count,), jnp.int32),
         }
@@ -308,9 +309,13 @@ class Task:
           prepared: the same after `prepare`.
         """
         images = prepared["image"]
-        pictures = images if images.dtype == jnp.uint8 else self.denormalise(images)
+        if not pictures.are_colours(self.config):
+            normal = self.normalise(images) if images.dtype == batch["image"].dtype else images
+            drawn = pictures.coloured(self.config, {"images": np.asarray(normal)}, "images")["images"]
+        else:
+            drawn = np.asarray(images if images.dtype == jnp.uint8 else self.denormalise(images))
         names = self.class_names
-        return np.asarray(pictures), [names[label] if names else "" for label in batch["label"]]
+        return drawn, [names[label] if names else "" for label in batch["label"]]
 
     def pictures(self, model: Any) -> dict[str, np.ndarray]:
         """Returns named uint8 pictures `[H, W, 3]` that show how the model does; often none."""
@@ -320,12 +325,12 @@ class Task:
         """Returns what a user of the weights must know, as JSON: it travels in every checkpoint."""
         return make_metadata(self.config, self.class_names)
 
-    def normalise(self, images: UInt8[Array, "b height width c"]) -> Float[Array, "b height width c"]:
-        """Maps uint8 images to float32, by `data.mean` and `data.std`."""
+    def normalise(self, images: Shaped[Array, "b height width c"]) -> Float[Array, "b height width c"]:
+        """Maps images to float32, by `data.mean` and `data.std`."""
         return pixels.normalise(images, self.config.data.mean, self.config.data.std)
 
     def normalised(
-        self, images: UInt8[Array, "b height width c"], sizes: Int[Array, "b 2"]
+        self, images: Shaped[Array, "b height width c"], sizes: Int[Array, "b 2"]
     ) -> Float[Array, "b height width c"]:
         """Returns normalised images whose padding is 0, the mean colour, for these heights and widths."""
         inside = pixels.inside(images.shape[1:3], sizes)
@@ -353,17 +358,26 @@ def check_keys(config: ConfigDict) -> None:
     """Checks what a model can only refuse late: size, channels and normalisation against each other.
 
     Raises:
-      UserError: the image size is not a multiple of the stride, or a tuple has not one value per channel.
+      UserError: the image size is not a multiple of the stride, a tuple has not one value per channel, or a
+        choice is unknown.
     """
     model, data = config.model, config.data
     check_size(*image_hw(config), 8 * model.patch_size)
+    if data.dtype not in BATCH_DTYPES:
+        raise UserError(
+            f"unknown data.dtype '{data.dtype}'{nearest(data.dtype, BATCH_DTYPES)}; known: "
+            f"{', '.join(BATCH_DTYPES)}"
+        )
+    pictures.projection(config)
+    if "init_bands" in config:
+        stem.check(config.init_bands)
     for name in ("mean", "std"):
         if len(data[name]) != model.in_chans:
             raise UserError(
                 f"data.{name} has {len(data[name])} value(s) for model.in_chans {model.in_chans}; give one "
                 "per channel"
             )
-    if not 0 <= min(data.mean) <= max(data.mean) <= 1:
+    if data.dtype == "uint8" and not 0 <= min(data.mean) <= max(data.mean) <= 1:
         raise UserError(f"data.mean {tuple(data.mean)} must be shares of the full range, from 0 to 1")
     if min(data.std) <= 0:
         raise UserError(f"data.std {tuple(data.std)} must be above 0")

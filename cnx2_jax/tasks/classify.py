@@ -57,6 +57,7 @@ class Classify(Task, name="classify"):
     @classmethod
     def add_keys(cls, config: ConfigDict) -> None:
         config.init_from = ""  # a checkpoint to start from; empty: from scratch
+        config.init_bands = ""  # how its stem fits images of other bands: mean, tile, map:R,G,B or fresh
         config.model.head_init_scale = 1.0
         config.label_smoothing = 0.0
         # Alphas of the beta distributions that mixing coefficients are drawn from; 0: none. With both, each

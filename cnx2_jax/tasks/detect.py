@@ -74,6 +74,7 @@ class Detect(Task, name="detect"):
     @classmethod
     def add_keys(cls, config: ConfigDict) -> None:
         config.init_from = ""  # a checkpoint of any task to start from; empty: from scratch
+        config.init_bands = ""  # how its stem fits images of other bands: mean, tile, map:R,G,B or fresh
         config.model.channels = 256  # of the feature pyramid, the region proposals and the mask head
         config.model.fc_channels = 1024  # of the box head
         config.model.train_candidates = 2000  # boxes of a level before suppression, in training

@@ -51,6 +51,7 @@ class Multilabel(Task, name="multilabel"):
     @classmethod
     def add_keys(cls, config: ConfigDict) -> None:
         config.init_from = ""  # a checkpoint to start from; empty: from scratch
+        config.init_bands = ""  # how its stem fits images of other bands: mean, tile, map:R,G,B or fresh
         config.model.head_init_scale = 1.0
         config.label_smoothing = 0.0  # moves the targets 0 and 1 by half of this towards each other
         config.positive_weights = "none"  # or balanced: a class's negatives per positive, at most 20

@@ -17,6 +17,7 @@ from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.observe.grid import draw_grid
 from cnx2_jax.tasks import models
 from cnx2_jax.tasks.base import Task
+from cnx2_jax.tasks.pictures import are_colours, coloured
 from cnx2_jax.train.step import sample_keys
 from cnx2_jax.train.task import Data
 from cnx2_jax.train.terms import Terms, mean_of
@@ -75,7 +76,7 @@ class Pretrain(Task, name="pretrain"):
 
 
 def some_images(data: Data) -> np.ndarray:
-    """Returns the first few validation images, uint8 `[N, H, W, C]`."""
+    """Returns the first few validation images, `[N, H, W, C]` as in batches."""
     batch = next(iter(data.eval_batches()))
     return batch["image"][batch["mask"]][:PICTURES]
 
@@ -86,7 +87,7 @@ def reconstruct(model: FCMAE, config: ConfigDict, images: np.ndarray, seed: int 
     Args:
       model: a pretrained model.
       config: of its run.
-      images: uint8 `[N, H, W, C]`.
+      images: `[N, H, W, C]` as in batches.
       seed: of the masks; the run's by default.
 
     Returns:
@@ -97,28 +98,39 @@ def reconstruct(model: FCMAE, config: ConfigDict, images: np.ndarray, seed: int 
     # One device is enough for a few rows, and it spares dividing them over a mesh.
     scale = tuple(config.data.mean), tuple(config.data.std)
     arrays = jax.device_get(params)
-    patches, reconstruction, pasted = jax.device_get(_forward(graph, scale, arrays, images, keys))
+    as_colours = are_colours(config)
+    outputs = _forward(graph, scale, as_colours, arrays, images, keys)
+    original, patches, reconstruction, pasted = jax.device_get(outputs)
+    shown = {"original": original, "reconstruction": reconstruction, "pasted": pasted}
+    if not as_colours:
+        shown = coloured(config, shown, "original")
     hidden = np.repeat(np.repeat(patches, model.encoder.stride, 1), model.encoder.stride, 2)
     columns = {
-        "original": images,
-        "masked": np.where(hidden[..., None], np.uint8(HIDDEN_GREY), images),
-        "reconstruction": reconstruction,
-        "pasted": pasted,
+        "original": shown["original"],
+        "masked": np.where(hidden[..., None], np.uint8(HIDDEN_GREY), shown["original"]),
+        "reconstruction": shown["reconstruction"],
+        "pasted": shown["pasted"],
     }
     return draw_grid(columns)
 
 
 # One program: called one by one, these operations take longer to compile than the model.
-@partial(jax.jit, static_argnames=("graph", "scale"))
+@partial(jax.jit, static_argnames=("graph", "scale", "as_colours"))
 def _forward(
     graph: nnx.GraphDef,
     scale: tuple[tuple[float, ...], tuple[float, ...]],
+    as_colours: bool,
     params: Params,
     images: jax.Array,
     keys: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the masked patches, and both reconstructions of `paste` as uint8; `scale` is mean and std."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns images, the masked patches, and both reconstructions of `paste`; `scale` is mean and std.
+
+    Images and reconstructions are uint8 colours, or else normalised.
+    """
     normal = normalise(images, *scale)
     output = merge(graph, params)(normal, keys, train=False)
     reconstruction, pasted = paste(normal, output.prediction, output.masked)
-    return output.masked, denormalise(reconstruction, *scale), denormalise(pasted, *scale)
+    if not as_colours:
+        return normal, output.masked, reconstruction, pasted
+    return images, output.masked, denormalise(reconstruction, *scale), denormalise(pasted, *scale)

@@ -214,6 +214,7 @@ class Probe(Classify, name="probe"):
     @classmethod
     def add_keys(cls, config: ConfigDict) -> None:
         config.init_from = ""  # a checkpoint whose encoder is frozen; empty: a random one
+        config.init_bands = ""  # how its stem fits images of other bands: mean, tile, map:R,G,B or fresh
         config.model.head_init_scale = 1.0
         config.data.labels = config.data.classes = ""  # as for the task classify
         config.data.feature_cache = ""  # a folder where runs keep the features for each other

@@ -63,6 +63,7 @@ class Segment(Task, name="segment"):
     @classmethod
     def add_keys(cls, config: ConfigDict) -> None:
         config.init_from = ""  # a checkpoint of any task to start from; empty: from scratch
+        config.init_bands = ""  # how its stem fits images of other bands: mean, tile, map:R,G,B or fresh
         config.model.channels = 512  # of UperNet's decoding head
         config.model.auxiliary_channels = 256
         config.model.pool_scales = (1, 2, 3, 6)

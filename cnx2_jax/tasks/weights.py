@@ -12,6 +12,7 @@ from cnx2_jax.configuration import from_json
 from cnx2_jax.errors import UserError
 from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.tasks.base import TASKS, Described, Task
+from cnx2_jax.tasks.stem import adapt
 
 
 def load(path: Path) -> tuple[Any, ConfigDict, tuple[str, ...]]:
@@ -95,7 +96,8 @@ def starting_params(
       heads: what the names of the layers begin with whose results are one per class.
 
     Raises:
-      UserError: there is no checkpoint, or it is of another variant.
+      UserError: there is no checkpoint, it is of another variant, or of images with another number of bands
+        than the run's without a choice in `init_bands` (see `stem.adapted`).
     """
     folder = checkpoint.find(path)
     metadata = checkpoint.read_metadata(folder)
@@ -125,6 +127,8 @@ def starting_params(
             for name, leaf in stored.items()
             if _is_encoder(name, their_prefix)
         }
+    stem = encoder_prefix + _STEM
+    taken[stem] = adapt(taken[stem], fresh[stem], str(path), config.init_bands, config.data)
     check_params(taken, {name: leaf for name, leaf in fresh.items() if name not in kept}, str(path))
     return {name: leaf if name in kept else jax.device_get(taken[name]) for name, leaf in fresh.items()}
 

@@ -55,6 +55,18 @@ def test_labels_in_one_cell_in_any_order_of_rows(files):
     assert source.labels is None
 
 
+def test_arrays_have_labels_too(files, tmp_path):
+    data = files(
+        "image,age\na.npy,3\nb.npy,5\n", images=(), source="arrays", layout="channels_last", array=""
+    )
+    (tmp_path / "images").mkdir()
+    for index, name in enumerate("ab"):
+        np.save(tmp_path / "images" / f"{name}.npy", np.full((2, 3, 5), 300 + index, np.uint16))
+    source = open_labelled(data, "train", "value")
+    assert source.fields["image"].form.bands == 5
+    np.testing.assert_array_equal(decoded(source, "value"), [[3], [5]])
+
+
 def test_a_file_of_names_decides_their_order(files):
     source = open_labelled(
         files("image,labels\na.png,cat\nb.png,\nsub/c.png,dog\n", classes="ox\ndog\ncat\n"), "train", "labels"
@@ -198,7 +210,7 @@ def test_a_missing_file_and_keys_that_do_not_fit(files, tmp_path):
     data = files("image,age\na.png,1\nb.png,2\nsub/c.png,3\n")
     with pytest.raises(UserError, match="must name at least one column, and none twice"):
         open_labelled(ConfigDict({**data, "targets": ("age", "age")}), "train", "value")
-    with pytest.raises(UserError, match=r"is for the images of a folder, not for data.source 'digits'"):
+    with pytest.raises(UserError, match=r"is for the files of a folder, not for data.source 'digits'"):
         open_source(ConfigDict({**data, "source": "digits"}), "train", 0, "value")
     with pytest.raises(UserError, match=r"data\.train_per_class 2: these images have not one class each"):
         open_source(ConfigDict({**data, "train_per_class": 2}), "train", 0, "value")

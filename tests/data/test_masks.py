@@ -171,5 +171,5 @@ def test_other_tasks_take_no_maps(tmp_path):
     data = ConfigDict({"source": "masks", "root": str(tmp_path), "train_per_class": 0})
     with pytest.raises(UserError, match="'masks' has maps of classes, which this task does not train on"):
         open_source(data, "train", 0)
-    with pytest.raises(UserError, match=r"unknown data\.val_source 'masks'.*known: folder, digits"):
-        open_set("masks", str(tmp_path), ("a",))
+    with pytest.raises(UserError, match=r"unknown data\.val_source 'masks'.*known: folder, arrays, digits"):
+        open_set("masks", str(tmp_path), ("a",), None)

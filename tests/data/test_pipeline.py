@@ -214,7 +214,7 @@ def test_evaluation_uses_the_configs_batch_and_no_chance(folder):
     assert [len(batch["mask"]) for batch in batches] == [12]
     assert_equal(data.eval_batches(), batches)
     first = folder / "val" / "even" / "00.jpg"
-    expected = preprocess_files([first], size=(16, 16), channels=3, eval_crop=1.0)
+    expected = preprocess_files([first], config())
     np.testing.assert_array_equal(batches[0]["image"][0], expected[0])
 
 
@@ -270,7 +270,7 @@ def test_errors_whose_text_is_no_text(tmp_path):
     with pytest.raises(UserError, match=r"does not exist|is not a readable"):
         next(data.train_batches(0))
     with pytest.raises(UserError, match=r"does not exist|is not a readable"):
-        preprocess_files([strange], size=(8, 8), channels=3, eval_crop=1.0)
+        preprocess_files([strange], config())
 
 
 def test_whole_numbers_as_mean_and_deviation(textured):
@@ -332,20 +332,20 @@ def test_channels_that_files_do_not_have(textured):
 
 def test_preprocess_files_keeps_the_order(folder):
     paths = [folder / "val" / "odd" / "03.jpg", str(folder / "val" / "even" / "02.webp")]
-    images = preprocess_files(paths, size=(8, 12), channels=3, eval_crop=0.875)
+    options = {"image_size": (8, 12), "data.eval_crop": 0.875}
+    images = preprocess_files(paths, config(**options))
     assert images.shape == (2, 8, 12, 3) and images.dtype == np.uint8
     assert identity({"image": images}) == [3, 2]
-    assert preprocess_files(paths, size=(8, 12), channels=1, eval_crop=1.0).shape == (2, 8, 12, 1)
+    assert preprocess_files(paths, config(**options, **{"model.in_chans": 1})).shape == (2, 8, 12, 1)
 
 
 def test_preprocess_files_names_the_bad_one(folder, tmp_path):
     good, bad, missing = folder / "val" / "odd" / "03.jpg", tmp_path / "b.jpg", tmp_path / "no.jpg"
     bad.write_bytes(b"\xff\xd8\xff\xe0 no more")
-    options = {"size": (8, 8), "channels": 3, "eval_crop": 1.0}
     with pytest.raises(UserError, match=f"'{re.escape(str(bad))}' is not a readable"):
-        preprocess_files([good, bad], **options)
+        preprocess_files([good, bad], config())
     with pytest.raises(UserError, match=f"'{re.escape(str(missing))}' does not exist"):
-        preprocess_files([good, missing], **options)
+        preprocess_files([good, missing], config())
 
 
 def test_tensorflow_sees_no_accelerator():

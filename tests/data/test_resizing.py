@@ -97,3 +97,42 @@ def test_nearest_equals_pillow(photo):
     for size in [(100, 256), (427, 640), (500, 896)]:
         resized = resize_nearest(tf.constant(np.asarray(grey)), size).numpy()
         np.testing.assert_array_equal(resized, grey.resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def cubic(x):
+    """Keys' kernel, written out."""
+    x = abs(x)
+    if x < 1:
+        return 1.5 * x**3 - 2.5 * x**2 + 1
+    return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+
+
+def literal(image, size):
+    """Antialiased bicubic resizing, a value at a time, in float64."""
+    for axis, length in enumerate(size):
+        scale = image.shape[axis] / length
+        stretch = max(scale, 1)
+        weights = np.zeros((length, image.shape[axis]))
+        for out in range(length):
+            for place in range(image.shape[axis]):
+                weights[out, place] = cubic((place + 0.5 - (out + 0.5) * scale) / stretch)
+            weights[out] /= weights[out].sum()
+        image = np.moveaxis(np.tensordot(weights, image, axes=(1, axis)), 0, axis)
+    return image
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float16", "float32"])
+@pytest.mark.parametrize("size", [(9, 14), (40, 25), (20, 60)])
+def test_arrays_are_resized_as_numpy_does_it(dtype, size, in_tf_data):
+    rng = np.random.default_rng(0)
+    dtype = np.dtype(dtype)
+    low, high = (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.kind in "iu" else (-1000, 1000)
+    image = (rng.random((23, 31, 5)) * (high - low) + low).astype(dtype)
+    found = in_tf_data(lambda x: resize(x, size), image)
+    expected = np.clip(
+        literal(image.astype(np.float64), size), *((low, high) if dtype.kind in "iu" else (None, None))
+    )
+    bound = 1e-4 * (float(high) - float(low))
+    if dtype == np.float16:
+        bound += float(np.spacing(np.float16(1500)))  # what the dtype itself cannot hold
+    assert found.dtype == dtype and np.abs(found.astype(np.float64) - expected).max() <= bound

@@ -254,30 +254,30 @@ def test_synthetic_images_are_of_one_size_and_all_classes():
 def test_a_set_is_labelled_by_the_models_classes(tmp_path):
     make(tmp_path, "a/dog/1.png", "a/ant/2.png", "numbers/0/3.png", "numbers/10/4.png", "numbers/2/5.png")
     names = ("ant", "bee", "cat", "dog", *(f"class {i}" for i in range(4, 11)))
-    named = open_set("folder", str(tmp_path / "a"), names)
+    named = open_set("folder", str(tmp_path / "a"), names, None)
     assert records(named) == [(b"a/ant/2.png", 0), (b"a/dog/1.png", 3)]
     assert named.class_names == names and named.labels.tolist() == [0, 3]
     # ImageNet-V2 names its folders by place in the list of classes.
-    numbered = open_set("folder", str(tmp_path / "numbers"), names)
+    numbered = open_set("folder", str(tmp_path / "numbers"), names, None)
     assert {(content[-5:-4], label) for content, label in records(numbered)} == {
         (b"3", 0),
         (b"4", 10),
         (b"5", 2),
     }
     with pytest.raises(UserError, match="a class '10' that the model was not trained on"):
-        open_set("folder", str(tmp_path / "numbers"), names[:5])
+        open_set("folder", str(tmp_path / "numbers"), names[:5], None)
     # Numbers that are names are names.
-    assert open_set("folder", str(tmp_path / "numbers"), ("10", "2", "0")).labels.tolist() == [2, 0, 1]
+    assert open_set("folder", str(tmp_path / "numbers"), ("10", "2", "0"), None).labels.tolist() == [2, 0, 1]
     with pytest.raises(UserError, match="a class '0' that the model was not trained on"):
-        open_set("folder", str(tmp_path / "numbers"), ("10", "2", "5"))
+        open_set("folder", str(tmp_path / "numbers"), ("10", "2", "5"), None)
     with pytest.raises(UserError, match=r"numbers/0' has no class folders"):
-        open_set("folder", str(tmp_path / "numbers" / "0"), names)
+        open_set("folder", str(tmp_path / "numbers" / "0"), names, None)
     with pytest.raises(UserError, match="a class 'dog' that"):
-        open_set("folder", str(tmp_path / "a"), ("ant",))
+        open_set("folder", str(tmp_path / "a"), ("ant",), None)
     with pytest.raises(UserError, match=r"data\.val_root is not set"):
-        open_set("folder", "", names)
+        open_set("folder", "", names, None)
     with pytest.raises(UserError, match=r"unknown data\.val_source 'folders'; did you mean 'folder'"):
-        open_set("folders", "", names)
+        open_set("folders", "", names, None)
 
 
 def test_labels_are_read_where_they_are_not_known(tmp_path):

@@ -377,3 +377,44 @@ def test_more_files_than_may_be_open(tmp_path):
         assert records(open_tfds("wide:train", str(tmp_path))) == expected(root, "train")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+class _Arrays(_Pictures, skip_registration=True):
+    """Arrays of 16 bits as PNGs, and of floats of any size."""
+
+    features: ClassVar = {
+        "image": tfds.features.Image(shape=(None, None, 1), dtype=np.uint16),
+        "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+    }
+
+    def _generate_examples(self, split):
+        rng = np.random.default_rng(0)
+        for number in range(4):
+            array = (rng.random((5 + number, 7, self.features["image"].shape[-1])) * 65535).astype(
+                self.features["image"].np_dtype
+            )
+            yield number, {"image": array, "label": number % 2}
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        tfds.features.Image(shape=(None, None, 1), dtype=np.uint16),
+        tfds.features.Tensor(shape=(None, None, 5), dtype=np.float32, encoding="zlib"),
+    ],
+    ids=["png", "tensor"],
+)
+def test_arrays_of_other_dtypes(tmp_path, image):
+    features = {**_Arrays.features, "image": image}
+    made = type("arrays", (_Arrays,), {"name": "arrays", "features": features}, skip_registration=True)
+    builder = made(data_dir=tmp_path)
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    order = tfds.ReadConfig(interleave_cycle_length=1)
+    expected = builder.as_dataset("train", read_config=order, shuffle_files=False).as_numpy_iterator()
+    source = open_tfds("arrays:train", str(tmp_path))
+    field = source.fields["image"]
+    for index, example in enumerate(expected):
+        found = source.read(tf.constant(index, tf.int64))
+        array = field.decode(found["image"]).numpy()
+        assert array.dtype == image.np_dtype and np.array_equal(array, example["image"])
+        assert int(found["label"]) == example["label"]

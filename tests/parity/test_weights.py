@@ -23,6 +23,7 @@ from cnx2_jax.interop.files import read_tensors
 from cnx2_jax.interop.names import from_torch, to_torch
 from cnx2_jax.interop.safetensors import run_huggingface, write
 from cnx2_jax.models import VARIANTS, create_model
+from cnx2_jax.tasks import defaults
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -114,7 +115,9 @@ def test_transformers_prepares_images_as_we_do(tmp_path, build, parameters, size
     write(tmp_path / "model", params, Facts((), (size, size), 0.8, mean, std), "huggingface")
     path = tmp_path / "picture.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (*picture, 3), np.uint8)).save(path)
-    ours = preprocess_files([path], size=(size, size), channels=3, eval_crop=0.8)[0]
+    config = defaults("classify")
+    config.image_size, config.data.eval_crop = (size, size), 0.8
+    ours = preprocess_files([path], config)[0]
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "model")
     found = np.asarray(processor(Image.open(path), return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
     np.testing.assert_allclose((found * std + mean) * 255, ours, atol=1.01)

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from cnx2_jax.data.sources.arrays import open_array_files, open_arrays, open_whole_arrays
 from cnx2_jax.data.sources.base import Source, first_of_each_class, held_out
 from cnx2_jax.data.sources.coco import open_coco
 from cnx2_jax.data.sources.digits import open_digit_rows, open_digits
-from cnx2_jax.data.sources.folder import open_folder, open_whole_folder
+from cnx2_jax.data.sources.folder import open_files, open_folder, open_whole_folder
 from cnx2_jax.data.sources.labelled import open_labelled
 from cnx2_jax.data.sources.masks import open_ade20k, open_masks
 from cnx2_jax.data.sources.scenes import open_scenes
@@ -25,29 +26,38 @@ class Kind:
     Attributes:
       open: maps `config.data`, what follows the colon in its name, and "train" or "val" to one split.
       detailed: whether something may follow a colon.
-      open_set: maps what follows the colon, and `data.val_root`, to an evaluation set of labelled images;
-        None if the kind has no such sets.
+      open_set: maps `config.data`, what follows the colon, and `data.val_root` to an evaluation set of
+        labelled images; None if the kind has no such sets.
+      open_paths: maps `config.data` and paths to the files that predictions are made of.
     """
 
     open: Callable[[Any, str, str], Source]
     detailed: bool = False
-    open_set: Callable[[str, str], Source] | None = None
+    open_set: Callable[[Any, str, str], Source] | None = None
+    open_paths: Callable[[Any, Sequence[str]], Source] = lambda _, paths: open_files(paths)
 
 
 KINDS: dict[str, Kind] = {
     "folder": Kind(
         lambda data, _, split: open_folder(data.root, split, data.val_fraction),
-        open_set=lambda _, root: open_whole_folder(root),
+        open_set=lambda *given: open_whole_folder(given[-1]),
+    ),
+    "arrays": Kind(
+        lambda data, _, split: open_arrays(data, split),
+        open_set=lambda data, _, root: open_whole_arrays(data, root),
+        open_paths=open_array_files,
     ),
     "digits": Kind(lambda data, _, split: open_digits(split), open_set=lambda *_: open_digits("val")),
     "digit_rows": Kind(lambda data, _, split: open_digit_rows(split)),
     "tfds": Kind(
-        lambda data, spec, split: _open_tfds_split(spec, data, split), detailed=True, open_set=open_tfds
+        lambda data, spec, split: _open_tfds_split(spec, data, split),
+        detailed=True,
+        open_set=lambda _, spec, root: open_tfds(spec, root),
     ),
     "synthetic": Kind(
         lambda data, size, split: open_synthetic(size, split),
         detailed=True,
-        open_set=lambda size, _: open_synthetic(size, "val"),
+        open_set=lambda _, size, root: open_synthetic(size, "val"),
     ),
     "masks": Kind(lambda data, _, split: open_masks(data, split)),
     "ade20k": Kind(lambda data, _, split: open_ade20k(data, split)),
@@ -63,8 +73,8 @@ def open_source(data: Any, split: str, seed: int, wanted: str = "label") -> Sour
     keep the same images out of training.
 
     Args:
-      data: `config.data`. `source` is "digits" or "digit_rows"; "folder", with its path in `root`;
-        "tfds:NAME[/CONFIG]:SPLIT", with TFDS's data directory in `root` or its default one;
+      data: `config.data`. `source` is "digits" or "digit_rows"; "folder" or "arrays", with its path in
+        `root`; "tfds:NAME[/CONFIG]:SPLIT", with TFDS's data directory in `root` or its default one;
         "synthetic[:RECORDS[:CLASSES]]"; with maps of classes, "masks" and "ade20k", in `root`; with objects,
         "coco", in `root`; or, with both, "scenes[:RECORDS]". Its val split is a folder's `val`, COCO's
         val2017, a TFDS data set's `validation` or `test`, or else `val_fraction` of each class, held out of
@@ -103,7 +113,17 @@ def open_source(data: Any, split: str, seed: int, wanted: str = "label") -> Sour
     return source
 
 
-def open_set(name: str, root: str, class_names: Sequence[str]) -> Source:
+def open_paths(paths: Sequence[str], data: Any) -> Source:
+    """Opens files, and all below folders, of the kind that `config.data` names: arrays, or else images.
+
+    Raises:
+      UserError: a path does not exist, or a folder has none; an array cannot be read.
+    """
+    kind, _ = _kind(data.source, "data.source", KINDS)
+    return KINDS[kind].open_paths(data, paths)
+
+
+def open_set(name: str, root: str, class_names: Sequence[str], data: Any) -> Source:
     """Opens all records of an evaluation set, with labels that index `class_names`.
 
     Its classes are matched by name, and may be fewer. If they are numbers and `class_names` has none, as for
@@ -113,13 +133,14 @@ def open_set(name: str, root: str, class_names: Sequence[str]) -> Source:
       name: as `data.source`; "digits" and "synthetic" give their val split.
       root: of a folder or of TFDS.
       class_names: those of the model.
+      data: `config.data`, for the form of arrays.
 
     Raises:
       UserError: as `open_source`; or the set has no classes, or one that the model was not trained on.
     """
     openers = {kind: each.open_set for kind, each in KINDS.items() if each.open_set}
     kind, detail = _kind(name, "data.val_source", openers)
-    source = openers[kind](detail, root)
+    source = openers[kind](data, detail, root)
     return _matched(source, class_names, name if kind == "tfds" else root or name)
 
 

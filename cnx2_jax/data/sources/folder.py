@@ -10,13 +10,15 @@ from cnx2_jax.data.sources.base import Source, held_out
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
-_ENDINGS = (".jpeg", ".jpg", ".png", ".webp")
+IMAGE_ENDINGS = (".jpeg", ".jpg", ".png", ".webp")
+Endings = tuple[str, ...]
 
 
-def open_folder(root: str, split: str, val_fraction: float) -> Source:
+def open_folder(root: str, split: str, val_fraction: float, endings: Endings = IMAGE_ENDINGS) -> Source:
     """Opens `root/train` or `root/val`; without `val`, a share of `root/train`, or else of `root`.
 
-    Each sub-folder is a class with all images below it. Images without any sub-folder are unlabelled.
+    Each sub-folder is a class with all images below it. Images without any sub-folder are unlabelled. Names
+    of images end in one of `endings`, in small or capital letters.
 
     Raises:
       UserError: the folder is missing, empty, cannot be listed, or is laid out inconsistently.
@@ -29,13 +31,13 @@ def open_folder(root: str, split: str, val_fraction: float) -> Source:
     base = train if has_train else root
     class_names = _sub_folders(base)
     if has_val and split == "val":
-        return _list_records(val, class_names)
-    source = _list_records(base, class_names)
+        return _list_records(val, class_names, endings)
+    source = _list_records(base, class_names, endings)
     assert source.labels is not None
     present = np.bincount(source.labels, minlength=len(class_names)) > 0
     if not present.all():
         empty = os.path.join(base, class_names[int(np.argmin(present))])
-        raise UserError(f"class folder '{empty}' has no {image_kinds()}; add some or remove it")
+        raise UserError(f"class folder '{empty}' has no {image_kinds(endings)}; add some or remove it")
     if has_val:
         return source
     if not 0 <= val_fraction < 1:
@@ -47,17 +49,17 @@ def open_folder(root: str, split: str, val_fraction: float) -> Source:
     return source.only(chosen if split == "val" else ~chosen)
 
 
-def open_whole_folder(root: str) -> Source:
+def open_whole_folder(root: str, endings: Endings = IMAGE_ENDINGS) -> Source:
     """Opens all images of a folder, whose sub-folders are the classes.
 
     Raises:
       UserError: as `open_folder`.
     """
     root = existing_folder(root, "data.val_root")
-    return _list_records(root, _sub_folders(root))
+    return _list_records(root, _sub_folders(root), endings)
 
 
-def open_files(paths: Sequence[str]) -> Source:
+def open_files(paths: Sequence[str], endings: Endings = IMAGE_ENDINGS) -> Source:
     """Opens files, whatever their names end in, and all images below folders; unlabelled.
 
     They keep the order given; the images of a folder are sorted by path.
@@ -68,9 +70,9 @@ def open_files(paths: Sequence[str]) -> Source:
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            names = sorted(image_names(path))
+            names = sorted(image_names(path, endings=endings))
             if not names:
-                raise UserError(f"no {image_kinds()} in '{path}'; check the path")
+                raise UserError(f"no {image_kinds(endings)} in '{path}'; check the path")
             found.extend(os.path.join(path, name) for name in names)
         elif os.path.lexists(path):
             found.append(path)
@@ -93,15 +95,15 @@ def existing_folder(root: str, key: str) -> str:
     return root
 
 
-def _list_records(folder: str, class_names: Sequence[str]) -> Source:
+def _list_records(folder: str, class_names: Sequence[str], endings: Endings) -> Source:
     """Returns all images below `folder`, sorted by path, labelled by the sub-folder they lie in."""
     unknown = sorted(set(_sub_folders(folder)) - set(class_names))
     if unknown:
         raise UserError(f"class '{unknown[0]}' is only in '{folder}'; add it to train or remove it")
     # Sorted: the order in which a file system lists differs between machines.
-    names = sorted(image_names(folder))
+    names = sorted(image_names(folder, endings=endings))
     if not names:
-        raise UserError(f"no {image_kinds()} in '{folder}'; check the path")
+        raise UserError(f"no {image_kinds(endings)} in '{folder}'; check the path")
     if class_names:
         loose = next((name for name in names if "/" not in name), None)
         if loose is not None:
@@ -139,12 +141,12 @@ def _sub_folders(folder: str) -> tuple[str, ...]:
     return tuple(sorted(name for name, is_folder in _listed(folder) if is_folder))
 
 
-def image_names(folder: str, prefix: str = "") -> Iterator[str]:
+def image_names(folder: str, prefix: str = "", endings: Endings = IMAGE_ENDINGS) -> Iterator[str]:
     """Yields the images below a folder, as paths relative to the top folder, in no particular order."""
     for name, is_folder in _listed(folder):
         if is_folder:
-            yield from image_names(os.path.join(folder, name), f"{prefix}{name}/")
-        elif name.lower().endswith(_ENDINGS):
+            yield from image_names(os.path.join(folder, name), f"{prefix}{name}/", endings)
+        elif name.lower().endswith(endings):
             yield prefix + name
 
 
@@ -157,6 +159,6 @@ def _listed(folder: str) -> list[tuple[str, bool]]:
         raise UserError(f"cannot list '{error.filename or folder}': {error.strerror}") from error
 
 
-def image_kinds() -> str:
+def image_kinds(endings: Endings = IMAGE_ENDINGS) -> str:
     """Returns what error messages call the files that `image_names` looks for."""
-    return f"images ({', '.join(_ENDINGS)})"
+    return f"images ({', '.join(endings)})"

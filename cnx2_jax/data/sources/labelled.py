@@ -10,6 +10,7 @@ import numpy as np
 from cnx2_jax.data import csv_labels
 from cnx2_jax.data.csv_labels import Table
 from cnx2_jax.data.fields import Entry, Field, Label, MultiLabel, Value
+from cnx2_jax.data.sources.arrays import open_array_files
 from cnx2_jax.data.sources.base import Source, held_out, stored_sets
 from cnx2_jax.data.sources.folder import existing_folder, open_files
 from cnx2_jax.data.tensorflow import tf
@@ -17,7 +18,7 @@ from cnx2_jax.errors import UserError
 
 
 def open_labelled(data: Any, split: str, wanted: str) -> Source:
-    """Opens one split of the images below `data.root`, each with its row of the CSV file `data.labels`.
+    """Opens one split of the files below `data.root`, each with its row of the CSV file `data.labels`.
 
     The splits are those of the column `split`; or of the folders `train` and `val`, if all images lie in
     these; or else a share of `data.val_fraction` is held out, of each class where images have one.
@@ -29,15 +30,15 @@ def open_labelled(data: Any, split: str, wanted: str) -> Source:
       wanted: the field that the table gives: "label" (`Label`), "labels" (`MultiLabel`) or "value" (`Value`).
 
     Raises:
-      UserError: see `csv_labels` and `open_files`.
+      UserError: see `csv_labels`, `open_files` and `open_array_files`.
     """
-    if data.source != "folder":
+    if data.source not in ("folder", "arrays"):
         raise UserError(
-            f"data.labels '{data.labels}' is for the images of a folder, not for data.source "
+            f"data.labels '{data.labels}' is for the files of a folder, not for data.source "
             f"'{data.source}'; set one of them to its default"
         )
     root = existing_folder(data.root, "data.root")
-    files = open_files([root])
+    files = open_files([root]) if data.source == "folder" else open_array_files(data, [root])
     start = len(os.path.join(root, ""))
     names = [files.describe(index)[start:] for index in range(files.num_records)]
     table = csv_labels.read_table(data.labels).ordered(names)

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from cnx2_jax.data.fields import Image, Label
+from cnx2_jax.data.array_files import DTYPES, Form
+from cnx2_jax.data.bands import Bands
+from cnx2_jax.data.fields import Field, Image, Label
 from cnx2_jax.data.sources.base import Source
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError, nearest
@@ -40,15 +42,17 @@ def open_tfds(spec: str, data_dir: str) -> Source:
       data_dir: the directory of TFDS's data sets; empty for TFDS's default.
 
     Returns:
-      A source without `labels`. `read` returns the images as stored, JPEG or PNG, and raises
-      tf.errors.OpError when it runs if a record is damaged.
+      A source without `labels`. `read` returns images as stored, JPEG or PNG, and arrays in their record; it
+        raises tf.errors.OpError when it runs if a record is damaged.
 
     Raises:
       UserError: a malformed spec, an unknown or unprepared data set, an unknown split, one without
-        records, images or class labels, or files that are missing, damaged or not readable by index.
+        records, images (or arrays of a dtype in `DTYPES`) or class labels, or files that are missing, damaged
+        or not readable by index.
     """
     builder, split, named = _load(spec, data_dir)
     class_names = _class_names(builder)
+    field, image_of = _image(builder)
     instructions = _instructions(builder, split, named)
     read_record = _open_files(builder, {one.filename: one.examples_in_shard for one in instructions})
     ends = list(itertools.accumulate(one.take for one in instructions))
@@ -65,15 +69,14 @@ def open_tfds(spec: str, data_dir: str) -> Source:
             raise tf.errors.DataLossError(None, None, str(error)) from error
 
     def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
-        record = tf.numpy_function(record_at, [index], tf.string)
-        keys = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
-        example = tf.io.parse_single_example(tf.ensure_shape(record, []), keys)
-        return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
+        record = tf.ensure_shape(tf.numpy_function(record_at, [index], tf.string), [])
+        label = tf.io.parse_single_example(record, {"label": tf.io.FixedLenFeature([], tf.int64)})["label"]
+        return {"image": image_of(record), "label": tf.cast(label, tf.int32)}
 
     def describe(index: int) -> str:
         return f"{builder.info.full_name}/{split} record {index} ({os.path.basename(locate(index)[0])})"
 
-    fields = {"image": Image(), "label": Label(class_names)}
+    fields = {"image": field, "label": Label(class_names)}
     return Source(ends[-1], fields, labels=None, read=read, describe=describe)
 
 
@@ -137,12 +140,34 @@ def _class_names(builder: Any) -> tuple[str, ...]:
     known = dict(features) if isinstance(features, kinds.FeaturesDict) else {}
     image, label = known.get("image"), known.get("label")
     names = label.names if isinstance(label, kinds.ClassLabel) and label.num_classes else ()
-    if isinstance(image, kinds.Image) and image.np_dtype == np.uint8 and names:
-        return tuple(names)
+    # An array needs a known number of bands.
+    if names and isinstance(image, kinds.Tensor | kinds.Image):
+        bands = {2: 1, 3: image.shape[-1]}.get(len(image.shape))
+        if bands and np.dtype(image.np_dtype).name in DTYPES:
+            return tuple(names)
     raise UserError(
-        f"data set '{builder.info.full_name}' needs the features 'image', of 8 bits, and 'label', of known "
-        f"classes, but has: {', '.join(known)}; choose one for image classification"
+        f"data set '{builder.info.full_name}' needs the features 'image', of {', '.join(DTYPES)}, and "
+        f"'label', of known classes, but has: {', '.join(known)}; choose one for image classification"
     )
+
+
+def _image(builder: Any) -> tuple[Field, Callable[[tf.Tensor], tf.Tensor]]:
+    """Returns the field of the images, and the function that takes their entry out of a record."""
+    from tensorflow_datasets import features as kinds
+    from tensorflow_datasets.core import example_parser
+
+    image = builder.info.features["image"]
+    if isinstance(image, kinds.Image) and image.np_dtype == np.uint8:
+        key = {"image": tf.io.FixedLenFeature([], tf.string)}
+        return Image(), lambda record: tf.io.parse_single_example(record, key)["image"]
+    parser = example_parser.ExampleParser({"image": image.get_serialized_info()})
+
+    def read(record: tf.Tensor) -> tf.Tensor:
+        array = image.decode_example(parser.parse_example(record)["image"])
+        return array if len(image.shape) == 3 else array[..., None]
+
+    form = Form(np.dtype(image.np_dtype), image.shape[-1] if len(image.shape) == 3 else 1)
+    return Bands(form, read, builder.info.full_name), tf.identity
 
 
 def _instructions(builder: Any, split: str, named: set[str]) -> list[Any]:
