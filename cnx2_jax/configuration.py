@@ -177,11 +177,13 @@ def load_config(location: str, overrides: Sequence[str] = ()) -> ConfigDict:
       overrides: see `override`.
 
     Raises:
-      UserError: see `load_module` and `override`, or the module rejects the argument.
+      UserError: see `load_module`, `override` and `take_statistics`, or the module rejects the argument.
     """
     module, argument = load_module(location)
-    config = module.get_config(argument) if argument else module.get_config()
-    return override(config, overrides)
+    config = override(module.get_config(argument) if argument else module.get_config(), overrides)
+    # Not when a run's own config is read again: it has the values, and the file may be gone.
+    take_statistics(config.data)
+    return config
 
 
 def load_module(location: str) -> tuple[ModuleType, str]:
@@ -230,8 +232,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """Applies `--config.KEY=VALUE` arguments in place, type-checked by the key's value; locks the config.
 
     Raises:
-      UserError: an unknown key, with the nearest known one, or a value of another type; see
-        `take_statistics`.
+      UserError: an unknown key, with the nearest known one, or a value of another type.
     """
     known = flatten(config)
     # absl would append the values of a tuple that is given twice; here the last one wins.
@@ -266,7 +267,6 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             if not all(type(item) in kinds for item in value):
                 kind = "whole numbers" if kinds == (int,) else "numbers"
                 raise UserError(f"config key {key}={value} must be {kind}, such as {key}=(1,2)")
-    take_statistics(config.data)
     check_ranges(config)
     config.lock()
     return config

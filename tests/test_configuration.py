@@ -738,7 +738,7 @@ def test_every_key_is_read(name, tmp_path, reads):
     }
     reads.clear()
 
-    take_statistics(config.data)  # as `override` does
+    take_statistics(config.data)  # as `load_config` does
     task = make_task(config)
     task.start(split(task.init(nnx.Rngs(0)))[1])
     batch = next(task.data.train_batches(0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cnx2_jax import cli
-from cnx2_jax.bands import read_statistics
+from cnx2_jax.bands import read_statistics, take_statistics
 from cnx2_jax.configuration import override
 from cnx2_jax.data.images import ImageData
 from cnx2_jax.errors import UserError
@@ -69,13 +69,18 @@ def test_a_sample_without_missing_values(tmp_path):
     np.testing.assert_allclose(found.std, pixels.std(axis=0), rtol=1e-12)
 
 
+def configured(arguments):
+    """Returns a config as `load_config` does."""
+    config = override(defaults("classify"), arguments)
+    take_statistics(config.data)
+    return config
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float64"])
 def test_a_config_takes_them(tmp_path, dtype):
     stack, path, arguments = written(tmp_path, dtype)
     arguments += [f"--config.data.statistics={path}", "--config.data.use_bands=far,near"]
-    config = override(
-        defaults("classify"), [*arguments, "--config.model.in_chans=2", "--config.image_size=(8,16)"]
-    )
+    config = configured([*arguments, "--config.model.in_chans=2", "--config.image_size=(8,16)"])
     unit = 255 if dtype == "uint8" else 1
     expected = stack.astype(np.float64)[..., [1, 0]]
     np.testing.assert_allclose(config.data.mean, expected.mean(axis=(0, 1, 2)) / unit, rtol=1e-12)
@@ -92,7 +97,7 @@ def test_mistakes(tmp_path):
         keys = {"statistics": path, **keys}
         given = [f"--config.data.{key}={value}" for key, value in keys.items()]
         with pytest.raises(UserError, match=message):
-            override(defaults("classify"), [*arguments, *given])
+            configured([*arguments, *given])
 
     refused(r"bands.json': band 'flat' has the deviation 0, as all its values are 4; leave it out")
     refused(

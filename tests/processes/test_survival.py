@@ -330,6 +330,7 @@ def test_a_kubernetes_job_without_the_extra(hosts, tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)  # preflight sets it for this process
     if hosts:
         monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
     assert main(["evaluate", "--workdir", str(tmp_path / "run")]) == 2
