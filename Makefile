@@ -18,18 +18,13 @@ INSTALLED := .venv/installed-
 # A file's tests share its fixtures, so one worker runs them all. `pytest` alone starts no workers.
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-# uv takes a third of pip's time, but does not read pip's configuration.
-ARGUMENTS = --quiet --constraint constraints.txt --editable '.[$*]'
-INSTALL = $(BIN)/uv pip install --python $(BIN)/python $(ARGUMENTS) || $(BIN)/pip install $(ARGUMENTS)
-
 .PHONY: install demo demo-segment test test-fast times lint format types golden hooks clean
 
 install: $(INSTALLED)$(EXTRAS)
 
 $(INSTALLED)%: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt uv || true
-	$(INSTALL)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
 demo: install

@@ -35,7 +35,8 @@ def pytest_runtest_makereport(item, call) -> None:
 
 def pytest_runtest_logreport(report) -> None:
     """Runs in the reporting process, also for tests of xdist's workers."""
-    _seconds[report.nodeid] += dict(report.user_properties)[f"cpu_{report.when}"]
+    # A worker that crashed measured nothing.
+    _seconds[report.nodeid] += dict(report.user_properties).get(f"cpu_{report.when}", 0)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

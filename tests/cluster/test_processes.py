@@ -112,7 +112,7 @@ def expected(folder):
         record = task.data.val.read(index)
         path = folder / "image.png"
         path.write_bytes(record["image"].numpy())
-        image = preprocess_files([path], size=(16, 16), channels=1, eval_crop=task.config.data.eval_crop)
+        image = preprocess_files([path], task.config)
         logits = np.asarray(forward(jnp.asarray(image)))[0]
         order = np.argsort(-logits, kind="stable")
         label = int(record["label"])

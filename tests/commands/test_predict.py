@@ -77,7 +77,7 @@ def expected(folder, paths):
     """Vectors and probabilities of files, computed one at a time."""
     model, values, _ = weights.load(folder)
     encoder = models.without_decoder(model)
-    pixels = preprocess_files(paths, size=(16, 16), channels=1, eval_crop=values.data.eval_crop)
+    pixels = preprocess_files(paths, values)
     graph, params = split(encoder)
     pooled = jax.jit(lambda x: merge(graph, params).pooled(x))
     vectors = np.concatenate(
