@@ -2,7 +2,7 @@
 
 xpk pins versions that cnx2_jax cannot live with, so this needs an environment of its own:
 
-  python3 -m venv tools && tools/bin/pip install xpk==1.16.0 kubernetes-validate==1.37.0
+  uv venv tools && uv pip install --python tools xpk==1.16.0 kubernetes-validate==1.37.0
   tools/bin/python tests/launch/check_tools.py
 """
 
