@@ -31,6 +31,7 @@ from jax._src import compiler
 
 from cnx2_jax.kernels.rows import Windows
 from cnx2_jax.models import create_model
+from cnx2_jax.observe import progress
 
 
 def admit_placeholders(kind: type) -> None:
@@ -138,6 +139,12 @@ def compile_quickly():
             patch.setenv(name, value)
         yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def no_progress_lines(monkeypatch):
+    """On a busy machine a command may take so long that it reports progress, and what it says is compared."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", float("inf"))
 
 
 @pytest.fixture(scope="session")

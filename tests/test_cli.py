@@ -32,7 +32,7 @@ SMALL_DIGITS = [*SMALL, "--config.image_size=16"]
 SMALL_PRETRAIN = [*SMALL_DIGITS, "--config.model.decoder_dim=8"]
 
 
-pytestmark = [pytest.mark.usefixtures("compile_quickly"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("compile_quickly", "no_progress_lines"), pytest.mark.slow]
 
 
 def run_process(*arguments, **environment):
@@ -142,7 +142,9 @@ def test_train_says_what_it_did(pretrained):
     # Progress is on standard error, and no library speaks there.
     lines = done.stderr.splitlines()
     assert lines[0].startswith("pretrain custom, ")
-    assert all(re.match(r"step \d+(/4 \(\d+%\), loss |: val loss )", text) for text in lines[1:-2])
+    # On a busy machine an evaluation reports its progress.
+    expected = r"step \d+(/4 \(\d+%\), loss |: val loss )|evaluating at step 4: \d+ of 359 images"
+    assert all(re.match(expected, text) for text in lines[1:-2])
     assert lines[-2].startswith("goodput ")
     assert lines[-1] == f"done after step 4; the best checkpoint by loss is {workdir}/checkpoints/4"
 

@@ -277,8 +277,9 @@ class Task:
             names = ["heatmap"]
             if len(maps) > 1:
                 names = [f"heatmap.{name}".replace("/", "_") for name in self.class_names]
-            pictures = [Image.fromarray(heat_overlay(image, heat)) for heat in maps]
-            yield dict(zip(names, pictures, strict=True))
+            (drawn,) = self.drawable(image[None])
+            overlays = [Image.fromarray(heat_overlay(drawn, heat)) for heat in maps]
+            yield dict(zip(names, overlays, strict=True))
 
     def exported(self, model: Any) -> Any:
         """Returns the network that exports hold, whose results need nothing of the metadata."""
@@ -316,6 +317,13 @@ class Task:
             drawn = np.asarray(images if images.dtype == jnp.uint8 else self.denormalise(images))
         names = self.class_names
         return drawn, [names[label] if names else "" for label in batch["label"]]
+
+    def drawable(self, images: np.ndarray) -> np.ndarray:
+        """Returns images as batches hold them, `[B, H, W, C]`, as uint8: themselves, or in false colours."""
+        if pictures.are_colours(self.config):
+            return np.asarray(images)
+        normal = np.asarray(self.normalise(jnp.asarray(images)))
+        return pictures.coloured(self.config, {"images": normal}, "images")["images"]
 
     def pictures(self, model: Any) -> dict[str, np.ndarray]:
         """Returns named uint8 pictures `[H, W, 3]` that show how the model does; often none."""

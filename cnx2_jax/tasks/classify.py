@@ -152,7 +152,7 @@ class Classify(Task, name="classify"):
                 *(total[name][rows] for name in ("confidence", "predicted", "label")), strict=True
             )
         ]
-        images = self.images.val_images(total["position"][rows])
+        images = self.drawable(self.images.val_images(total["position"][rows]))
         return report._replace(pictures={"mistakes": draw_sheet(images, captions, MISTAKES_PER_ROW)})
 
     def prediction(self, outputs: Mapping[str, np.ndarray], top: int) -> dict:

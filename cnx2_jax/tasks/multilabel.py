@@ -160,6 +160,6 @@ class Multilabel(Task, name="multilabel"):
 
     def sheet(self, batch: HostBatch, prepared: Batch) -> tuple[np.ndarray, list[str]]:
         """Names the classes of each image."""
-        return np.asarray(batch["image"]), [
+        return self.drawable(batch["image"]), [
             ", ".join(self.class_names[place] for place in np.flatnonzero(row)) for row in batch["labels"]
         ]

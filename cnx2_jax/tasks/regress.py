@@ -173,7 +173,7 @@ class Regress(Task, name="regress"):
 
     def sheet(self, batch: HostBatch, prepared: Batch) -> tuple[np.ndarray, list[str]]:
         """Shows the values of each image."""
-        return np.asarray(batch["image"]), [
+        return self.drawable(batch["image"]), [
             ", ".join(f"{value:.4g}" for value in row) for row in batch["value"]
         ]
 

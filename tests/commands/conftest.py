@@ -2,8 +2,6 @@
 
 import pytest
 
-from cnx2_jax.observe import progress
-
 
 @pytest.fixture(scope="module", autouse=True)
 def all_compile_quickly(compile_quickly):
@@ -11,6 +9,5 @@ def all_compile_quickly(compile_quickly):
 
 
 @pytest.fixture(autouse=True)
-def no_progress_lines(monkeypatch):
-    """On a busy machine a command may take so long that it reports progress, and what it says is compared."""
-    monkeypatch.setattr(progress, "LINE_SECONDS", float("inf"))
+def nothing_reports_progress(no_progress_lines):
+    """Lets tests compare what commands print."""

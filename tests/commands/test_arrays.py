@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from cnx2_jax import cli
 from cnx2_jax.checkpoints import checkpoint
@@ -86,13 +87,16 @@ def test_twelve_bands_from_end_to_end(images, tmp_path, capsys):
     assert run("train", "--config", "finetune:smoke", "--workdir", tuned, *start) == 0
     capsys.readouterr()
     kept = statistics.rename(tmp_path / "moved.json")  # a trained run needs the file no more
-    assert run("evaluate", "--workdir", tuned) == 0
+    assert run("evaluate", "--workdir", tuned, "--report", tmp_path / "report") == 0
     assert 0 <= json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] <= 1
     assert run("predict", "--checkpoint", tuned, "--json", file) == 0
     assert {each["class"] for each in json.loads(capsys.readouterr().out)["predictions"]} == {
         "falling",
         "rising",
     }
+    assert run("predict", "--checkpoint", tuned, "--heatmap", tmp_path / "heat", file) == 0
+    (picture,) = (tmp_path / "heat").iterdir()
+    assert Image.open(picture).mode == "RGB"
     out = tmp_path / "model.safetensors"
     assert run("export", "--checkpoint", tuned, "--format", "stablehlo", "--out", out) == 0
     kept.rename(statistics)
