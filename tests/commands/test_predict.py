@@ -188,12 +188,9 @@ def test_a_corrupt_image_in_a_later_batch(classifier, images, tmp_path, capfd):
         ("{tmp}/images --features {tmp}/there.npy", "'{tmp}/there.npy' exists already; nothing was"),
         ("{tmp}/images --features {tmp}/named.npy", "'{tmp}/named.json' exists already; nothing was"),
         ("{tmp}/images --features {tmp}/x.npz", "--features '{tmp}/x.npz' must end in .npy"),
-        ("{tmp}/empty", "no images (.jpeg, .jpg, .png, .webp) in '{tmp}/empty'"),
-        ("{tmp}/images {tmp}/none.png", "'{tmp}/none.png' does not exist"),
     ],
 )
 def test_mistakes_are_said_before_any_work(images, tmp_path, capfd, words, message):
-    (tmp_path / "empty").mkdir()
     (tmp_path / "there.npy").write_text("mine")
     (tmp_path / "named.json").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
@@ -204,6 +201,22 @@ def test_mistakes_are_said_before_any_work(images, tmp_path, capfd, words, messa
     assert message.format(tmp=tmp_path) in captured.err
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "there.npy").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("{tmp}/empty", "no images (.jpeg, .jpg, .png, .webp) in '{tmp}/empty'"),
+        ("{tmp}/images {tmp}/none.png", "'{tmp}/none.png' does not exist"),
+    ],
+)
+def test_images_that_are_missing(classifier, images, tmp_path, capfd, words, message):
+    """Said once the checkpoint is known, which decides what kind of files are read."""
+    (tmp_path / "empty").mkdir()
+    assert run("--checkpoint", classifier, *words.format(tmp=tmp_path).split()) == 2
+    captured = capfd.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert message.format(tmp=tmp_path) in captured.err
 
 
 @pytest.mark.parametrize(("task", "why"), [("pretrain", "is of pretraining"), ("classify", "has no head")])
