@@ -130,7 +130,7 @@ def import_extra(name: str) -> types.ModuleType:
 
 @dataclasses.dataclass(frozen=True)
 class _Template:
-    """What the files of one program and shape share.
+    """The bytes and places that files of one program and shape share.
 
     Attributes:
       length: of the file in bytes.

@@ -17,7 +17,7 @@ from cnx2_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a run takes of the arrays of its source.
+    """The bands that a run uses, and how it replaces bad values.
 
     Attributes:
       places: of the bands that are used.

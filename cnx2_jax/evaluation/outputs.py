@@ -1,4 +1,4 @@
-"""What the numbers of a classifier's head mean, and their average over an image and its mirror image."""
+"""The meaning of the numbers of a classifier's head, and their average over an image and its mirror image."""
 
 import dataclasses
 from collections.abc import Callable

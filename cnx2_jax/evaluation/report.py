@@ -23,7 +23,7 @@ class Table(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a report holds, by the names of the files.
+    """The contents of a report, by the names of its files.
 
     Attributes:
       tables: written in Markdown and as CSV.

@@ -12,6 +12,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.launch.job import Job
 from cnx2_jax.launch.local import tree
 from cnx2_jax.launch.plan import Plan, written
+from cnx2_jax.launch.supervise import USER_ERROR
 
 LINE = "a JobSet on a GKE cluster, in an image that is built from the commit"
 SUBMITS = True
@@ -19,7 +20,6 @@ SUBMITS = True
 DOCKERFILE = "cnx2_jax/launch/Dockerfile"
 CONTAINER = "cnx2"
 SLICE = "slice"
-MISTAKE = 2  # cnx2's exit status after a mistake of the user's, which a retry would only repeat
 # The node label of each chip (Google's GKE documentation on TPUs), and the axes of its topologies.
 CHIPS = {
     "v4": ("tpu-v4-podslice", 3),
@@ -132,7 +132,7 @@ def manifest(job: Job) -> dict[str, Any]:
     options = job.options
     chip, _, shape = options["topology"].partition(":")
     chips = _chips(options["topology"])
-    hosts = max(1, chips // CHIPS_PER_HOST)
+    hosts = _hosts(job)
     chips_of_host = {"google.com/tpu": str(min(chips, CHIPS_PER_HOST))}
     selector = {
         "cloud.google.com/gke-tpu-accelerator": CHIPS[chip][0],
@@ -160,7 +160,7 @@ def manifest(job: Job) -> dict[str, Any]:
         pod["volumes"] = [
             {"name": name, "persistentVolumeClaim": {"claimName": name}} for name in dict(claims)
         ]
-    mistake = {"containerName": CONTAINER, "operator": "In", "values": [MISTAKE]}
+    mistake = {"containerName": CONTAINER, "operator": "In", "values": [USER_ERROR]}
     of_slice = {
         "parallelism": hosts,
         "completions": hosts,
@@ -199,8 +199,7 @@ def status(job: Job) -> list[str]:
 
 
 def logs(job: Job) -> list[str]:
-    chips = _chips(job.options["topology"]) * job.options["slices"]
-    pods = max(1, chips // CHIPS_PER_HOST)
+    pods = _hosts(job) * job.options["slices"]
     shown = ["--prefix", "--tail=100", f"--max-log-requests={pods}"]
     return [shlex.join([*_kubectl(job, "logs"), _selector(job), *shown])]
 
@@ -211,6 +210,11 @@ def stop(job: Job) -> list[str]:
 
 def _chips(slice_topology: str) -> int:
     return math.prod(map(int, slice_topology.partition(":")[2].split("x")))
+
+
+def _hosts(job: Job) -> int:
+    """Returns the number of hosts of one slice."""
+    return max(1, _chips(job.options["topology"]) // CHIPS_PER_HOST)
 
 
 def _image(job: Job) -> str:

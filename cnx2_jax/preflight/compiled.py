@@ -16,7 +16,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _KIND = "|".join(COLLECTIVES)
 # The shape can be a tuple with comments such as `/*index=5*/` in it.
 _COLLECTIVE = re.compile(rf" = (?P<shape>.*?) (?P<kind>{_KIND})(?P<start>-start)?\(")
-# What a TPU hands to the network between slices, beside the collectives within each.
+# Transfers over the network between TPU slices, beside the collectives within each.
 BETWEEN_SLICES = "between slices"
 _SENT = re.compile(r" = (?P<shape>.*?) send\(.*xla_megascale_runtime")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")

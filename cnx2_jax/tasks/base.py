@@ -174,7 +174,7 @@ class Task:
     def adopt(self, metadata: Mapping[str, Any]) -> None:
         """Called with the metadata of a checkpoint whose arrays are used, to resume, evaluate or predict.
 
-        A task takes from it what it learnt from data besides the arrays, and put there by `metadata`.
+        A task restores values that `metadata` stored because they come from data, such as a threshold.
         """
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:

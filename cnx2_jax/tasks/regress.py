@@ -84,7 +84,7 @@ class Regress(Task, name="regress"):
 
     @functools.cached_property
     def standards(self) -> Standards:
-        """Of the training images, or those of the checkpoint that was adopted."""
+        """The standards of the training images, or of the checkpoint that was adopted."""
         if isinstance(self.data, Described):
             return Standards((0.0,) * len(self.class_names), (1.0,) * len(self.class_names))
         values = self.data.train.targets["value"]

@@ -204,7 +204,7 @@ def test_two_slices():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["topology"], found["devices"], found["hosts"]) == ("2 x v5e:2x2", 8, 2)
-    # Between slices go gradients alone, of which each device has a quarter.
+    # Only gradients cross between slices, and each device has a quarter of them.
     between = found["collectives"]["between slices"]["bytes"]
     assert found["parameters"] < between < 2 * found["parameters"]
 
