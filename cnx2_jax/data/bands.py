@@ -2,15 +2,14 @@
 
 import dataclasses
 import shlex
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from cnx2_jax.bands import BYTE_RANGE, all_names, batch_dtype, places_of, split_names
 from cnx2_jax.data.array_files import Form, Read
-from cnx2_jax.data.fields import Arrays, Canvas, Entry, Field
-from cnx2_jax.data.geometry import Draw, Geometry, pad
+from cnx2_jax.data.fields import Entry, Picture
+from cnx2_jax.data.geometry import Draw, Geometry
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
@@ -32,7 +31,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bands(Field):
+class Bands(Picture):
     """An array of bands: [h, w, bands], stored as a string.
 
     As a source declares it, the field decodes arrays bit for bit, in their own dtype. With a choice it gives
@@ -135,21 +134,6 @@ class Bands(Field):
         image = self.decode(stored)
         drawn = draw(*tf.unstack(tf.shape(image)[:2]))
         return drawn.image(image), drawn
-
-    def moved(self, value: Entry, geometry: Geometry) -> Entry:
-        return geometry.image(value)
-
-    def changed(self, value: Entry, photometric: Callable[[tf.Tensor], tf.Tensor]) -> Entry:
-        return photometric(value)
-
-    def padded(self, value: Entry, canvas: Canvas) -> Entry:
-        return pad(value, canvas, 0, first_axis=0)
-
-    def arrays(self, name: str, value: Entry, canvas: Canvas | None) -> Arrays:
-        """Adds `NAME_size`, the height and width before padding, int32 [2], where there is a canvas."""
-        if canvas is None:
-            return {name: value}
-        return {name: self.padded(value, canvas), f"{name}_size": tf.shape(value)[:2]}
 
 
 _READING_KEYS = ("source", "root", "layout", "array", "bands", "no_data")

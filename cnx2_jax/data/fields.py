@@ -118,8 +118,28 @@ class Field:
         return {name: value if canvas is None else self.padded(value, canvas)}
 
 
+class Picture(Field):
+    """The base of images and arrays of bands, [h, w, channels]: both are moved, changed and padded alike."""
+
+    def moved(self, value: Entry, geometry: Geometry) -> Entry:
+        return geometry.image(value)
+
+    def changed(self, value: Entry, photometric: Callable[[tf.Tensor], tf.Tensor]) -> Entry:
+        return photometric(value)
+
+    def padded(self, value: Entry, canvas: Canvas) -> Entry:
+        """Pads with 0; a batch's NAME_size tells padding from black pixels."""
+        return pad(value, canvas, 0, first_axis=0)
+
+    def arrays(self, name: str, value: Entry, canvas: Canvas | None) -> Arrays:
+        """Adds `NAME_size`, the height and width before padding, int32 [2], where there is a canvas."""
+        if canvas is None:
+            return {name: value}
+        return {name: self.padded(value, canvas), f"{name}_size": tf.shape(value)[:2]}
+
+
 @dataclasses.dataclass(frozen=True)
-class Image(Field):
+class Image(Picture):
     """A picture: uint8 [h, w, channels].
 
     Attributes:
@@ -162,22 +182,6 @@ class Image(Field):
         )
         drawn = draw(size[0], size[1])
         return drawn.cropped_image(image), drawn
-
-    def moved(self, value: Entry, geometry: Geometry) -> Entry:
-        return geometry.image(value)
-
-    def changed(self, value: Entry, photometric: Callable[[tf.Tensor], tf.Tensor]) -> Entry:
-        return photometric(value)
-
-    def padded(self, value: Entry, canvas: Canvas) -> Entry:
-        """Pads with 0; a batch's NAME_size tells padding from black pixels."""
-        return pad(value, canvas, 0, first_axis=0)
-
-    def arrays(self, name: str, value: Entry, canvas: Canvas | None) -> Arrays:
-        """Adds `NAME_size`, the height and width before padding, int32 [2], where there is a canvas."""
-        if canvas is None:
-            return {name: value}
-        return {name: self.padded(value, canvas), f"{name}_size": tf.shape(value)[:2]}
 
 
 @dataclasses.dataclass(frozen=True)
