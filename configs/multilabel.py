@@ -23,6 +23,7 @@ from cnx2_jax.recipes import (
     use_imagenet_recipe,
     use_smoke,
 )
+from cnx2_jax.sweeps import product
 from cnx2_jax.tasks import defaults
 
 
@@ -54,3 +55,13 @@ def get_config(argument="tiny"):
         config.data.augment = ""  # RandAugment is for colour images
         config.data.source = "digit_rows"
     return config
+
+
+def sweep_lr():
+    """The learning rate and its decay per layer, over the values that the paper's fine-tuning tuned."""
+    return product(
+        **{
+            "optimizer.base_learning_rate": (2e-4, 4e-4, 8e-4),
+            "optimizer.layer_decay": (0.7, 0.8, 0.9),
+        }
+    )

@@ -16,6 +16,7 @@ other augmentation than mirroring, because changes of colour and brightness can 
 """
 
 from cnx2_jax.recipes import FINETUNING, parse_argument, use_digit_rows, use_finetuning, use_smoke
+from cnx2_jax.sweeps import product
 from cnx2_jax.tasks import defaults
 
 
@@ -43,3 +44,13 @@ def get_config(argument="tiny"):
         config.data.mean, config.data.std = (0.3,), (0.35,)
         config.data.source = "digit_rows"
     return config
+
+
+def sweep_lr():
+    """The learning rate and its decay per layer, over the values that the paper's fine-tuning tuned."""
+    return product(
+        **{
+            "optimizer.base_learning_rate": (2e-4, 4e-4, 8e-4),
+            "optimizer.layer_decay": (0.7, 0.8, 0.9),
+        }
+    )
