@@ -1,5 +1,6 @@
 """Transforms against torchvision's and timm's definitions: distributions over many draws."""
 
+import collections
 import math
 
 import numpy as np
@@ -11,8 +12,11 @@ from cnx2_jax.data.crops import TRIES, random_crop_box
 from cnx2_jax.data.decoding import decode
 from cnx2_jax.data.erasing import random_erasing_box
 from cnx2_jax.data.fields import Image as ImageField
+from cnx2_jax.data.symmetries import Symmetries
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import EvalTransform, TrainTransform
+from cnx2_jax.errors import UserError
+from cnx2_jax.tasks import defaults
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -153,7 +157,7 @@ def transform(channels=3, **changes):
         "size": (24, 32),
         "crop_scale": (0.3, 1.0),
         "crop_ratio": (0.7, 1.4),
-        "flip": True,
+        "symmetries": Symmetries(flip=True),
         "augment": None,
         "erasing": 0.0,
         "mean": MEAN,
@@ -253,12 +257,44 @@ def test_train_image_is_a_function_of_its_seed(photo, encode):
 def test_train_image_flips_only_when_asked(photo, encode):
     encoded = encode(photo.resize((96, 64)), "PNG")
     whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.5, 1.5)}
-    plain = train_image(encoded, [0, 0], flip=False, **whole)
+    plain = train_image(encoded, [0, 0], symmetries=Symmetries(), **whole)
     seen = {train_image(encoded, [0, i], **whole).tobytes() for i in range(12)}
     assert seen == {plain.tobytes(), plain[:, ::-1].tobytes()}
-    assert {train_image(encoded, [0, i], flip=False, **whole).tobytes() for i in range(12)} == {
+    assert {train_image(encoded, [0, i], symmetries=Symmetries(), **whole).tobytes() for i in range(12)} == {
         plain.tobytes()
     }
+
+
+@pytest.mark.parametrize(
+    ("symmetries", "count"),
+    [(Symmetries(vflip=True), 2), (Symmetries(quarter_turns=True), 4), (Symmetries(True, True, True), 8)],
+)
+def test_symmetries_are_drawn_with_equal_chance(photo, encode, symmetries, count):
+    encoded, size = encode(photo.resize((6, 6)), "PNG"), (6, 6)
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "size": size}
+    plain = train_image(encoded, [0, 0], symmetries=Symmetries(), **whole)
+    turned = [np.rot90(plain, turns) for turns in (range(4) if symmetries.quarter_turns else range(1))]
+    both = [view[::-1] for view in turned] if symmetries.vflip else []
+    expected = {np.ascontiguousarray(view).tobytes() for view in turned + both}
+    assert len(expected) == count
+    make = transform(symmetries=symmetries, **whole)
+    seeds = tf.data.Dataset.range(80 * count).map(
+        lambda index: make(encoded, tf.stack([tf.constant(9, tf.int64), index]))
+    )
+    counts = collections.Counter(image.tobytes() for image in seeds.as_numpy_iterator())
+    assert counts.keys() == expected
+    # Six deviations of a binomial count around its mean of 80.
+    assert all(26 < each < 134 for each in counts.values())
+
+
+def test_quarter_turns_of_oblong_images_are_refused():
+    config = defaults("classify")
+    config.data.quarter_turns = True
+    config.image_size = (64,)
+    assert Symmetries.of(config).quarter_turns
+    config.image_size = (64, 96)
+    with pytest.raises(UserError, match=r"image_size \(64, 96\) is not a square"):
+        Symmetries.of(config)
 
 
 def test_flip_is_independent_of_the_crop(encode):
