@@ -10,7 +10,7 @@ from PIL import Image
 from cnx2_jax.data.augment import make_augmentation
 from cnx2_jax.data.crops import TRIES, random_crop_box
 from cnx2_jax.data.decoding import decode
-from cnx2_jax.data.erasing import random_erasing_box
+from cnx2_jax.data.erasing import erase, random_erasing_box
 from cnx2_jax.data.fields import Image as ImageField
 from cnx2_jax.data.symmetries import Symmetries
 from cnx2_jax.data.tensorflow import tf
@@ -228,6 +228,19 @@ def test_a_quarter_is_erased_with_noise_of_the_normalisation(encode):
         rows, columns = mask.any(axis=1), mask.any(axis=0)
         box = np.outer(rows, columns)
         assert mask.sum() > 0.9 * box.sum()  # a box, but for noise that happens to be 7 thrice
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+def test_arrays_are_erased_with_noise_of_their_own_unit(dtype):
+    mean, std = (1000.0, -20.0 if dtype != "uint16" else 3000.0), (50.0, 4.0)
+    image = tf.zeros([40, 50, 2], dtype)
+    erased = erase(image, tf.constant([4, 5, 30, 40]), tf.constant([1, 2], tf.int64), mean, std).numpy()
+    assert erased.dtype == dtype
+    noise = erased[4:34, 5:45].reshape(-1, 2)
+    assert np.count_nonzero(erased) == np.count_nonzero(noise)
+    normal = (noise - np.array(mean)) / std
+    # 1,200 draws: four standard deviations are 0.12 and 0.08.
+    assert np.abs(normal.mean(axis=0)).max() < 0.12 and np.abs(normal.std(axis=0) - 1).max() < 0.09
 
 
 def test_everything_together_is_a_function_of_the_seed(photo, encode):
