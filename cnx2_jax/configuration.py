@@ -36,6 +36,10 @@ RANGES = {
     "model.patch_size": (1, 4),
     "data.val_fraction": (0, 0.999),
     "data.random_erasing": (0, 1),
+    "data.time_masks": (0, 100),
+    "data.time_mask_width": (0, INFINITY),
+    "data.frequency_masks": (0, 100),
+    "data.frequency_mask_width": (0, INFINITY),
     "data.max_unreadable": (0, 0.5),
     "data.eval_crop": (0.1, 1),
     "optimizer.min_learning_rate": (0, INFINITY),
@@ -111,9 +115,15 @@ def defaults(task: str) -> ConfigDict:
     data.train_per_class = 0  # train on only this many images of each class; 0: on all
     data.crop_scale = (0.08, 1.0)  # the share of the image's area that a random crop covers
     data.crop_ratio = (3 / 4, 4 / 3)
-    data.flip = True
+    data.flip = True  # mirror half of the training images left to right; false for spectrograms and digits
+    data.vflip = False  # mirror half of them top to bottom
+    data.quarter_turns = False  # turn them by 0, 90, 180 or 270 degrees; image_size must be a square
     data.augment = ""  # rand-m9-mstd0.5-inc1: RandAugment; jitter-0.4: colour jitter; distort
     data.random_erasing = 0.0  # the probability that a box of the image becomes noise
+    data.time_masks = 0  # SpecAugment: bars of columns that become the mean; 0: none
+    data.time_mask_width = 0  # the most columns that one covers, of image_size
+    data.frequency_masks = 0  # the same for rows
+    data.frequency_mask_width = 0
     data.unreadable = "error"  # or skip: use another image instead and count it in the metrics
     data.max_unreadable = 0.01  # the run stops if a larger share of all images is skipped
     data.eval_crop = 0.875

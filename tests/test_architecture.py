@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "cli": {"commandline", "compilation_cache", "errors"},  # it loads a command by name
     "commands": {
         *("tasks", "launch", "preflight", "evaluation", "train", "interop", "checkpoints", "data", "models"),
-        *("cluster", "observe", "configuration", "commandline", "workdir", "types", *BOTTOM),
+        *("cluster", "observe", "configuration", "bands", "commandline", "workdir", "types", *BOTTOM),
     },
     "preflight": {"tasks", "train", "observe", "configuration", "errors"},
     "launch": {"sweeps", "observe", "configuration", "commandline", *BOTTOM},

@@ -113,6 +113,8 @@ def _config(imported: Imported, described: dict[str, Any], source: str) -> Confi
         data.eval_long = 4 * data.eval_short
     data.eval_crop = described.get("eval_crop", data.eval_crop)
     data.mean, data.std = described.get("mean", data.mean), described.get("std", data.std)
+    if "dtype" in described:  # an export of ours, of arrays
+        data.source, data.dtype, data.bands = "arrays", described["dtype"], ",".join(described["bands"])
     if len(data.mean) != imported.in_chans or len(data.std) != imported.in_chans:
         raise UserError(
             f"'{source}' takes images of {imported.in_chans} channel(s), whose mean and standard "

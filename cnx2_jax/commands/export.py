@@ -1,12 +1,15 @@
 """`cnx2 export`."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from cnx2_jax.bands import used_names
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.commandline import count
 from cnx2_jax.configuration import image_hw
@@ -65,7 +68,8 @@ def _inference_model(
         size = -(-height // network.stride) * network.stride, -(-width // network.stride) * network.stride
     else:
         size = image_hw(config)
-    return InferenceModel(network, size, mean=config.data.mean, std=config.data.std, uint8=uint8)
+    data = config.data
+    return InferenceModel(network, size, mean=data.mean, std=data.std, uint8=uint8, stored=data.dtype)
 
 
 def _facts(folder: Path, model: InferenceModel) -> Facts:
@@ -74,7 +78,10 @@ def _facts(folder: Path, model: InferenceModel) -> Facts:
     size, data = config["image_size"], config["data"]
     sides = (data["eval_long"], data["eval_short"]) if config["task"] == "detect" else ()
     names = () if "features" in model.outputs else tuple(map(describe, metadata["class_names"]))
-    return Facts(names, (size[0], size[-1]), data["eval_crop"], model.mean, model.std, sides)
+    facts = Facts(names, (size[0], size[-1]), data["eval_crop"], model.mean, model.std, sides, model.stored)
+    if facts.of_pixels:
+        return facts
+    return dataclasses.replace(facts, bands=used_names(ConfigDict(data), len(model.mean)))
 
 
 FORMATS = {
@@ -167,6 +174,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.format == "safetensors":
         usual = "mmdetection" if isinstance(model.network, MaskRCNN) else "huggingface"
         form = export.of_weights(args.naming or usual)
+        if model.stored != "uint8":
+            say(
+                f"neither library prepares arrays of {model.stored}: config.json has the mean and deviation "
+                "of the bands, and (x - mean) / std is yours to compute"
+            )
     job = Job(folder, model, _facts(folder, model), args.dtype or "float32")
     result = export.export(args.out, form, job)
     if form.run is None:

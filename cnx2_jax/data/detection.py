@@ -22,6 +22,8 @@ from cnx2_jax.data.pipeline import Examples
 from cnx2_jax.data.prepared import PreparedImage, prepared_images
 from cnx2_jax.data.resizing import PLAIN_BILINEAR
 from cnx2_jax.data.sources import Source, open_source
+from cnx2_jax.data.spectrograms import refuse_spec_augment
+from cnx2_jax.data.symmetries import Symmetries, Symmetry
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 from cnx2_jax.types import HOST
@@ -57,7 +59,8 @@ class DetectionData(Examples):
         Args:
           config: the config of the run. Read here: `seed`, `batch_size` (global), `image_size`,
             `model.in_chans` (1 or 3), `model.patch_size`, and of `data` the keys of `add_detection_keys` and
-            `source`, `root`, `flip`, `augment`, `mean`, `unreadable` and `max_unreadable`.
+            `source`, `root`, `flip`, `vflip`, `quarter_turns`, `augment`, `mean`,
+            `unreadable` and `max_unreadable`.
 
         Raises:
           UserError: as `open_source`, `make_augmentation` and `faults.Tolerance`; the source has no objects;
@@ -65,6 +68,7 @@ class DetectionData(Examples):
         """
         data, seed = config.data, config.seed
         low, high = _ratios(data.ratio_range)
+        refuse_spec_augment(config)
         if data.val_source:
             raise UserError(
                 f"data.val_source '{data.val_source}': detection takes its validation images from "
@@ -87,7 +91,7 @@ class DetectionData(Examples):
             fields,
             size=image_hw(config),
             ratios=(low, high),
-            flip=data.flip,
+            symmetries=Symmetries.of(config),
             augment=make_augmentation(data.augment, [round(255 * mean) for mean in data.mean], fields),
         )
         eval_fields = {"image": image, "id": val.fields["id"]}
@@ -107,7 +111,7 @@ class DetectionData(Examples):
 
 @dataclasses.dataclass(frozen=True)
 class JitterTransform:
-    """Random resizing over a wide range, a crop, mirroring, photometric changes, padding.
+    """Random resizing over a wide range, a crop, mirroring and turning, photometric changes, padding.
 
     A crop without any box stays, as an example without objects. One that has boxes but no pixel of their
     objects is redrawn, up to REDRAWS times, where mmdetection takes another image.
@@ -116,27 +120,27 @@ class JitterTransform:
       fields: "image", an image, and "instances", objects with masks.
       size: height and width of crops; times a random ratio, the bounds of the resized image.
       ratios: least and greatest ratio.
-      flip: whether half of the examples are mirrored.
+      symmetries: in which examples are drawn.
       augment: applied to the image; None for no change.
     """
 
     fields: Mapping[str, Field]
     size: tuple[int, int]
     ratios: tuple[float, float]
-    flip: bool
+    symmetries: Symmetries
     augment: Augmentation | None
 
     def decode(self, record: Entries, seed: tf.Tensor) -> Entries:
         """See `Transform`."""
-        crop_draws, flip_draw, _ = self._draws(seed)
+        crop_draws, symmetry_draws, _ = self._draws(seed)
         crop_draws = tf.reshape(crop_draws, [1 + REDRAWS, 3])
         image = self.fields["image"].decode(record["image"])
         instances = self.fields["instances"].decode(record["instances"])
         source = tf.shape(image)[:2]
-        mirrored = (flip_draw[0] < 0.5) if self.flip else False
+        symmetry = self.symmetries.drawn(symmetry_draws)
 
         def geometry(attempt: tf.Tensor) -> Geometry:
-            return self._geometry(source, crop_draws[attempt], mirrored)
+            return self._geometry(source, crop_draws[attempt], symmetry)
 
         def lost(attempt: tf.Tensor, moved: Entries) -> tf.Tensor:
             boxes = geometry(attempt).boxes(instances["boxes"])
@@ -168,10 +172,10 @@ class JitterTransform:
         return example_arrays(self.fields, changed, self.size)
 
     def _draws(self, seed: tf.Tensor) -> list[tf.Tensor]:
-        parts = (3 * (1 + REDRAWS), 1, self.augment.draws if self.augment else 0)
+        parts = (3 * (1 + REDRAWS), self.symmetries.draws, self.augment.draws if self.augment else 0)
         return tf.split(tf.random.stateless_uniform([sum(parts)], seed), parts)
 
-    def _geometry(self, source: tf.Tensor, draws: tf.Tensor, mirrored: tf.Tensor | bool) -> Geometry:
+    def _geometry(self, source: tf.Tensor, draws: tf.Tensor, symmetry: Symmetry) -> Geometry:
         """Returns the step for three uniform draws: of the ratio, and of the crop's top and left."""
         low, high = self.ratios
         ratio = low + (high - low) * tf.cast(draws[0], tf.float64)
@@ -185,7 +189,7 @@ class JitterTransform:
             resized,
             offset=offset,
             visible=tf.minimum(resized, self.size),
-            mirrored=mirrored,
+            **symmetry._asdict(),
             kernel=PLAIN_BILINEAR,
         )
 

@@ -13,7 +13,8 @@ RANGES: dict[str, tuple[float, float]] = {
 def add_detection_keys(data: ConfigDict) -> None:
     """Adds the keys of detection to `config.data`, with the values of the recipes for COCO.
 
-    `crop_scale`, `crop_ratio`, `eval_crop`, `random_erasing` and `val_fraction` are not read.
+    `crop_scale`, `crop_ratio`, `eval_crop`, `random_erasing` and `val_fraction` are not read;
+    `time_masks` and `frequency_masks` are refused.
     """
     data.train_annotations = "annotations/instances_train2017.json"  # files and folders in data.root
     data.train_images = "train2017"

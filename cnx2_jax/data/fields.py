@@ -328,9 +328,9 @@ class Instances(Field):
             stateful=False,
         )
         moved = {
-            "boxes": tf.ensure_shape(boxes, [None, 4]),
+            "boxes": geometry.turned_boxes(tf.ensure_shape(boxes, [None, 4])),
             "classes": kept["classes"],
-            "masks": tf.ensure_shape(crops, [None, self.mask_side, self.mask_side]),
+            "masks": geometry.turned(tf.ensure_shape(crops, [None, *2 * [self.mask_side]]), (0, 2, 1)),
         }
         return {name: tf.boolean_mask(rows, tf.ensure_shape(found, [None])) for name, rows in moved.items()}
 

@@ -14,6 +14,8 @@ from cnx2_jax.data.augment import make_augmentation
 from cnx2_jax.data.fields import Field, Label
 from cnx2_jax.data.pipeline import Batch, Examples
 from cnx2_jax.data.sources import Source, open_paths, open_set, open_source
+from cnx2_jax.data.spectrograms import make_spec_augment
+from cnx2_jax.data.symmetries import Symmetries
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import EvalTransform, TrainTransform
 from cnx2_jax.errors import UserError, nearest
@@ -38,9 +40,9 @@ class ImageData(Examples):
           wanted: the name of the field that training learns from.
 
         Raises:
-          UserError: as `open_source`, `open_set`, `make_augmentation` and `faults.Tolerance`; if images
-            cannot have `model.in_chans` channels; or if the source lacks the field `wanted`, unless that is
-            "label".
+          UserError: as `open_source`, `open_set`, `make_augmentation`, `make_spec_augment`, `Symmetries.of`
+            and `faults.Tolerance`; if images cannot have `model.in_chans` channels; or if the source lacks
+            the field `wanted`, unless that is "label".
         """
         data, seed = config.data, config.seed
         tolerance = _tolerance(config)
@@ -64,12 +66,13 @@ class ImageData(Examples):
             size=image_hw(config),
             crop_scale=tuple(data.crop_scale),
             crop_ratio=tuple(data.crop_ratio),
-            flip=data.flip,
+            symmetries=Symmetries.of(config),
             # timm fills with the mean colour.
             augment=make_augmentation(data.augment, [round(255 * mean) for mean in data.mean], fields),
             erasing=data.random_erasing,
             mean=tuple(map(float, data.mean)),
             std=tuple(map(float, data.std)),
+            spec_augment=make_spec_augment(config),
         )
         eval_transform = _eval_transform(val, config)
         super().__init__(train, val, train_transform, eval_transform, seed, config.batch_size, tolerance)

@@ -71,5 +71,9 @@ def mix_targets(
     labels: Int[Array, " b"], num_classes: int, mix: Mix, smoothing: float
 ) -> Float[Array, "b classes"]:
     """Returns the targets of mixed images: both labels weighted by their shares, smoothed."""
-    targets = jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+    return mix_rows(jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes, mix)
+
+
+def mix_rows(targets: Float[Array, "b classes"], mix: Mix) -> Float[Array, "b classes"]:
+    """Returns each image's targets and its partner's, weighted by their shares."""
     return targets * mix.share + targets[::-1] * (1 - mix.share)

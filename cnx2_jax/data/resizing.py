@@ -44,6 +44,7 @@ def resize(
     *,
     window: tf.Tensor | None = None,
     mirrored: tf.Tensor | bool = False,
+    flipped: tf.Tensor | bool = False,
     kernel: Kernel = BICUBIC,
 ) -> tf.Tensor:
     """Resizes as Pillow's `Image.resize` does: along one axis, then the other.
@@ -59,6 +60,7 @@ def resize(
       size: height and width of the whole result.
       window: int32 [4]: top, left, height, width of the part to compute; all of the result if None.
       mirrored: scalar bool; whether to mirror the result left to right, at no cost.
+      flipped: scalar bool; whether to mirror it top to bottom, at no cost.
       kernel: BICUBIC, BILINEAR or PLAIN_BILINEAR.
 
     Returns:
@@ -69,7 +71,7 @@ def resize(
         image = tf.cast(image, tf.float32)
     shape, size = tf.shape(image), tf.convert_to_tensor(size, tf.int32)
     window = tf.concat([[0, 0], size], axis=0) if window is None else window
-    indices, weights = _filters(shape[:2], size, window, tf.convert_to_tensor(mirrored), kernel)
+    indices, weights = _filters(shape[:2], size, window, tf.convert_to_tensor(mirrored), flipped, kernel)
 
     def rows(pixels: tf.Tensor) -> tf.Tensor:
         height, width, channels = tf.unstack(tf.shape(pixels))
@@ -106,17 +108,20 @@ def resize_nearest(
     *,
     window: tf.Tensor | None = None,
     mirrored: tf.Tensor | bool = False,
+    flipped: tf.Tensor | bool = False,
 ) -> tf.Tensor:
     """Gives each pixel of the result the value of the input pixel that its centre lies in.
 
     Args:
       values: [..., h, w], any type.
-      size, window, mirrored: see `resize`.
+      size, window, mirrored, flipped: see `resize`.
 
     Returns:
       [..., height, width] of the window, of the same type.
     """
-    rows, columns = nearest_places(tf.shape(values)[-2:], size, window=window, mirrored=mirrored)
+    rows, columns = nearest_places(
+        tf.shape(values)[-2:], size, window=window, mirrored=mirrored, flipped=flipped
+    )
     return tf.gather(tf.gather(values, rows, axis=-2), columns, axis=-1)
 
 
@@ -126,12 +131,13 @@ def nearest_places(
     *,
     window: tf.Tensor | None = None,
     mirrored: tf.Tensor | bool = False,
+    flipped: tf.Tensor | bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the rows and the columns of the input that `resize_nearest` takes its result from.
 
     Args:
       inputs: height and width of the input.
-      size, window, mirrored: see `resize`.
+      size, window, mirrored, flipped: see `resize`.
 
     Returns:
       int32 [height] and int32 [width] of the window.
@@ -146,7 +152,9 @@ def nearest_places(
 
     columns = tf.range(window[3])
     columns = tf.where(mirrored, window[3] - 1 - columns, columns)
-    return nearest(0, tf.range(window[2])), nearest(1, columns)
+    rows = tf.range(window[2])
+    rows = rows if flipped is False else tf.where(flipped, window[2] - 1 - rows, rows)
+    return nearest(0, rows), nearest(1, columns)
 
 
 def _filter(rows: tf.Tensor, indices: tf.Tensor, weights: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
@@ -161,7 +169,12 @@ def _filter(rows: tf.Tensor, indices: tf.Tensor, weights: tf.Tensor, count: tf.T
 
 
 def _filters(
-    inputs: tf.Tensor, size: tf.Tensor, window: tf.Tensor, mirrored: tf.Tensor, kernel: Kernel
+    inputs: tf.Tensor,
+    size: tf.Tensor,
+    window: tf.Tensor,
+    mirrored: tf.Tensor,
+    flipped: tf.Tensor | bool,
+    kernel: Kernel,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns which inputs every block of outputs sees, and with which weights, for rows and for columns.
 
@@ -179,7 +192,8 @@ def _filters(
     blocks = (tf.reduce_max(counts) + _BLOCK - 1) // _BLOCK
     places = tf.range(blocks * _BLOCK)
     across = tf.where(mirrored, counts[1] - 1 - places, places)
-    places = tf.reshape(tf.stack([places, across]) + starts[:, None], [2, blocks, _BLOCK])
+    down = places if flipped is False else tf.where(flipped, counts[0] - 1 - places, places)
+    places = tf.reshape(tf.stack([down, across]) + starts[:, None], [2, blocks, _BLOCK])
     centres = (tf.cast(places, tf.float64) + 0.5) * scale[:, None, None]
 
     seen = tf.cast(tf.reduce_max(tf.math.ceil((_BLOCK - 1) * scale + 2 * reach)), tf.int32) + 1

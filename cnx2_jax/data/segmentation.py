@@ -19,6 +19,8 @@ from cnx2_jax.data.pipeline import Examples
 from cnx2_jax.data.prepared import Bounds, PreparedImage, at_scales, prepared_images
 from cnx2_jax.data.resizing import PLAIN_BILINEAR
 from cnx2_jax.data.sources import Source, open_source
+from cnx2_jax.data.spectrograms import refuse_spec_augment
+from cnx2_jax.data.symmetries import Symmetries
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
@@ -44,7 +46,8 @@ class SegmentationData(Examples):
         Args:
           config: the config of the run. Read here: `seed`, `batch_size` (global), `image_size`,
             `model.in_chans` (1 or 3), and of `data` the keys of `add_segmentation_keys` and `source`, `root`,
-            `val_fraction`, `flip`, `augment`, `mean`, `unreadable` and `max_unreadable`.
+            `val_fraction`, `flip`, `vflip`, `quarter_turns`, `augment`, `mean`,
+            `unreadable` and `max_unreadable`.
 
         Raises:
           UserError: as `open_source`, `make_augmentation` and `faults.Tolerance`; the source has no maps; or
@@ -53,6 +56,7 @@ class SegmentationData(Examples):
         data, seed = config.data, config.seed
         low, high = _pair(data.ratio_range)
         scales = _scales(data)
+        refuse_spec_augment(config)
         if data.val_source:
             raise UserError(
                 f"data.val_source '{data.val_source}': segmentation takes its validation images from "
@@ -66,7 +70,7 @@ class SegmentationData(Examples):
             bounds=(data.resize_long, data.resize_short),
             ratios=(low, high),
             class_share=data.class_share,
-            flip=data.flip,
+            symmetries=Symmetries.of(config),
             augment=make_augmentation(data.augment, [round(255 * mean) for mean in data.mean], fields),
         )
         originals = sizes.image_sizes(val) if val.num_records else np.zeros([0, 2], np.int32)
@@ -85,7 +89,7 @@ class SegmentationData(Examples):
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationTransform:
-    """Random resizing, a crop that no class dominates, mirroring, photometric changes, padding.
+    """Random resizing, a crop that no class dominates, mirroring and turning, photometric changes, padding.
 
     Attributes:
       fields: "image", an image, and "map", a segmentation map.
@@ -93,7 +97,7 @@ class SegmentationTransform:
       bounds: of the longer and the shorter side of the resized image, before the random ratio.
       ratios: least and greatest ratio.
       class_share: share of the labelled pixels of a crop that one class may have; 1 for any share.
-      flip: whether half of the examples are mirrored.
+      symmetries: in which examples are drawn.
       augment: applied to the image; None for no change.
     """
 
@@ -102,12 +106,12 @@ class SegmentationTransform:
     bounds: Bounds
     ratios: tuple[float, float]
     class_share: float
-    flip: bool
+    symmetries: Symmetries
     augment: Augmentation | None
 
     def decode(self, record: Entries, seed: tf.Tensor) -> Entries:
         """See `Transform`."""
-        ratio_draw, crop_draws, flip_draw, _ = self._draws(seed)
+        ratio_draw, crop_draws, symmetry_draws, _ = self._draws(seed)
         values = {name: field.decode(record[name]) for name, field in self.fields.items()}
         source = tf.shape(values["image"])[:2]
         resized = self._resized(source, ratio_draw[0])
@@ -118,7 +122,7 @@ class SegmentationTransform:
             resized,
             offset=offset,
             visible=visible,
-            mirrored=(flip_draw[0] < 0.5) if self.flip else False,
+            **self.symmetries.drawn(symmetry_draws)._asdict(),
             kernel=PLAIN_BILINEAR,
         )
         return {name: field.moved(values[name], step) for name, field in self.fields.items()}
@@ -135,7 +139,7 @@ class SegmentationTransform:
         return example_arrays(self.fields, changed, self.size)
 
     def _draws(self, seed: tf.Tensor) -> list[tf.Tensor]:
-        parts = (1, 2 * (1 + REDRAWS), 1, self.augment.draws if self.augment else 0)
+        parts = (1, 2 * (1 + REDRAWS), self.symmetries.draws, self.augment.draws if self.augment else 0)
         return tf.split(tf.random.stateless_uniform([sum(parts)], seed), parts)
 
     def _resized(self, source: tf.Tensor, draw: tf.Tensor) -> tf.Tensor:

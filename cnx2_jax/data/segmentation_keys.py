@@ -15,7 +15,8 @@ RANGES: dict[str, tuple[float, float]] = {
 def add_segmentation_keys(data: ConfigDict) -> None:
     """Adds the keys of segmentation to `config.data`, with the values of the recipes for ADE20K.
 
-    `crop_scale`, `crop_ratio`, `eval_crop` and `random_erasing` are not read.
+    `crop_scale`, `crop_ratio`, `eval_crop` and `random_erasing` are not read;
+    `time_masks` and `frequency_masks` are refused.
     """
     data.classes = ""  # a text file with one class name per line; empty: those that ade20k and scenes have
     data.ignore = 255  # the value in masks of pixels that have no class

@@ -14,6 +14,8 @@ from cnx2_jax.data.crops import TRIES, eval_crop, random_crop_box
 from cnx2_jax.data.erasing import erase, random_erasing_box
 from cnx2_jax.data.fields import Arrays, Entries, Field, decode_moved, example_arrays
 from cnx2_jax.data.geometry import Geometry
+from cnx2_jax.data.spectrograms import SpecAugment
+from cnx2_jax.data.symmetries import Symmetries
 from cnx2_jax.data.tensorflow import tf
 
 
@@ -45,45 +47,47 @@ class Transform(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop, mirroring, augmentation, random erasing.
+    """Random resized crop, mirroring and turning, augmentation, random erasing, masks of spectrograms.
 
     Attributes:
       fields: of the example; "image" is an image and decides the geometry.
       size: height and width of the result.
       crop_scale: smallest and largest share of the area that a crop covers.
       crop_ratio: smallest and largest aspect ratio (width / height) of a crop.
-      flip: whether half of the examples are mirrored.
+      symmetries: in which examples are drawn.
       augment: applied to the image after the geometry; None for no augmentation.
       erasing: share of the images in which a box is replaced by noise.
-      mean, std: of that noise in each channel, as shares of the full range; those that normalise images.
+      mean, std: of that noise in each channel, for uint8 as shares of 255; those that normalise images.
+      spec_augment: masks of spectrograms; None for none.
     """
 
     fields: Mapping[str, Field]
     size: tuple[int, int]
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
-    flip: bool
+    symmetries: Symmetries
     augment: Augmentation | None
     erasing: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    spec_augment: SpecAugment | None = None
 
     def decode(self, record: Entries, seed: tf.Tensor) -> Entries:
         """See `Transform`; of a JPEG only the crop is decoded, and damage below it goes unnoticed."""
-        crop_draws, flip_draw, *_ = self._draws(seed)
+        crop_draws, symmetry_draws, *_ = self._draws(seed)
 
         def draw(height: tf.Tensor, width: tf.Tensor) -> Geometry:
             box = random_crop_box(
                 height, width, self.crop_scale, self.crop_ratio, tf.reshape(crop_draws, [4, TRIES])
             )
-            mirrored = (flip_draw[0] < 0.5) if self.flip else False
-            return Geometry(tf.stack([height, width]), self.size, crop=box, mirrored=mirrored)
+            symmetry = self.symmetries.drawn(symmetry_draws)
+            return Geometry(tf.stack([height, width]), self.size, crop=box, **symmetry._asdict())
 
         return decode_moved(self.fields, record, draw, partly=True)
 
     def finish(self, values: Entries, seed: tf.Tensor) -> Arrays:
-        """See `Transform`; augments and erases images, uint8 [*size, channels]."""
-        *_, augment_draws, erasing_draw, box_draws = self._draws(seed)
+        """See `Transform`; augments, erases and masks images, [*size, channels]."""
+        *_, augment_draws, erasing_draw, box_draws, mask_draws = self._draws(seed)
 
         def photometric(image: tf.Tensor) -> tf.Tensor:
             shape = image.shape
@@ -96,6 +100,8 @@ class TrainTransform:
                     lambda: erase(tf.ensure_shape(image, shape), box, seed, self.mean, self.std),
                     lambda: image,
                 )
+            if self.spec_augment:
+                image = self.spec_augment.apply(tf.ensure_shape(image, shape), mask_draws)
             return tf.ensure_shape(image, shape)
 
         changed = {name: field.changed(values[name], photometric) for name, field in self.fields.items()}
@@ -104,7 +110,8 @@ class TrainTransform:
     def _draws(self, seed: tf.Tensor) -> list[tf.Tensor]:
         # One call for all numbers, because each call costs as much as a small operation on an image.
         count = self.augment.draws if self.augment else 0
-        parts = (4 * TRIES, 1, count, 1, 4 * TRIES)
+        masks = self.spec_augment.draws if self.spec_augment else 0
+        parts = (4 * TRIES, self.symmetries.draws, count, 1, 4 * TRIES, masks)
         return tf.split(tf.random.stateless_uniform([sum(parts)], seed), parts)
 
 

@@ -15,6 +15,7 @@ WARP_FROM = 384
 HUGGINGFACE_CLASSIFIER = "ConvNextV2ForImageClassification"
 HUGGINGFACE_SEGMENTER = "UperNetForSemanticSegmentation"
 DETECTOR = "mask_rcnn"
+ARRAYS = "cnx2_jax_arrays"  # the key of what `_arrays` returns
 IGNORED_LABEL = 255  # of pixels that have no class
 
 
@@ -26,9 +27,11 @@ class Facts:
       class_names: in the order of the logits; empty without a head.
       image_size: height and width.
       eval_crop: share of the resized image's side that is kept by the crop, below WARP_FROM.
-      mean, std: per channel, for pixels from 0 to 1.
+      mean, std: per channel, for pixels from 0 to 1; in the data's unit if `dtype` is not uint8.
       eval_sides: the longer and the shorter side that a detector's images are resized to fit in evaluation;
         empty for other models.
+      dtype: of the images.
+      bands: the name of each channel of arrays that are not uint8; empty for other images.
     """
 
     class_names: tuple[str, ...]
@@ -37,6 +40,13 @@ class Facts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     eval_sides: tuple[int, ...] = ()
+    dtype: str = "uint8"
+    bands: tuple[str, ...] = ()
+
+    @property
+    def of_pixels(self) -> bool:
+        """Whether images are pixels of 8 bits, which are all that transformers can prepare."""
+        return self.dtype == "uint8"
 
 
 def huggingface_config(
@@ -56,6 +66,7 @@ def huggingface_config(
         "drop_path_rate": 0.0,
         "layer_norm_eps": 1e-6,  # of the final norm; transformers' default is 1e-12
         **(_labels(facts.class_names) if facts.class_names else {}),
+        **_arrays(facts),
     }
 
 
@@ -90,6 +101,17 @@ def huggingface_upernet_config(
         "loss_ignore_index": IGNORED_LABEL,
         **_labels(facts.class_names),
     }
+
+
+def _arrays(facts: Facts) -> dict[str, Any]:
+    """Returns how arrays that are not uint8 are prepared, which neither library's JSON has a place for.
+
+    Networks get (x - mean) / std of each band, without a division by 255. Both libraries skip the key.
+    """
+    if facts.of_pixels:
+        return {}
+    prepared = {"dtype": facts.dtype, "bands": list(facts.bands), "eval_crop": facts.eval_crop}
+    return {ARRAYS: {**prepared, "mean": list(facts.mean), "std": list(facts.std)}}
 
 
 def _labels(names: tuple[str, ...]) -> dict[str, Any]:
@@ -136,9 +158,9 @@ def huggingface_segmenter_preprocessor(facts: Facts) -> dict[str, Any]:
 
 
 def huggingface_preprocessor(facts: Facts) -> dict[str, Any] | None:
-    """Returns the `preprocessor_config.json` of our evaluation, or None for oblong images."""
+    """Returns the `preprocessor_config.json` of our evaluation; None for oblong images or other dtypes."""
     size = _one_number(facts.image_size)
-    if not isinstance(size, int):
+    if not isinstance(size, int) or not facts.of_pixels:
         return None
     return {
         "image_processor_type": "ConvNextImageProcessor",
@@ -199,6 +221,7 @@ def timm_config(
             "first_conv": "stem.0",
             "classifier": "head.fc",
         },
+        **_arrays(facts),
     }
 
 
@@ -220,11 +243,24 @@ def read(folder: Path) -> dict[str, Any]:
             found = _from_huggingface(config, processor)
         else:
             return {}
+        if ARRAYS in config:
+            found |= _from_arrays(config[ARRAYS])
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise UserError(
             f"the JSON in '{folder}' does not describe a model ({error!r}); move it away"
         ) from None
     return {name: value for name, value in found.items() if value}
+
+
+def _from_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields that `_arrays` wrote."""
+    return {
+        "dtype": str(arrays["dtype"]),
+        "bands": tuple(map(str, arrays["bands"])),
+        "eval_crop": float(arrays["eval_crop"]),
+        "mean": tuple(map(float, arrays["mean"])),
+        "std": tuple(map(float, arrays["std"])),
+    }
 
 
 def check_sizes(folder: Path, depths: tuple[int, ...], dims: tuple[int, ...]) -> None:

@@ -31,9 +31,11 @@ class InferenceModel:
       model: the network, in any compute dtype; a classifier without a head returns features `[B, dims[3]]`,
         an UperNet logits of every pixel, a MaskRCNN several arrays, see `outputs`.
       size: height and width of the images, which have no padding.
-      mean, std: per channel, for pixels from 0 to 1, of the normalisation in training.
+      mean, std: per channel, of the normalisation in training: for pixels from 0 to 1 if `stored` is uint8,
+        else in the data's unit.
       uint8: whether the input is uint8 `[B, H, W, C]`, which the model normalises; otherwise it is
         normalised float32.
+      stored: the dtype of images before they are normalised.
 
     Attributes:
       params: float32 arrays by official dotted name, running averages included.
@@ -62,12 +64,13 @@ class InferenceModel:
         mean: Sequence[float],
         std: Sequence[float],
         uint8: bool,
+        stored: str = "uint8",
     ):
         check_size(*size, model.stride)
         self.depths = model.config.depths
         self.shape = (*size, model.config.in_chans)
         self.mean, self.std = tuple(mean), tuple(std)
-        self.uint8 = uint8
+        self.uint8, self.stored = uint8, stored
         self.dtype = np.dtype(np.uint8 if uint8 else np.float32)
         self.encoder_prefix = model.encoder_prefix
         self.pool_scales = model.pool_scales if isinstance(model, UperNet) else ()

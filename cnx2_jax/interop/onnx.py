@@ -68,9 +68,10 @@ def _describe(model: InferenceModel) -> str:
     height, width, channels = model.shape
     if model.uint8:
         return f"[batch, {height}, {width}, {channels}], from 0 to 255"
+    shares = "x / 255" if model.stored == "uint8" else "x"
     return (
-        f"[batch, {height}, {width}, {channels}], (x / 255 - mean) / std with mean {model.mean} "
-        f"and std {model.std}"
+        f"[batch, {height}, {width}, {channels}], ({shares} - mean) / std with mean {model.mean} "
+        f"and std {model.std}, of images of {model.stored}"
     )
 
 

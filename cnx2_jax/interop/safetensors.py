@@ -46,7 +46,8 @@ def write(
     """Writes a ConvNeXtV2, an UperNet or a Mask R-CNN as a new folder; after an error there is no folder.
 
     `huggingface` is for `AutoModelForImageClassification.from_pretrained(folder)`, or `AutoModel` without a
-    head; there is no `preprocessor_config.json` for oblong images, because it cannot describe them.
+    head; there is no `preprocessor_config.json` for oblong images and for other than uint8, because it cannot
+    describe them: `config.json` has mean and deviation of the bands of such arrays.
     An UperNet is for `UperNetForSemanticSegmentation.from_pretrained(folder)`.
     `timm` is for `timm.create_model("local-dir:FOLDER", pretrained=True)`. `mmdetection` is the state dict of
     its Mask R-CNN with mmpretrain's ConvNeXt. Before the folder appears, the weights are read back from it

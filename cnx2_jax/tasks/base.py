@@ -87,6 +87,8 @@ class Task:
     # Whether `heatmaps` explains predictions, and whether it explains every output, not the largest alone.
     gives_heatmaps: ClassVar[bool] = False
     explains_each: ClassVar[bool] = False
+    # Whether `prepare` normalises images.
+    prepare_normalises: ClassVar[bool] = False
     # Least and greatest value of the task's own keys.
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
 
@@ -309,16 +311,18 @@ class Task:
           batch: as it was read.
           prepared: the same after `prepare`.
         """
-        images = prepared["image"]
-        if not pictures.are_colours(self.config):
-            normal = self.normalise(images) if images.dtype == batch["image"].dtype else images
-            drawn = pictures.coloured(self.config, {"images": np.asarray(normal)}, "images")["images"]
-        else:
-            drawn = np.asarray(images if images.dtype == jnp.uint8 else self.denormalise(images))
         names = self.class_names
-        return drawn, [names[label] if names else "" for label in batch["label"]]
+        return self.drawn(prepared["image"]), [names[label] if names else "" for label in batch["label"]]
 
-    def drawable(self, images: np.ndarray) -> np.ndarray:
+    def drawn(self, images: Shaped[Array, "b height width c"]) -> UInt8[np.ndarray, "b height width colours"]:
+        """Returns images that `prepare` made as uint8: themselves, or in false colours."""
+        if not self.prepare_normalises:
+            return self.drawable(images)
+        if pictures.are_colours(self.config):
+            return np.asarray(self.denormalise(images))
+        return pictures.coloured(self.config, {"images": np.asarray(images)}, "images")["images"]
+
+    def drawable(self, images: Shaped[Array | np.ndarray, "b height width c"]) -> np.ndarray:
         """Returns images as batches hold them, `[B, H, W, C]`, as uint8: themselves, or in false colours."""
         if pictures.are_colours(self.config):
             return np.asarray(images)

@@ -47,6 +47,7 @@ class Classify(Task, name="classify"):
     best = ("accuracy", "max")
     gives_report = True
     gives_heatmaps = True
+    prepare_normalises = True
     ranges: ClassVar = {
         "model.head_init_scale": (0, 1e9),
         "label_smoothing": (0, 0.999),

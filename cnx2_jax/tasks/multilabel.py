@@ -12,6 +12,8 @@ from flax import nnx
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from cnx2_jax.configuration import image_hw
+from cnx2_jax.data.mixing import draw_mix, mix_images, mix_rows
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.evaluation.labels import MultiLabelScores
 from cnx2_jax.evaluation.metrics import Collected, Mean, Metric
@@ -44,6 +46,7 @@ class Multilabel(Task, name="multilabel"):
     best = ("map", "max")
     gives_report = True
     gives_heatmaps = True
+    prepare_normalises = True
     wanted = "labels"
     outputs = ANY_CLASSES
     ranges: ClassVar = {}
@@ -54,6 +57,10 @@ class Multilabel(Task, name="multilabel"):
         config.init_bands = ""  # how its stem fits images of other bands: mean, tile, map:R,G,B or fresh
         config.model.head_init_scale = 1.0
         config.label_smoothing = 0.0  # moves the targets 0 and 1 by half of this towards each other
+        # Alphas of the beta distributions that mixing coefficients are drawn from; 0: none. With both, each
+        # batch draws which.
+        config.mixup = 0.0
+        config.cutmix = 0.0
         config.positive_weights = "none"  # or balanced: a class's negatives per positive, at most 20
         config.eval_flip = False  # average probabilities with the mirrored image
         config.data.labels = ""  # a CSV file of the classes of each image in data.root
@@ -99,10 +106,18 @@ class Multilabel(Task, name="multilabel"):
         """Adds `threshold`, the probability from which on a class is predicted."""
         return {**super().metadata(), "threshold": self.threshold}
 
+    def prepare(self, batch: Batch, key: jax.Array) -> Batch:
+        """Mixes images and labels alike by `mixup` and `cutmix`, and makes targets of the labels."""
+        config = self.config
+        images = self.normalise(batch["image"])
+        targets = batch["labels"] * (1 - config.label_smoothing) + config.label_smoothing / 2
+        if config.mixup or config.cutmix:
+            mix = draw_mix(key, image_hw(config), config.mixup, config.cutmix)
+            images, targets = mix_images(images, mix), mix_rows(targets, mix)
+        return {**batch, "image": images, "target": targets}
+
     def loss(self, model: ConvNeXtV2, batch: Batch, keys: jax.Array) -> tuple[Terms, Terms]:
-        logits = model(self.normalise(batch["image"]), keys)
-        smoothing = self.config.label_smoothing
-        targets = batch["labels"] * (1 - smoothing) + smoothing / 2
+        logits, targets = model(batch["image"], keys), batch["target"]
         positive = jnp.asarray(self.positive_weights(), jnp.float32)
         loss = -positive * targets * jax.nn.log_sigmoid(logits)
         loss -= (1 - targets) * jax.nn.log_sigmoid(-logits)
@@ -159,7 +174,11 @@ class Multilabel(Task, name="multilabel"):
         ]
 
     def sheet(self, batch: HostBatch, prepared: Batch) -> tuple[np.ndarray, list[str]]:
-        """Names the classes of each image."""
-        return self.drawable(batch["image"]), [
-            ", ".join(self.class_names[place] for place in np.flatnonzero(row)) for row in batch["labels"]
-        ]
+        """Names the classes of each image, of mixed ones with their shares."""
+        return self.drawn(prepared["image"]), [self._caption(row) for row in np.asarray(prepared["target"])]
+
+    def _caption(self, target: np.ndarray) -> str:
+        smoothing = self.config.label_smoothing
+        shares = (target - smoothing / 2) / (1 - smoothing)
+        named = [(self.class_names[place], shares[place]) for place in np.flatnonzero(shares > 0.005)]
+        return ", ".join(name if share > 0.995 else f"{name} {share:.0%}" for name, share in named)

@@ -166,6 +166,7 @@ def _name(encoder: str, source: "Source", config: ConfigDict) -> str:
         "classes": [source.num_records, source.class_names],
         "prepared": [list(config.image_size), data.eval_crop, list(data.mean), list(data.std)],
         "computed": [config.model.dtype, config.model.in_chans, data.unreadable],
+        "bands": [data.bands, data.use_bands, data.no_data, data.layout, data.array],
     }
     digest.update(json.dumps(facts).encode())
     if source.labels is not None:
@@ -209,6 +210,7 @@ class Probe(Classify, name="probe"):
       UserError: `optimizer.trainable` is not the head; see `Classify`.
     """
 
+    prepare_normalises = False
     ranges: ClassVar = {"model.head_init_scale": Classify.ranges["model.head_init_scale"]}
 
     @classmethod

@@ -47,6 +47,61 @@ def stored(random_params, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def of_arrays(random_params, tmp_path_factory):
+    """A folder with checkpoints of several labels and of numbers, for two chosen bands of 16 bits."""
+    folder = tmp_path_factory.mktemp("arrays")
+    more = {
+        "multilabel": {"threshold": 0.3},
+        "regress": {"standards": {"mean": [40.0, -3.0, 0.5], "deviation": [7.0, 2.0, 0.1]}},
+    }
+    for task, facts in more.items():
+        config = defaults(task)
+        config.image_size = (32, 32)
+        config.model.variant = "custom"
+        config.model.depths, config.model.dims = (1, 1, 1, 1), (8, 8, 16, 16)
+        config.model.in_chans = 2
+        config.data.update({"source": "arrays", "dtype": "uint16", "bands": "B2,B3,B4", "use_bands": "B4,B2"})
+        config.data.update({"mean": (3000.0, 1200.0), "std": (800.0, 300.0)})
+        empty = nnx.eval_shape(lambda: models.build(config, len(NAMES), nnx.Rngs(0)))  # noqa: B023 - called here
+        params = split(random_params(empty, 0))[1]
+        checkpoint.write(folder / task, params, {**make_metadata(config, NAMES), **facts})
+    return folder
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regress"])
+@pytest.mark.parametrize("name", ["savedmodel", "onnx"])
+def test_several_labels_and_numbers_of_arrays(name, task, of_arrays, tmp_path, capfd, error):
+    if name == "onnx":
+        onnx = pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+    out = tmp_path / "out"
+    assert run("--checkpoint", of_arrays / task, "--format", name, "--out", out) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert 0 <= result["max_difference"] < 1e-5 * result["largest"]
+    normal = np.random.default_rng(2).standard_normal((2, 32, 32, 2), np.float32)
+    expected = jax.jit(lambda model, x: model(x))(weights.load(of_arrays / task)[0], normal)
+    if task == "regress":  # in the targets' own units
+        expected = expected * np.array([7.0, 2.0, 0.1]) + np.array([40.0, -3.0, 0.5])
+    assert error(RUNTIMES[name](out, normal), expected) < 1e-5
+    if name == "onnx":
+        (entry,) = onnx.load(out).graph.input
+        assert "(x - mean) / std with mean (3000.0, 1200.0)" in entry.doc_string
+        assert entry.doc_string.endswith("of images of uint16")
+
+
+def test_weights_of_arrays_state_the_statistics_of_their_bands(of_arrays, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert run("--checkpoint", of_arrays / "multilabel", "--format", "safetensors", "--out", out) == 0
+    assert "neither library prepares arrays of uint16: config.json has the mean" in capfd.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    again = tmp_path / "again"
+    assert main(["convert", "--from", str(out / "model.safetensors"), "--to", str(again)]) == 0
+    data = weights.load(again)[1].data
+    assert (data.source, data.dtype, data.bands) == ("arrays", "uint16", "B4,B2")
+    assert (data.mean, data.std) == ((3000.0, 1200.0), (800.0, 300.0))
+
+
 def images(count):
     return np.random.default_rng(1).integers(0, 256, (count, 32, 64, 3), np.uint8)
 

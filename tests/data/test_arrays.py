@@ -1,7 +1,9 @@
 """Arrays in, equal arrays out: every dtype, layout and kind of file against NumPy and tifffile."""
 
 import builtins
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +143,28 @@ def test_one_file_of_many_images(tmp_path, kind, layout):
         for index, found in enumerate(arrays_of(source)):
             place = int(re.search(r"\[(\d)\]$", source.describe(index))[1])
             assert equal(found, images[place]) and source.labels[index] == [0, 2, 1, 0, 2, 1][place]
+
+
+def resident():
+    """The bytes of this process's memory, mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_memory_stays_flat_while_a_large_file_is_read(tmp_path):
+    count, mebibyte = 192, 2**20
+    stored = np.lib.format.open_memmap(tmp_path / "images.npy", "w+", "uint16", (count, 512, 512, 2))
+    stored[:, 0, 0, 0] = np.arange(count)  # the rest are holes, which cost neither disk nor time
+    del stored
+    source = open_source(config(tmp_path / "images.npy").data, "train", 0)
+    decode = source.fields["image"].decode
+    images = tf.data.Dataset.range(count).map(lambda index: decode(source.read(index)["image"]))
+    found, growth, before = [], 0, resident()
+    for image in images.as_numpy_iterator():
+        found.append(int(image[0, 0, 0]))
+        growth = max(growth, resident() - before)
+    assert sorted(found) == list(range(count))
+    assert growth < 64 * mebibyte  # of the 192 that were read
 
 
 @pytest.mark.parametrize("name", ["w", ""])

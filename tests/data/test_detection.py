@@ -13,10 +13,11 @@ from PIL import Image as PillowImage
 
 from cnx2_jax.data.detection import REDRAWS, DetectionData, JitterTransform
 from cnx2_jax.data.detection_keys import add_detection_keys
-from cnx2_jax.data.encoded_masks import crop_masks, encode_mask
+from cnx2_jax.data.encoded_masks import encode_mask
 from cnx2_jax.data.fields import Image, Instances
 from cnx2_jax.data.geometry import Geometry
-from cnx2_jax.data.resizing import PLAIN_BILINEAR, nearest_places, resize, resize_nearest
+from cnx2_jax.data.resizing import PLAIN_BILINEAR, resize, resize_nearest
+from cnx2_jax.data.symmetries import Symmetries, Symmetry
 from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import defaults
 from cnx2_jax.types import HOST
@@ -36,7 +37,7 @@ def config(source="scenes:6", root="", **changes):
 
 
 def transform(**changes):
-    options = {"size": SIZE, "ratios": (0.1, 2.0), "flip": True, "augment": None}
+    options = {"size": SIZE, "ratios": (0.1, 2.0), "symmetries": Symmetries(flip=True), "augment": None}
     return JitterTransform(FIELDS, **{**options, **changes})
 
 
@@ -142,17 +143,26 @@ def test_boxes_and_masks_through_any_geometry_are_those_of_moved_pixels(data):
     size = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
     offset = [data.draw(st.integers(0, side - 1)) for side in size]
     visible = [data.draw(st.integers(1, side - first)) for side, first in zip(size, offset, strict=True)]
-    flipped = data.draw(st.booleans())
+    mirrored, flipped, transposed = (data.draw(st.booleans()) for _ in range(3))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
     masks = rng.random((3, height, width)) < rng.choice([0.0, 0.02, 0.1, 0.7])
-    places = nearest_places((height, width), size, window=tf.constant([*offset, *visible]), mirrored=flipped)
-    boxes, crops, found = crop_masks(
-        [encode_mask(mask) for mask in masks], np.array([height, width]), *(p.numpy() for p in places), SIDE
-    )
+    symmetry = {"mirrored": mirrored, "flipped": flipped, "transposed": transposed}
+    step = Geometry((height, width), size, offset=tf.constant(offset), visible=tuple(visible), **symmetry)
+    stored = {
+        "boxes": tf.constant([[0, 0, height, width]] * 3, tf.float32),
+        "classes": tf.range(3),
+        "masks": tf.constant([encode_mask(mask) for mask in masks]),
+        "size": tf.constant([height, width]),
+    }
+    kept = {name: rows.numpy() for name, rows in FIELDS["instances"].moved(stored, step).items()}
+    boxes, crops, found = (np.zeros(shape) for shape in ((3, 4), (3, SIDE, SIDE), (3,)))
+    boxes[kept["classes"]], crops[kept["classes"]], found[kept["classes"]] = kept["boxes"], kept["masks"], 1
     window = np.s_[offset[0] : offset[0] + visible[0], offset[1] : offset[1] + visible[1]]
     for mask, box, crop, seen in zip(masks, boxes, crops, found, strict=True):
         moved = resize_nearest(mask.astype(np.uint8), size).numpy()[window]
-        moved = moved[:, ::-1] if flipped else moved
+        moved = moved[:, ::-1] if mirrored else moved
+        moved = moved[::-1] if flipped else moved
+        moved = moved.T if transposed else moved
         assert seen == moved.any()
         if seen:
             y0, x0, y1, x1 = expected = box_of(moved)
@@ -174,7 +184,7 @@ def test_crops_without_boxes_stay_and_those_that_lose_every_pixel_are_redrawn(en
     rows, columns = np.indices((90, 90))
     distance = np.hypot(rows - 45, columns - 45)
     ring = (distance < 44) & (distance > 43)
-    made = transform(ratios=(3.7, 3.8), flip=False)
+    made = transform(ratios=(3.7, 3.8), symmetries=Symmetries())
     example_at = traced(made, stored(np.zeros((90, 90, 3), np.uint8), [ring], [1], encode))
     redrawn = 0
     for position in range(6):
@@ -182,7 +192,7 @@ def test_crops_without_boxes_stay_and_those_that_lose_every_pixel_are_redrawn(en
         crops = made._draws(seed)[0].numpy().reshape(1 + REDRAWS, 3)
         shown = []
         for draws in crops:
-            step = made._geometry(tf.constant([90, 90]), tf.constant(draws), False)
+            step = made._geometry(tf.constant([90, 90]), tf.constant(draws), Symmetry())
             shown.append(step.map(tf.constant(ring.astype(np.uint8))).numpy())
         chosen = next((place for place, mask in enumerate(shown) if mask.any()), REDRAWS)
         redrawn += chosen > 0
@@ -198,7 +208,7 @@ def test_crops_without_boxes_stay_and_those_that_lose_every_pixel_are_redrawn(en
     seeds = [tf.constant([0, position], tf.int64) for position in range(6)]
     empty = 0
     for seed in seeds:
-        step = made._geometry(tf.constant([90, 90]), made._draws(seed)[0][:3], False)
+        step = made._geometry(tf.constant([90, 90]), made._draws(seed)[0][:3], Symmetry())
         first = step.map(tf.constant(corner.astype(np.uint8))).numpy().any()
         assert example_at(seed)["instances_valid"].numpy().any() == first
         empty += not first

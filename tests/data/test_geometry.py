@@ -12,6 +12,7 @@ from cnx2_jax.data.decoding import decode, decode_crop
 from cnx2_jax.data.fields import Image, Instances, SegmentationMap
 from cnx2_jax.data.geometry import Geometry
 from cnx2_jax.data.resizing import resize
+from cnx2_jax.data.symmetries import Symmetries
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import EvalTransform, TrainTransform
 
@@ -71,7 +72,8 @@ def drawn_step(data, kind, size, point, reach):
     if kind == "window":
         visible = (size[0] - first[0], size[1] - first[1])
         return Geometry(size, size, offset=tf.constant(first), visible=visible, mirrored=tf.constant(True))
-    return Geometry(size, size, mirrored=tf.constant(True))
+    symmetry = [tf.constant(data.draw(st.booleans())) for _ in range(3)]
+    return Geometry(size, size, None, None, None, *symmetry)
 
 
 @settings(max_examples=25, deadline=None)
@@ -81,7 +83,7 @@ def test_a_mark_ends_at_one_place_in_every_field(data):
     point = np.array([data.draw(st.floats(14, side - 14)) for side in size])
     reach = np.full(2, 3 * RADIUS)
     values = marked(*size, point)
-    kinds = data.draw(st.lists(st.sampled_from(["crop", "resize", "window", "flip", "pad"]), max_size=4))
+    kinds = data.draw(st.lists(st.sampled_from(["crop", "resize", "window", "symmetry", "pad"]), max_size=4))
     for kind in kinds:
         if kind == "pad":
             size = tuple(side + data.draw(st.integers(0, 20)) for side in size)
@@ -91,7 +93,9 @@ def test_a_mark_ends_at_one_place_in_every_field(data):
         values = {name: FIELDS[name].moved(value, step) for name, value in values.items()}
         point = step.points(tf.constant(point, tf.float32)).numpy().astype(float)
         reach *= np.divide(step.size, size) if kind == "resize" else 1
-        size = step.result
+        if step.transposed:
+            reach = reach[::-1]
+        size = tuple(int(side) for side in step.result)
     assert values["image"].shape == (*size, 3) and values["segmentation"].shape == size
     for field, place in places(values).items():
         # Sampled to the nearest pixel twice, a map may be off by half a pixel of each grid on the way.
@@ -100,7 +104,7 @@ def test_a_mark_ends_at_one_place_in_every_field(data):
 
 
 def test_points_follow_a_hand_worked_geometry():
-    # Crop 40 x 80 at (10, 20), halve it, take 16 x 30 of it at (3, 4), mirror.
+    # Crop 40 x 80 at (10, 20), halve it, take 16 x 30 of it at (3, 4), mirror, flip, transpose.
     step = Geometry(
         (100, 200),
         (20, 40),
@@ -108,9 +112,12 @@ def test_points_follow_a_hand_worked_geometry():
         offset=tf.constant([3, 4]),
         visible=(16, 30),
         mirrored=True,
+        flipped=True,
+        transposed=True,
     )
     moved = step.points(tf.constant([[26.0, 40.0], [16.0, 88.0]]))
-    np.testing.assert_allclose(moved, [[5, 24], [0, 0]])
+    np.testing.assert_allclose(moved, [[24, 11], [0, 16]])
+    np.testing.assert_array_equal(step.result, [30, 16])
 
 
 def test_boxes_are_clipped_and_stay_ordered():
@@ -152,7 +159,9 @@ def former_eval_image(encoded, size, crop_fraction):
 
 
 def train_transform(flip):
-    return TrainTransform({"image": IMAGE}, (24, 32), (0.3, 1.0), (0.7, 1.4), flip, None, 0.0, (0.5,), (0.5,))
+    return TrainTransform(
+        {"image": IMAGE}, (24, 32), (0.3, 1.0), (0.7, 1.4), Symmetries(flip), None, 0.0, (0.5,), (0.5,)
+    )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

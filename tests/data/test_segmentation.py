@@ -18,6 +18,7 @@ from cnx2_jax.data.segmentation import (
 )
 from cnx2_jax.data.segmentation_keys import add_segmentation_keys
 from cnx2_jax.data.sources.folder import open_files
+from cnx2_jax.data.symmetries import Symmetries
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 from cnx2_jax.tasks import defaults
@@ -38,8 +39,8 @@ def config(source="scenes:6", root="", **changes):
 
 def transform(**changes):
     options = {
-        "size": SIZE, "bounds": (80, 40), "ratios": (0.5, 2.0), "class_share": 0.75, "flip": True,
-        "augment": None,
+        "size": SIZE, "bounds": (80, 40), "ratios": (0.5, 2.0), "class_share": 0.75,
+        "symmetries": Symmetries(flip=True), "augment": None,
     }  # fmt: skip
     return SegmentationTransform(FIELDS, **{**options, **changes})
 
@@ -133,6 +134,24 @@ def test_small_images_are_padded(encode):
     inside[:10, :15] = True
     np.testing.assert_array_equal(arrays["image"], np.where(inside[..., None], [80, 80, 80], 0))
     np.testing.assert_array_equal(arrays["map"], np.where(inside, 2, 255))
+
+
+def test_turned_images_and_maps_fit_the_square_canvas(encode):
+    classes = np.random.default_rng(2).integers(0, 4, (10, 15), np.uint8)
+    stored, size = record(classes, encode), (16, 16)
+    options = {"size": size, "bounds": (15, 10), "ratios": (1.0, 1.0)}
+    made = transform(symmetries=Symmetries(vflip=True, quarter_turns=True), **options)
+    example_at = tf.function(lambda seed: made.finish(made.decode(stored, seed), seed), autograph=False)
+    views = [np.rot90(view, turns) for view in (classes, classes[::-1]) for turns in range(4)]
+    seen = set()
+    for position in range(30):
+        arrays = {name: array.numpy() for name, array in example_at(tf.constant([1, position])).items()}
+        height, width = arrays["image_size"]
+        found = arrays["map"][:height, :width]
+        seen |= {place for place, view in enumerate(views) if np.array_equal(view, found)}
+        np.testing.assert_array_equal(arrays["image"][:height, :width, 0], 40 * found)
+        assert (arrays["map"][height:] == 255).all() and (arrays["map"][:, width:] == 255).all()
+    assert len(seen) == 8
 
 
 def test_photometric_changes_touch_the_image_alone_and_not_its_padding(encode):

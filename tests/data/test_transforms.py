@@ -1,5 +1,6 @@
 """Transforms against torchvision's and timm's definitions: distributions over many draws."""
 
+import collections
 import math
 
 import numpy as np
@@ -9,10 +10,13 @@ from PIL import Image
 from cnx2_jax.data.augment import make_augmentation
 from cnx2_jax.data.crops import TRIES, random_crop_box
 from cnx2_jax.data.decoding import decode
-from cnx2_jax.data.erasing import random_erasing_box
+from cnx2_jax.data.erasing import erase, random_erasing_box
 from cnx2_jax.data.fields import Image as ImageField
+from cnx2_jax.data.symmetries import Symmetries
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.data.transforms import EvalTransform, TrainTransform
+from cnx2_jax.errors import UserError
+from cnx2_jax.tasks import defaults
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -153,7 +157,7 @@ def transform(channels=3, **changes):
         "size": (24, 32),
         "crop_scale": (0.3, 1.0),
         "crop_ratio": (0.7, 1.4),
-        "flip": True,
+        "symmetries": Symmetries(flip=True),
         "augment": None,
         "erasing": 0.0,
         "mean": MEAN,
@@ -226,6 +230,19 @@ def test_a_quarter_is_erased_with_noise_of_the_normalisation(encode):
         assert mask.sum() > 0.9 * box.sum()  # a box, but for noise that happens to be 7 thrice
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+def test_arrays_are_erased_with_noise_of_their_own_unit(dtype):
+    mean, std = (1000.0, -20.0 if dtype != "uint16" else 3000.0), (50.0, 4.0)
+    image = tf.zeros([40, 50, 2], dtype)
+    erased = erase(image, tf.constant([4, 5, 30, 40]), tf.constant([1, 2], tf.int64), mean, std).numpy()
+    assert erased.dtype == dtype
+    noise = erased[4:34, 5:45].reshape(-1, 2)
+    assert np.count_nonzero(erased) == np.count_nonzero(noise)
+    normal = (noise - np.array(mean)) / std
+    # 1,200 draws: four standard deviations are 0.12 and 0.08.
+    assert np.abs(normal.mean(axis=0)).max() < 0.12 and np.abs(normal.std(axis=0) - 1).max() < 0.09
+
+
 def test_everything_together_is_a_function_of_the_seed(photo, encode):
     everything = {"augment": make_augmentation("rand-m9-mstd0.5-inc1", (124, 116, 104), {}), "erasing": 0.5}
     images = train_images(encode(photo, "JPEG"), 24, **everything)
@@ -253,12 +270,44 @@ def test_train_image_is_a_function_of_its_seed(photo, encode):
 def test_train_image_flips_only_when_asked(photo, encode):
     encoded = encode(photo.resize((96, 64)), "PNG")
     whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.5, 1.5)}
-    plain = train_image(encoded, [0, 0], flip=False, **whole)
+    plain = train_image(encoded, [0, 0], symmetries=Symmetries(), **whole)
     seen = {train_image(encoded, [0, i], **whole).tobytes() for i in range(12)}
     assert seen == {plain.tobytes(), plain[:, ::-1].tobytes()}
-    assert {train_image(encoded, [0, i], flip=False, **whole).tobytes() for i in range(12)} == {
+    assert {train_image(encoded, [0, i], symmetries=Symmetries(), **whole).tobytes() for i in range(12)} == {
         plain.tobytes()
     }
+
+
+@pytest.mark.parametrize(
+    ("symmetries", "count"),
+    [(Symmetries(vflip=True), 2), (Symmetries(quarter_turns=True), 4), (Symmetries(True, True, True), 8)],
+)
+def test_symmetries_are_drawn_with_equal_chance(photo, encode, symmetries, count):
+    encoded, size = encode(photo.resize((6, 6)), "PNG"), (6, 6)
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "size": size}
+    plain = train_image(encoded, [0, 0], symmetries=Symmetries(), **whole)
+    turned = [np.rot90(plain, turns) for turns in (range(4) if symmetries.quarter_turns else range(1))]
+    both = [view[::-1] for view in turned] if symmetries.vflip else []
+    expected = {np.ascontiguousarray(view).tobytes() for view in turned + both}
+    assert len(expected) == count
+    make = transform(symmetries=symmetries, **whole)
+    seeds = tf.data.Dataset.range(80 * count).map(
+        lambda index: make(encoded, tf.stack([tf.constant(9, tf.int64), index]))
+    )
+    counts = collections.Counter(image.tobytes() for image in seeds.as_numpy_iterator())
+    assert counts.keys() == expected
+    # Six deviations of a binomial count around its mean of 80.
+    assert all(26 < each < 134 for each in counts.values())
+
+
+def test_quarter_turns_of_oblong_images_are_refused():
+    config = defaults("classify")
+    config.data.quarter_turns = True
+    config.image_size = (64,)
+    assert Symmetries.of(config).quarter_turns
+    config.image_size = (64, 96)
+    with pytest.raises(UserError, match=r"image_size \(64, 96\) is not a square"):
+        Symmetries.of(config)
 
 
 def test_flip_is_independent_of_the_crop(encode):

@@ -13,6 +13,13 @@ SAID = Facts(("cat", "dog", "newt"), (192, 192), 0.9, (0.5, 0.4, 0.3), (0.2, 0.2
 SIZES = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 40), "in_chans": 3, "patch_size": 4}
 
 
+def known(said):
+    """What `read` finds of facts: the dtype is stated for arrays alone."""
+    found = dataclasses.asdict(said)
+    del found["dtype"], found["bands"]
+    return found
+
+
 def put(folder, **documents):
     for name, document in documents.items():
         (folder / f"{name}.json").write_text(json.dumps(document))
@@ -20,7 +27,7 @@ def put(folder, **documents):
 
 def test_timm_there_and_back(tmp_path):
     put(tmp_path, config=facts.timm_config(SAID, "custom", **SIZES))
-    assert facts.read(tmp_path) == {k: v for k, v in dataclasses.asdict(SAID).items() if v}
+    assert facts.read(tmp_path) == {k: v for k, v in known(SAID).items() if v}
 
 
 def test_a_detector_there_and_back(tmp_path):
@@ -30,7 +37,7 @@ def test_a_detector_there_and_back(tmp_path):
         config=facts.detector_config(said),
         preprocessor_config=facts.detector_preprocessor(said),
     )
-    expected = dataclasses.asdict(said)
+    expected = {**known(said)}
     del expected["eval_crop"]  # whole images are evaluated
     assert facts.read(tmp_path) == expected
 
@@ -41,7 +48,23 @@ def test_hugging_face_there_and_back(tmp_path):
         config=facts.huggingface_config(SAID, **SIZES),
         preprocessor_config=facts.huggingface_preprocessor(SAID),
     )
-    assert facts.read(tmp_path) == {k: v for k, v in dataclasses.asdict(SAID).items() if v}
+    assert facts.read(tmp_path) == {k: v for k, v in known(SAID).items() if v}
+
+
+ARRAYS = dataclasses.replace(
+    SAID, mean=(900.0, 70.5, 0.0), std=(12.0, 3.0, 1.5), dtype="uint16", bands=("B04", "B03", "B02")
+)
+
+
+@pytest.mark.parametrize("library", ["huggingface", "timm"])
+def test_arrays_have_the_statistics_of_their_bands_in_their_own_unit(library, tmp_path):
+    assert facts.huggingface_preprocessor(ARRAYS) is None  # it divides pixels by 255
+    make = {"huggingface": facts.huggingface_config, "timm": facts.timm_config}[library]
+    document = make(ARRAYS, **({"variant": "custom"} if library == "timm" else {}), **SIZES)
+    stated = document[facts.ARRAYS]
+    assert (stated["mean"], stated["std"]) == ([900.0, 70.5, 0.0], [12.0, 3.0, 1.5])
+    put(tmp_path, config=document)
+    assert facts.read(tmp_path) == {k: v for k, v in dataclasses.asdict(ARRAYS).items() if v}
 
 
 def test_oblong_images(tmp_path):

@@ -195,5 +195,5 @@ def test_captions(target, smoothing, caption):
     task = make_task(config, data=Described(class_names=("cat", "dog", "ox")))
     images = np.zeros((1, 4, 4, 3), np.uint8)
     batch = {"image": images, "label": np.int32([1])}
-    drawn, captions = task.sheet(batch, {"image": jnp.asarray(images), "target": jnp.float32([target])})
+    drawn, captions = task.sheet(batch, {"image": task.normalise(images), "target": jnp.float32([target])})
     assert captions == [caption] and (drawn == images).all()

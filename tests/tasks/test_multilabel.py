@@ -66,12 +66,34 @@ def batch_of(targets, **more):
     return {"image": np.zeros((len(targets), 8, 24, 1), np.uint8), "labels": np.float32(targets), **more}
 
 
+def prepared(task, targets):
+    return task.prepare(batch_of(targets), jax.random.key(1))
+
+
+@pytest.mark.parametrize("mixed", ["mixup", "cutmix"])
+def test_images_and_labels_are_mixed_alike(mixed):
+    task = described(f"{mixed}=0.8", "label_smoothing=0.2")
+    # White images have all labels, black ones none, so an image's mean tells its share of labels.
+    white, black = ((value - 0.3) / 0.35 for value in (1, 0))
+    batch = {**batch_of([[1] * 3, [0] * 3]), "image": np.zeros((2, 8, 24, 1), np.uint8)}
+    batch["image"][0] = 255
+    found = jax.jit(task.prepare)(batch, jax.random.key(5))
+    shares = (np.asarray(found["image"]).mean(axis=(1, 2, 3)) - black) / (white - black)
+    assert 0.01 < shares[0] < 0.99 and shares.sum() == pytest.approx(1, abs=1e-5)
+    targets = np.repeat(shares[:, None] * 0.8 + 0.1, 3, axis=1)
+    np.testing.assert_allclose(found["target"], targets, atol=1e-5)
+    drawn, captions = task.sheet(batch, found)
+    assert captions[0] == ", ".join(f"{name} {shares[0]:.0%}" for name in task.class_names)
+    if mixed == "mixup":
+        np.testing.assert_allclose(drawn[0], 255 * shares[0], atol=0.51)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_is_the_mean_over_images_and_classes(smoothing):
     rng = np.random.default_rng(0)
     logits, targets = 3 * rng.standard_normal((5, 3)), rng.integers(0, 2, (5, 3))
     task = described(f"label_smoothing={smoothing}")
-    loss, _ = task.loss(Given(logits), batch_of(targets), jax.random.split(jax.random.key(0), 5))
+    loss, _ = task.loss(Given(logits), prepared(task, targets), jax.random.split(jax.random.key(0), 5))
     expected = literal(logits, targets * (1 - smoothing) + smoothing / 2).mean()
     assert float(value(loss["loss"])) == pytest.approx(expected, rel=1e-5)
 
@@ -95,7 +117,7 @@ def test_positives_weigh_as_much_as_negatives_of_their_class(tmp_path):
     # cat: 2 of 8 images; dog: all of them; ox: none, so the bound holds.
     np.testing.assert_allclose(task.positive_weights(), [3, 0, 20])
     logits, targets = np.random.default_rng(0).standard_normal((2, 3)), np.array([[1, 0, 1], [0, 1, 0]])
-    loss, _ = task.loss(Given(logits), batch_of(targets), jax.random.split(jax.random.key(0), 2))
+    loss, _ = task.loss(Given(logits), prepared(task, targets), jax.random.split(jax.random.key(0), 2))
     expected = literal(logits, targets, np.array([3, 0, 20])).mean()
     assert float(value(loss["loss"])) == pytest.approx(expected, rel=1e-5)
     np.testing.assert_array_equal(make_task(config(*keys)).positive_weights(), [1, 1, 1])

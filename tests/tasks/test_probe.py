@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import override
+from cnx2_jax.data.sources import open_source
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import classification
 from cnx2_jax.models.pixels import normalise
@@ -247,6 +248,16 @@ def test_other_images_of_the_same_names_are_other_features(encoder, tmp_path):
         )
         found.append(len(list((tmp_path / "cache").iterdir())))
     assert found == [2, 2, 4]
+
+
+def test_other_bands_of_the_same_arrays_are_other_features():
+    config = small()
+    source = open_source(config.data, "train", 0)
+    names = set()
+    for bands in ("", "2,1", "1,2"):
+        config.data.use_bands = bands
+        names.add(probe._name("encoder", source, config))
+    assert len(names) == 3
 
 
 def test_going_on_needs_the_source_of_the_encoder_no_more(run, encoder, tmp_path):
