@@ -28,6 +28,7 @@ RANGES = {
     "total_steps": (0, 2**31 - 2),
     "log_steps": (1, INFINITY),
     "eval_epochs": (0, INFINITY),
+    "early_stopping_patience": (0, INFINITY),
     "checkpoint_steps": (1, INFINITY),
     "keep_checkpoints": (1, INFINITY),
     "max_nonfinite": (1, 2**31 - 1),
@@ -88,6 +89,7 @@ def defaults(task: str) -> ConfigDict:
     config.log_steps = 50
     config.profile_steps = ""  # FIRST:LAST writes a trace of these updates to the workdir's profile/
     config.eval_epochs = 10.0
+    config.early_stopping_patience = 0  # end after this many evaluations without a better one; 0: never
     config.checkpoint_steps = 1000
     config.keep_checkpoints = 2  # the latest ones; the best one is kept as well
     config.on_nonfinite = "stop"  # or skip: leave out non-finite updates and count them in the metrics
@@ -291,6 +293,11 @@ def check_ranges(config: ConfigDict) -> None:
             raise UserError(f"{key} {flat[key]} must be at least {least}{most}")
     if not config.total_steps and not config.total_epochs:
         raise UserError("total_steps and total_epochs are both 0, so there is nothing to do; set one of them")
+    if config.early_stopping_patience and not config.eval_epochs:
+        raise UserError(
+            f"early_stopping_patience {config.early_stopping_patience} counts evaluations, and eval_epochs "
+            "is 0; set eval_epochs too, or early_stopping_patience=0"
+        )
 
 
 def image_hw(config: ConfigDict) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Helpers for config files: the arguments after the colon, and values that several recipes share."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -34,6 +35,9 @@ FINETUNING = {
     "large": Finetuning(6.25e-4, 0.05, 0.6, "group", 20, 100, 0.1, 0.8, 1.0, 0.2),
     "huge": Finetuning(1.25e-3, 0.05, 0.75, "group", 10, 50, 0.1, 0.8, 1.0, 0.3),
 }
+
+IMAGENET_IMAGES = 1_281_167  # training images of ImageNet-1K, for which the paper's values are meant
+FEW_IMAGES = 1000  # fewer than that change no value of `between` any more
 
 
 def use_digits(config: ConfigDict) -> None:
@@ -108,7 +112,39 @@ def use_digit_rows(config: ConfigDict) -> None:
     config.data.crop_scale = (1.0, 1.0)  # what a crop leaves out would still be in the labels
 
 
-def parse_argument(argument: str, names: Iterable[str], **options: float) -> tuple[str, dict]:
+def between(images: int, few: float, many: float) -> float:
+    """Returns a value for a number of training images, linear in its logarithm, with three digits.
+
+    Args:
+      images: how many images there are.
+      few: the value for FEW_IMAGES or fewer.
+      many: the value for IMAGENET_IMAGES or more.
+    """
+    share = math.log(max(images, 1) / FEW_IMAGES) / math.log(IMAGENET_IMAGES / FEW_IMAGES)
+    return float(f"{few + (many - few) * min(max(share, 0.0), 1.0):.3g}")
+
+
+def use_batch_for(images: int, config: ConfigDict, smallest: int, largest: int) -> None:
+    """Sets the batch for a number of training images and the learning rate for that batch, in place.
+
+    The batch is a power of two, and grows like the square root of the number of images up to `largest` for
+    those of ImageNet-1K: both the updates of an epoch and the images of an update grow. The peak learning
+    rate goes by the square root of the batch, which is the rule for Adam (Malladi et al. 2022, "On the SDEs
+    and scaling rules for adaptive gradient algorithms"); a linear one would leave small batches without
+    progress.
+
+    Args:
+      images: how many images there are.
+      config: its `optimizer.base_learning_rate` is the one for a batch of `largest`.
+      smallest, largest: limits of the batch.
+    """
+    exact = largest * math.sqrt(max(images, 1) / IMAGENET_IMAGES)
+    config.batch_size = min(max(2 ** round(math.log2(exact)), smallest), largest)
+    # `base_learning_rate` itself is multiplied by batch_size / 256.
+    config.optimizer.base_learning_rate *= math.sqrt(largest / config.batch_size)
+
+
+def parse_argument(argument: str, names: Iterable[str], **options: float | str) -> tuple[str, dict]:
     """Parses the part of `--config FILE:NAME,KEY=VALUE,...` after the colon.
 
     Args:

@@ -7,6 +7,12 @@ and timm's small, with `epochs=`: 800 by default, as in the paper's tables; 1600
 paper's final models, such as `pretrain:base,epochs=1600`. Batch 4096, peak learning rate 1.5e-4 x 4096 /
 256 = 2.4e-3. The paper trains ConvNeXt-B for 800 epochs in 7.7 hours on 256 TPU v3 cores.
 
+`images=` is how many images there are, for sets smaller than ImageNet, such as `pretrain:atto,images=3000`.
+Own choices, not tuned: the batch is four times the square root of the number of images, at least 64 and
+4096 for ImageNet, and the peak learning rate goes by the batch's square root (`recipes.use_batch_for`),
+because a batch of 4096 leaves no updates. 800 epochs stay: few images give few updates per epoch. Warm-up
+stays a twentieth of the run. docs/small.md has a measured case.
+
 Differences from the official code:
 - Initial weights: a normal of deviation 0.02 cut at +-2. The official code re-initialises with deviation
   1.0 by accident (its issue 64).
@@ -27,13 +33,13 @@ above on made-up images.
 """
 
 from cnx2_jax.models import VARIANTS
-from cnx2_jax.recipes import parse_argument, use_digits, use_scenes, use_smoke
+from cnx2_jax.recipes import IMAGENET_IMAGES, parse_argument, use_batch_for, use_digits, use_scenes, use_smoke
 from cnx2_jax.sweeps import product
 from cnx2_jax.tasks import defaults
 
 
 def get_config(argument="tiny"):
-    name, options = parse_argument(argument, [*VARIANTS, "digits", "scenes", "smoke"], epochs=0.0)
+    name, options = parse_argument(argument, [*VARIANTS, "digits", "scenes", "smoke"], epochs=0.0, images=0)
     config = defaults("pretrain")
     if name in ("digits", "scenes"):
         digits = name == "digits"
@@ -50,10 +56,10 @@ def get_config(argument="tiny"):
         return config
 
     config.model.variant = "tiny" if name == "smoke" else name
-    config.batch_size = 4096
     config.total_epochs = options["epochs"] or 800.0
     config.optimizer.base_learning_rate = 1.5e-4
-    config.optimizer.warmup_epochs = 40.0
+    use_batch_for(options["images"] or IMAGENET_IMAGES, config, 64, 4096)
+    config.optimizer.warmup_epochs = config.total_epochs / 20 if options["images"] else 40.0
     config.optimizer.weight_decay = 0.05
     config.optimizer.b2 = 0.95
     config.data.crop_scale = (0.2, 1.0)

@@ -17,7 +17,7 @@ from cnx2_jax.train.optimizer import learning_rate_schedule
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs"
 GOLDEN = TESTS / "golden" / "recipes"
-IMAGES = {"finetune_22k": 14_197_122 * 99 // 100}  # of the training set; ImageNet-1K's otherwise
+IMAGES = {"finetune_22k": 14_197_122 * 99 // 100, "small": 1000}  # for training; ImageNet-1K's otherwise
 IMAGENET_1K = 1_281_167
 SOURCES = {
     "digits": 1438,

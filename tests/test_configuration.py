@@ -39,6 +39,7 @@ RECIPES = [
         "detect": (*VARIANTS, "digits"),
         "multilabel": (*VARIANTS, "digits"),
         "regress": (*VARIANTS, "digits"),
+        "small": (*VARIANTS, "digits"),
         "segment": (*VARIANTS, "base_22k", "large_22k", "huge_22k", "digits"),
     }.items()
     for name in (*names, "smoke")
@@ -189,7 +190,7 @@ def test_unknown_name_names_the_nearest_and_the_known(name, nearest, monkeypatch
         load_config(f"{name}:tiny")
     known = (
         "detect, finetune, finetune_22k, finetune_22k_1k, linear_probe, multilabel, pretrain, regress, "
-        "scratch, segment"
+        "scratch, segment, small"
     )
     assert str(raised.value) == f"unknown config '{name}'{nearest} (known: {known}; or give a FILE.py)"
 
@@ -417,6 +418,57 @@ def test_pretraining_is_as_published(name):
     assert {key: values[key] for key in expected} == expected
     # Patches of 32 x 32 pixels.
     assert (values["model.mask_patch"] or 8 * values["model.patch_size"]) == 32
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_small_recipes_of_as_many_images_as_imagenet_are_as_published(name):
+    published = flatten(load_config(f"{CONFIGS}/finetune.py:{name}"))
+    values = flatten(load_config(f"{CONFIGS}/small.py:{name},images=1281167"))
+    free = {"eval_epochs", "early_stopping_patience", "ema_decay"}
+    assert {key for key in values if values[key] != published[key]} <= free
+    assert values["ema_decay"] == pytest.approx(0.9999, abs=1e-6)
+    values = flatten(load_config(f"{CONFIGS}/pretrain.py:{name},images=1281167"))
+    assert values == flatten(load_config(f"{CONFIGS}/pretrain.py:{name}"))
+
+
+@pytest.mark.parametrize("start", ["pretrain", "converted", "scratch"])
+def test_small_recipes_change_steadily_with_the_number_of_images(start):
+    numbers = (100, 1000, 3000, 10_000, 50_000, 1_281_167)
+    found = [flatten(load_config(f"{CONFIGS}/small.py:tiny,images={n},from={start}")) for n in numbers]
+    peaks = [each["optimizer.base_learning_rate"] * each["batch_size"] for each in found]
+    shown = [each["total_epochs"] * number for each, number in zip(found, numbers, strict=True)]
+    for rising in (
+        peaks,
+        shown,
+        *([each[key] for each in found] for key in ("batch_size", "mixup", "cutmix")),
+    ):
+        assert rising == sorted(rising)
+    for falling in ("model.drop_path", "optimizer.weight_decay"):
+        values = [each[falling] for each in found]
+        assert values == sorted(values, reverse=falling == "model.drop_path" or start != "converted")
+    few = found[0]
+    assert (few["batch_size"], few["mixup"], few["early_stopping_patience"]) == (32, 0.0, 10)
+    assert few["optimizer.layer_decay"] == {"pretrain": 0.9, "converted": 0.8, "scratch": 1.0}[start]
+    assert few["total_epochs"] == {"pretrain": 1000, "converted": 300, "scratch": 1000}[start]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("tiny,images=-5", "images=-5 must be at least 1: the number of training images"),
+        ("tiny,from=scrach", "unknown start 'from=scrach'; did you mean 'scratch'"),
+        ("tiny,images=1.5", "'images=1.5': '1.5' is not of type int"),
+    ],
+)
+def test_wrong_argument_of_a_small_recipe(argument, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(f"{CONFIGS}/small.py:{argument}")
+
+
+def test_small_digits_are_as_many_as_asked_for():
+    config = load_config(f"{CONFIGS}/small.py:digits,images=100")
+    assert (config.data.train_per_class, config.batch_size, config.total_epochs) == (10, 32, 1000.0)
+    assert load_config(f"{CONFIGS}/small.py:digits").data.train_per_class == 0
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def find(path: Path) -> Path:
     """Returns the checkpoint folder, with `params` and `card`, that `path` refers to.
 
     Args:
-      path: `checkpoints/STEP` of a run, a workdir (for its latest checkpoint), or an exported checkpoint.
+      path: `checkpoints/STEP` of a run, an exported checkpoint, or a workdir: for the checkpoint of its
+        `result.json`, which is the best one of a run that stopped early, or else for its latest one.
 
     Raises:
       UserError: there is no checkpoint.
@@ -43,7 +44,16 @@ def find(path: Path) -> Path:
         raise UserError(
             f"no checkpoint in '{path}'; give a workdir, its checkpoints/STEP, or an exported checkpoint"
         )
-    return folder / str(max(steps))
+    result = _result_step(folder.parent / "result.json")
+    return folder / str(result if result in steps else max(steps))
+
+
+def _result_step(path: Path) -> int | None:
+    """Returns the step of a run's result, None if it has not ended or its result cannot be read."""
+    try:
+        return json.loads(path.read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_metadata(path: Path) -> dict:

@@ -25,7 +25,10 @@ def default_metric(config: ConfigDict) -> str:
 
 
 def collect(runs: Sequence[Run], metric: str) -> list[Row]:
-    """Returns a row per run with its latest evaluation, best first; runs without an evaluation come last.
+    """Returns a row per run with its evaluation, best first; runs without an evaluation come last.
+
+    The evaluation of a finished run is its result, which is the best one if it stopped early; that of
+    another run is its latest.
 
     Args:
       runs: the runs of a sweep.
@@ -39,7 +42,7 @@ def collect(runs: Sequence[Run], metric: str) -> list[Row]:
     known: set[str] = set()
     for run in runs:
         evaluations = [row for row in read_metrics(run.workdir / "metrics.jsonl") if row["split"] == "val"]
-        last = evaluations[-1] if evaluations else {}
+        last = run.result() or (evaluations[-1] if evaluations else {})
         known |= last.keys() - {"step", "split"}
         rows.append(
             {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -40,9 +41,17 @@ class Run:
 
     def state(self) -> str:
         """Returns `finished`, `begun` or `new`, as its workdir shows."""
-        if (self.workdir / "result.json").exists():
+        if self._result_file.exists():
             return "finished"
         return "begun" if (self.workdir / "config.json").exists() else "new"
+
+    def result(self) -> dict:
+        """Returns the metrics and the `step` of a finished run's result; empty for another run."""
+        return json.loads(self._result_file.read_text()) if self._result_file.exists() else {}
+
+    @property
+    def _result_file(self) -> Path:
+        return self.workdir / "result.json"
 
 
 def sweeps_of(location: str) -> dict[str, list[sweeps.Overrides]]:

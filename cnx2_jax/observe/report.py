@@ -136,9 +136,7 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
-def read_evaluation(path: Path, step: int) -> Metrics | None:
-    """Returns the metrics of the evaluation at a step from a metrics.jsonl, None if it was not done."""
-    rows = [row for row in read_metrics(path) if row["split"] == "val" and row["step"] == step]
-    return (
-        {name: value for name, value in rows[-1].items() if name not in ("step", "split")} if rows else None
-    )
+def read_evaluations(path: Path, step: int) -> list[Metrics]:
+    """Returns the evaluations up to a step from a metrics.jsonl in order: metrics with their `step`."""
+    rows = [row for row in read_metrics(path) if row["split"] == "val" and row["step"] <= step]
+    return [{name: value for name, value in row.items() if name != "split"} for row in rows]

@@ -21,9 +21,10 @@ from cnx2_jax.models.state import Params, merge
 from cnx2_jax.observe import flops
 from cnx2_jax.observe.profile import Profile
 from cnx2_jax.observe.progress import say, watched
-from cnx2_jax.observe.report import NoReport, Report, read_evaluation
+from cnx2_jax.observe.report import NoReport, Report, read_evaluations
 from cnx2_jax.observe.timing import Observer
 from cnx2_jax.train import sharding, starting
+from cnx2_jax.train.early import EarlyStopping
 from cnx2_jax.train.flight import Flight
 from cnx2_jax.train.optimizer import updates_made
 from cnx2_jax.train.program import make_program
@@ -41,8 +42,8 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
     All processes of a run call it with the same workdir. Process 0 writes everything but checkpoints.
 
     Returns:
-      The metrics of the last evaluation with its `step`, or None if a signal stopped the run before its
-      end; then everything is saved and the same call resumes it.
+      The metrics of the last evaluation with its `step`, or of the best one if the run stopped early; None if
+      a signal stopped the run before its end; then everything is saved and the same call resumes it.
 
     Raises:
       UserError: see `workdir.make_workdir`, `only_run_in`, `sharding.make_mesh`,
@@ -69,8 +70,11 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         with hang.suspended():
             task.begin(state.arrays)
         step = saved = begun = int(state.step)
-        # The metrics of the evaluation at `step`, None while it was not done. Process 0 reads for all.
-        evaluated = from_first(read_evaluation(workdir / "metrics.jsonl", step))
+        early = EarlyStopping(metric, end, config.early_stopping_patience)
+        # Process 0 reads for all. A checkpoint of this step exists, so these are on disk.
+        evaluations = from_first(read_evaluations(workdir / "metrics.jsonl", step))
+        # The evaluation at `step`, None while it was not done.
+        evaluated = evaluations[-1] if evaluations and evaluations[-1]["step"] == step else None
         report = NoReport()
         if processes.is_first():
             # Not earlier: after a wrong init_from, the workdir is still free for the corrected command.
@@ -83,25 +87,28 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         with _closing(report, checkpoints, profile):
             while True:
                 asked = stop.reached()
-                last = step == total
+                last, stalled = step == total, False
                 due = last or configuration.passes(config.eval_epochs, step, config, data.num_train)
                 if due and evaluated is None and not asked:
                     flight.land()
                     with observer.paused(), contextlib.suppress(StopAskedError):
                         # If it is interrupted, it is done when the run resumes, before the next update.
                         evaluated = _evaluate(task, program.graph, state, mesh, stop, report, step)
+                        evaluations.append(evaluated)
                         saved = (
                             -1
                         )  # a checkpoint that was saved without its evaluation is saved again, with it
                     asked = stop.reached()
+                if evaluated is not None and not last:
+                    stalled = from_first(early.reached(evaluations))
                 due = last or due or asked
                 if step > max(saved, 0) and (due or step % config.checkpoint_steps == 0):
                     # A checkpoint must not hold an update that is not known to be finite.
                     flight.land()
                     with observer.paused():
-                        checkpoints.save(step, saved_items(state), task.metadata(), evaluated)
+                        checkpoints.save(step, saved_items(state), task.metadata(), _values(evaluated))
                     saved = step
-                if last or asked:
+                if last or stalled or asked:
                     best = checkpoints.best()
                     break
 
@@ -127,12 +134,21 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     values["learning_rate"] = float(program.schedule(max(made - 1, 0)))
                     values |= observer.values()
                     report.log(step, "train", values)
-    if evaluated is None:
+    if evaluated is None or not (last or stalled):
         say(f"stopped after step {step:,} of {total:,}; the same command resumes there")
         return None
     say(observer.summary())
+    if stalled:
+        say(f"{early.reason(evaluations, data.num_train, config.batch_size)}; the best checkpoint is {best}")
+        found = [evaluation for evaluation in evaluations if evaluation["step"] == int(best.name)]
+        return found[0] if found else evaluated  # without it only if metrics.jsonl was deleted between starts
     say(f"done after step {total:,}; the best checkpoint by {metric} is {best}")
-    return {"step": step, **evaluated}
+    return evaluated
+
+
+def _values(evaluation: Metrics | None) -> Metrics | None:
+    """Returns the metrics of an evaluation without its step."""
+    return evaluation and {name: value for name, value in evaluation.items() if name != "step"}
 
 
 def _headline(task: Task, mesh: Mesh, total: int, step: int, like: TrainState) -> str:
@@ -193,7 +209,7 @@ def _closing(report: NoReport, checkpoints: Checkpoints, profile: Profile) -> It
 def _evaluate(
     task: Task, graph, state: TrainState, mesh: Mesh, stop: StopRequest, report: NoReport, step: int
 ) -> Metrics:
-    """Evaluates, reports, and returns the metrics.
+    """Evaluates, reports, and returns the metrics with their `step`.
 
     Raises:
       StopAskedError: the run is to stop; nothing is reported.
@@ -216,4 +232,4 @@ def _evaluate(
     report.log(step, "val", metrics)
     for name, picture in pictures.items():
         report.picture(step, name, picture)
-    return metrics
+    return {"step": step, **metrics}

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.observe import progress
 from cnx2_jax.observe.progress import watched
-from cnx2_jax.observe.report import Report, read_evaluation, read_metrics
+from cnx2_jax.observe.report import Report, read_evaluations, read_metrics
 
 
 @pytest.fixture
@@ -46,16 +46,19 @@ def test_values_keep_every_digit(report, tmp_path):
     assert rows(tmp_path)[0]["loss"] == value
 
 
-def test_evaluations_are_read_by_step(report, tmp_path):
+def test_evaluations_are_read_up_to_a_step(report, tmp_path):
     ours, path = report(), tmp_path / "metrics.jsonl"
-    assert read_evaluation(path, 2) is None
+    assert read_evaluations(path, 2) == []
     ours.log(2, "train", {"loss": 1.0})
-    assert read_evaluation(path, 2) is None
+    assert read_evaluations(path, 2) == []
     ours.log(2, "val", {"loss": 0.5, "accuracy": 0.25})
-    assert read_evaluation(path, 2) == {"loss": 0.5, "accuracy": 0.25}
-    assert read_evaluation(path, 1) is None
+    ours.log(4, "val", {"loss": 0.4})
+    first = {"step": 2, "loss": 0.5, "accuracy": 0.25}
+    assert read_evaluations(path, 1) == []
+    assert read_evaluations(path, 3) == [first]
+    assert read_evaluations(path, 4) == [first, {"step": 4, "loss": 0.4}]
     report(start_step=1)  # which drops the later rows
-    assert read_evaluation(path, 2) is None
+    assert read_evaluations(path, 4) == []
 
 
 def test_rows_after_the_step_to_go_on_from_are_dropped(report, tmp_path):
