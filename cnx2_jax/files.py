@@ -24,6 +24,13 @@ def to_path(text: str) -> Path:
     return storage_path(text)
 
 
+def local_path(text: str) -> Path:
+    """Returns a path that can only be local; raises UserError if it is in object storage."""
+    if "://" in text:
+        raise UserError(f"'{text}' must be on a local disk; copy it there, or mount the bucket")
+    return Path(text)
+
+
 def is_remote(path: Path) -> bool:
     """Whether a path of `to_path` is in object storage."""
     return not isinstance(path, Path)

@@ -93,6 +93,21 @@ def test_without_its_client_a_line_says_what_to_install(monkeypatch):
         to_path("gs://bucket/run")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert --from gs://bucket/model.safetensors --to x",
+        "sweep --config pretrain:digits --sweep seeds --out gs://bucket/sweep",
+        "data --config pretrain:tiny --config.data.root=gs://bucket/images --out sheet.png",
+    ],
+)
+def test_what_must_be_local_is_refused_in_one_line(command, capsys):
+    assert cli.main(command.split()) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "must be on a local disk; copy it there, or mount the bucket" in printed
+
+
 def test_objects_appear_whole_or_not_at_all(root):
     check_new(root / "out", "--out")
     with pytest.raises(KeyboardInterrupt), creating(root / "out") as place:

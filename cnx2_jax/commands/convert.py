@@ -16,7 +16,7 @@ from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import check_ranges, defaults, image_hw
 from cnx2_jax.data.imagenet import CLASS_IDS, describe
 from cnx2_jax.errors import UserError
-from cnx2_jax.files import check_new, to_path
+from cnx2_jax.files import check_new, local_path, to_path
 from cnx2_jax.interop import facts, hub
 from cnx2_jax.interop.files import read_tensors
 from cnx2_jax.interop.names import Imported, from_torch
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     check_new(args.to, "--to")
-    path = hub.fetch(args.source) if args.source.startswith(hub.SCHEME) else to_path(args.source)
+    path = hub.fetch(args.source) if args.source.startswith(hub.SCHEME) else local_path(args.source)
     imported = from_torch(read_tensors(path), args.source)
     for name, value in imported.params.items():
         if value.dtype != np.float32 or not np.isfinite(value).all():
