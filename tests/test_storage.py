@@ -187,6 +187,7 @@ def reference(tmp_path_factory):
     return rows(workdir), arrays(workdir)
 
 
+@pytest.mark.slow
 def test_a_run_in_object_storage_equals_one_on_a_disk(root, reference, capsys):
     assert fit(TinyTask(*SETTINGS), root)["step"] == 12
     assert (rows(root), arrays(root)) == reference
@@ -243,6 +244,7 @@ def test_killed_and_resumed_it_equals_one_that_was_left_alone(root, reference):
     assert not (root / "lock").exists()
 
 
+@pytest.mark.slow
 def test_commands_read_a_checkpoint_there_and_write_there(root, tmp_path, capsys):
     overrides = ["model.depths=(1,1,1,1)", "model.dims=(4,8,8,16)", "image_size=16", "batch_size=128"]
     config = load_config("finetune:digits", [f"--config.{each}" for each in overrides])
