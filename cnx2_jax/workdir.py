@@ -1,7 +1,6 @@
 """The record of a run's config in its workdir."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from ml_collections import ConfigDict
 
 from cnx2_jax.configuration import flatten, from_json
 from cnx2_jax.errors import UserError
-from cnx2_jax.files import write_text
+from cnx2_jax.files import is_remote, try_to_write, write_text
 
 # A run may resume with other values of these keys: they change where and how it computes, not what.
 FREE_KEYS = (
@@ -35,7 +34,11 @@ def make_workdir(config: ConfigDict, workdir: Path) -> None:
     Raises:
       UserError: the workdir cannot be made, or belongs to a run with another config.
     """
-    if (workdir / "config.json").exists():
+    try:
+        recorded = (workdir / "config.json").exists()
+    except OSError as error:
+        raise _cannot_write(workdir, error) from None
+    if recorded:
         old, new = flatten(read_config(workdir)), flatten(config)
         changed = [
             f"{key} = {_shown(old, key)} there, {_shown(new, key)} here"
@@ -50,8 +53,7 @@ def make_workdir(config: ConfigDict, workdir: Path) -> None:
             )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
+        try_to_write(workdir)
     except OSError as error:
         raise _cannot_write(workdir, error) from None
 
@@ -85,7 +87,9 @@ def read_config(workdir: Path) -> ConfigDict:
         if not isinstance(values, dict) or "task" not in values:
             raise ValueError("it is not the config of a run")
         return from_json(values)
-    except OSError:
+    except OSError as error:
+        if is_remote(workdir) and not isinstance(error, FileNotFoundError):
+            raise UserError(f"cannot read '{path}': {error.strerror}") from None
         raise UserError(f"'{workdir}' is not a workdir: it has no config.json") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"'{path}' is damaged: {error}") from None

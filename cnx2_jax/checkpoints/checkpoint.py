@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cnx2_jax.checkpoints.metadata import METADATA_ITEM, check_format
+from cnx2_jax.checkpoints.metadata import COMMITTED, METADATA_ITEM, check_format
 from cnx2_jax.errors import UserError
-from cnx2_jax.files import check_new, creating
+from cnx2_jax.files import check_new, client_errors, creating, is_remote
 from cnx2_jax.models.state import Params
 
 FOREIGN = (".pt", ".pth", ".bin", ".safetensors")  # files that `cnx2 convert` reads
@@ -38,7 +38,7 @@ def find(path: Path) -> Path:
     if (path / "params").is_dir():
         return path
     folder = path if path.name == "checkpoints" else path / "checkpoints"
-    found = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()] if folder.is_dir() else []
+    found = [p for p in folder.glob("*") if p.name.isdigit() and is_saved(p)] if folder.is_dir() else []
     steps = [int(p.name) for p in found]
     if not steps:
         raise UserError(
@@ -54,6 +54,12 @@ def _result_step(path: Path) -> int | None:
         return json.loads(path.read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def is_saved(path: Path) -> bool:
+    """Whether Orbax has finished saving the checkpoint of a step."""
+    # On a disk it renames the finished folder. In object storage it writes this mark last.
+    return (path / COMMITTED).exists() if is_remote(path) else path.is_dir()
 
 
 def read_metadata(path: Path) -> dict:
@@ -91,18 +97,20 @@ def read_params(path: Path, *, averaged: bool = True) -> Params:
 
 
 def _read_arrays(path: Path, item: str) -> Params:
-    folder = (path / item).absolute()
+    folder = str((path / item).absolute())
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def place(leaf) -> jax.ShapeDtypeStruct:
         dtype = np.float32 if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=device)
 
+    damage = OSError, ValueError, KeyError, AttributeError, TypeError
+    expected: tuple[type[Exception], ...] = (*damage, *client_errors(path))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata
             return checkpointer.restore(folder, {name: place(leaf) for name, leaf in dict(tree).items()})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except expected as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the parameters in '{path}' cannot be read: {reason}{_others(path)}") from None
 

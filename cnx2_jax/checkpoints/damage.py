@@ -1,14 +1,14 @@
 """Finds damaged checkpoints before a run resumes, and moves them aside."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import tensorstore as ts
 
-from cnx2_jax.checkpoints.metadata import METADATA_ITEM
+from cnx2_jax.checkpoints.metadata import COMMITTED, METADATA_ITEM
 from cnx2_jax.errors import UserError
+from cnx2_jax.files import exists, is_remote
 from cnx2_jax.observe.progress import say
 
 ASIDE = "damaged-"
@@ -35,7 +35,7 @@ def latest_whole(directory: Path, items: Iterable[str]) -> int | None:
         if reason is None:
             return step
         aside = _free_name(directory, step)
-        os.rename(directory / str(step), aside)
+        (directory / str(step)).rename(aside)
         say(f"warning: checkpoint {step} is damaged ({reason}); moved to '{aside}', using the one before it")
     damaged = sorted(path.name for path in directory.glob(f"{ASIDE}*"))
     if damaged:
@@ -49,6 +49,8 @@ def latest_whole(directory: Path, items: Iterable[str]) -> int | None:
 def flaw(checkpoint: Path, items: Iterable[str]) -> str | None:
     """Returns the reason why a checkpoint folder is damaged, or None if it is complete."""
     try:
+        if is_remote(checkpoint):
+            (checkpoint / COMMITTED).read_bytes()
         json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())
         json.loads((checkpoint / METADATA_ITEM / "metadata").read_text())
         for item in items:
@@ -76,7 +78,7 @@ def _read(item: Path) -> None:
 
 def _free_name(directory: Path, step: int) -> Path:
     path, again = directory / f"{ASIDE}{step}", 1
-    while os.path.lexists(path):
+    while exists(path):
         again += 1
         path = directory / f"{ASIDE}{step}-{again}"
     return path

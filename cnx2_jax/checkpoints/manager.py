@@ -10,6 +10,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from cnx2_jax.checkpoints.metadata import METADATA_ITEM
 from cnx2_jax.errors import RunError
+from cnx2_jax.files import client_errors
 
 ITEMS = ("params", "opt_state", "ema", "skipped", "variables")
 
@@ -57,7 +58,7 @@ class Checkpoints:
         arrays = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         with self._failures():
             self._manager = ocp.CheckpointManager(
-                directory.absolute(),
+                str(directory.absolute()),
                 options=options,
                 item_handlers={**arrays, METADATA_ITEM: ocp.JsonCheckpointHandler()},
             )
@@ -109,9 +110,11 @@ class Checkpoints:
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
         """Turns the errors of the disk and of TensorStore into a RunError with one line."""
+        disk = OSError, ValueError, RuntimeError
+        expected: tuple[type[Exception], ...] = (*disk, *client_errors(self.directory))
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:
+        except expected as error:
             reason = (str(error) or type(error).__name__).splitlines()[0].partition(" [")[0]
             raise RunError(
                 f"cannot save to '{self.directory}': {reason}; checkpoints saved before are complete; free "

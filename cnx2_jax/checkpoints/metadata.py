@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from cnx2_jax.errors import UserError
 
 METADATA_ITEM = "card"  # the folder of the metadata inside a checkpoint, as format 1 names it
+COMMITTED = "commit_success.txt"  # Orbax's mark in object storage
 FORMAT = 1  # raised when an older cnx2_jax would misread what a newer one writes
 
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cnx2_jax.files import replacing
+
 STDERR = 2  # the file descriptor: sys.stderr may have been replaced
 GRACE_SECONDS = 60  # time for Python to print the stacks before the hard timer kills the process
 
@@ -67,7 +69,7 @@ class HangWatch:
     def _end(self, idle: float) -> None:
         line = f"cnx2: stopped: no progress for {idle:.0f} s (hang_seconds {self._seconds:g})"
         try:
-            with self._path.open("w") as file:
+            with replacing(self._path) as partial, partial.open("w") as file:
                 print(line, file=file, flush=True)
                 faulthandler.dump_traceback(file)
         except OSError as error:

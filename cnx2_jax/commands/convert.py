@@ -16,7 +16,7 @@ from cnx2_jax.checkpoints.metadata import make_metadata
 from cnx2_jax.configuration import check_ranges, defaults, image_hw
 from cnx2_jax.data.imagenet import CLASS_IDS, describe
 from cnx2_jax.errors import UserError
-from cnx2_jax.files import check_new
+from cnx2_jax.files import check_new, local_path, to_path
 from cnx2_jax.interop import facts, hub
 from cnx2_jax.interop.files import read_tensors
 from cnx2_jax.interop.names import Imported, from_torch
@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or a repository on the Hugging Face hub, optionally with @REVISION; config.json and "
         "preprocessor_config.json beside the weights are read too",
     )
-    parser.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="the new checkpoint folder")
+    parser.add_argument(
+        "--to", required=True, type=to_path, metavar="FOLDER", help="the new checkpoint folder"
+    )
     parser.add_argument(
         "--image-size",
         type=int,
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--class-names",
-        type=Path,
+        type=to_path,
         metavar="FILE",
         help="file with one class name per line; by default the names in config.json, ImageNet's for 1000 "
         "classes, or class_0000, class_0001, ...",
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     check_new(args.to, "--to")
-    path = hub.fetch(args.source) if args.source.startswith(hub.SCHEME) else Path(args.source)
+    path = hub.fetch(args.source) if args.source.startswith(hub.SCHEME) else local_path(args.source)
     imported = from_torch(read_tensors(path), args.source)
     for name, value in imported.params.items():
         if value.dtype != np.float32 or not np.isfinite(value).all():

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from cnx2_jax.commandline import count
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError, UserError
-from cnx2_jax.files import check_new, replacing
+from cnx2_jax.files import check_new, replacing, to_path
 from cnx2_jax.observe.grid import draw_sheet
 from cnx2_jax.observe.pictures import check_picture, write_picture
 from cnx2_jax.observe.progress import counted, say
@@ -41,11 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as for train, NAME:RECIPE or FILE.py:RECIPE; change any key with --config.KEY=VALUE",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="SHEET.png", help="the sheet of training images to write, by default none"
+        "--out",
+        type=to_path,
+        metavar="SHEET.png",
+        help="the sheet of training images to write, by default none",
     )
     parser.add_argument(
         "--statistics",
-        type=Path,
+        type=to_path,
         metavar="FILE.json",
         help="only compute mean, deviation, percentiles and extremes of each band of the training images, "
         "print them and write them to this new file, which data.statistics takes",

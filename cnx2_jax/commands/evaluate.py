@@ -13,7 +13,7 @@ from cnx2_jax.cluster import processes
 from cnx2_jax.configuration import override
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import metrics, neighbours, report, robustness
-from cnx2_jax.files import check_new
+from cnx2_jax.files import check_new, to_path
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.observe.progress import say, watched
@@ -28,10 +28,10 @@ TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, help="the run; its config gives the images")
+    parser.add_argument("--workdir", type=to_path, help="the run; its config gives the images")
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=to_path,
         help="a checkpoints/STEP or an exported checkpoint; the run's latest by default",
     )
     parser.add_argument(
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--report",
-        type=Path,
+        type=to_path,
         metavar="FOLDER",
         help="write tables and plots into a new folder: of every class; for classification also of "
         "calibration, confusions and the worst mistakes; for regression of the errors. Where a run has "
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tta", choices=TTA, help=TTA_HELP)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=to_path,
         metavar="FOLDER",
         help="write the results for each image into a new folder; for detection: results_bbox.json and "
         "results_segm.json, in COCO's format",
@@ -74,12 +74,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("evaluate needs --workdir, or --set NAME=FOLDER with --checkpoint")
     if args.set and args.knn is not None:
         raise UserError("--knn uses the run's own images and excludes --set; give only one of the two")
-    for option, value in (("--report", args.report), ("--out", args.out), ("--tta", args.tta)):
+    files = {"--report": args.report, "--out": args.out}
+    for option, value in {**files, "--tta": args.tta}.items():
         if value is not None and (args.set or args.knn is not None):
             raise UserError(
                 f"{option} is about the run's own images and excludes --set and --knn; leave it out"
             )
-        if isinstance(value, Path):
+        if value is not None and option in files:
             check_new(value, option)
     with processes.joined(args):
         if args.set:

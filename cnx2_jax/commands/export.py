@@ -15,7 +15,7 @@ from cnx2_jax.commandline import count
 from cnx2_jax.configuration import image_hw
 from cnx2_jax.data.imagenet import describe
 from cnx2_jax.errors import UserError
-from cnx2_jax.files import check_new
+from cnx2_jax.files import check_new, to_path
 from cnx2_jax.interop import export
 from cnx2_jax.interop.export import Format, Job
 from cnx2_jax.interop.facts import Facts
@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=Path,
+        type=to_path,
         help="a workdir, its checkpoints/STEP, or an exported checkpoint; for pretraining, all formats but "
         "orbax export only the encoder, which returns features",
     )
@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FORMATS,
         help="; ".join(f"{name}: {form.summary}" for name, form in FORMATS.items()),
     )
-    parser.add_argument("--out", required=True, type=Path, help="the new file or folder")
+    parser.add_argument("--out", required=True, type=to_path, help="the new file or folder")
     parser.add_argument(
         "--dtype",
         choices=export.BOUNDS,

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from cnx2_jax.errors import UserError
+from cnx2_jax.files import local_path
 from cnx2_jax.launch import control, request
 from cnx2_jax.launch import job as record
 from cnx2_jax.launch.backends import BACKENDS
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action_parser.add_argument("--name", required=True, help="of the job: a-z, 0-9 and -")
             action_parser.add_argument(
                 "--record",
-                type=Path,
+                type=local_path,
                 default=Path("runs/launch"),
                 metavar="FOLDER",
                 help="where NAME/job.json and NAME/logs/ go; %(default)s by default",

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import feature_file
-from cnx2_jax.files import check_new, creating
+from cnx2_jax.files import check_new, creating, to_path
 from cnx2_jax.observe.progress import say
 from cnx2_jax.tasks import Task, models, weights
 from cnx2_jax.tasks.base import TTA, TTA_HELP, use_tta
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=Path,
+        type=to_path,
         help="a workdir, its checkpoints/STEP, or an exported checkpoint",
     )
     parser.add_argument(
@@ -41,21 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--features",
-        type=Path,
+        type=to_path,
         metavar="OUT.npy",
         help="also write one feature vector per image (float32 [images, dim], the head's input), and "
         "OUT.json, the list of the images; works for pretraining runs too, which have no classes",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=to_path,
         metavar="FOLDER",
         help="write pictures of the predictions into a new folder; for segmentation: NAME.overlay.png, and "
         "NAME.map.png, whose pixels are class numbers; for detection: NAME.objects.png",
     )
     parser.add_argument(
         "--heatmap",
-        type=Path,
+        type=to_path,
         metavar="FOLDER",
         help="draw where an image raises its most probable class, or each of its predicted values, into a "
         "new folder: NAME.heatmap.png (Grad-CAM of the last stage)",

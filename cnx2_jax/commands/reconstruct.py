@@ -1,9 +1,9 @@
 """`cnx2 reconstruct`."""
 
 import argparse
-from pathlib import Path
 
 from cnx2_jax.errors import UserError
+from cnx2_jax.files import to_path
 from cnx2_jax.models import FCMAE
 from cnx2_jax.observe.pictures import check_picture, write_picture
 from cnx2_jax.tasks import make_task, weights
@@ -14,14 +14,14 @@ TAKES_OVERRIDES = False
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workdir", required=True, type=Path, help="a pretraining run, or a checkpoint of one"
+        "--workdir", required=True, type=to_path, help="a pretraining run, or a checkpoint of one"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="GRID.png", help="the picture to write")
+    parser.add_argument("--out", required=True, type=to_path, metavar="GRID.png", help="the picture to write")
     parser.add_argument("--seed", type=int, help="seed of the masks; the run's by default")
     parser.add_argument(
         "images",
         nargs="*",
-        type=Path,
+        type=to_path,
         metavar="IMAGE",
         help="JPEG, PNG or WebP files, or arrays; by default some of the run's validation images",
     )

@@ -4,11 +4,11 @@ import argparse
 import json
 import shlex
 import sys
-from pathlib import Path
 
 from cnx2_jax.commandline import count
 from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError
+from cnx2_jax.files import local_path
 from cnx2_jax.launch import results, runs
 
 TAKES_OVERRIDES = True
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config.KEY=VALUE",
     )
     parser.add_argument("--sweep", required=True, metavar="NAME", help="of the function sweep_NAME")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="of the runs' workdirs")
+    parser.add_argument(
+        "--out", required=True, type=local_path, metavar="FOLDER", help="of the runs' workdirs"
+    )
     parser.add_argument(
         "--workers", type=count, default=1, metavar="N", help="runs at a time; %(default)s by default"
     )

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from cnx2_jax.cluster import processes
 from cnx2_jax.configuration import load_config
-from cnx2_jax.files import write_text
+from cnx2_jax.files import to_path, write_text
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train.loop import fit
 
@@ -24,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir",
         required=True,
-        type=Path,
+        type=to_path,
         help="the run's folder, for config.json, metrics.jsonl, checkpoints/, tensorboard/ and, at the end, "
         "result.json; if it holds a run, the same command resumes it; give all processes the same folder",
     )

@@ -1,5 +1,6 @@
 """Writes picture files."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,13 @@ def check_picture(path: Path) -> None:
         raise UserError(f"'{path}' does not end in the suffix of an image format; end it in .png")
 
 
+def encode(picture: UInt8[np.ndarray, "height width 3"], path: Path) -> bytes:
+    """Returns a picture as a file in the format of the path's suffix."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, Image.registered_extensions()[path.suffix.lower()])
+    return file.getvalue()
+
+
 def write_picture(picture: UInt8[np.ndarray, "height width 3"], path: Path) -> None:
     """Writes a picture in the format of the path's suffix.
 
@@ -25,6 +33,6 @@ def write_picture(picture: UInt8[np.ndarray, "height width 3"], path: Path) -> N
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
+        path.write_bytes(encode(picture, path))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write '{path}': {error}") from None

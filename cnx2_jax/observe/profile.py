@@ -1,11 +1,13 @@
 """Traces of selected updates."""
 
+import contextlib
 import re
 from pathlib import Path
 
 import jax
 
 from cnx2_jax.errors import UserError
+from cnx2_jax.files import made_in
 
 
 class Profile:
@@ -26,11 +28,15 @@ class Profile:
         self._first, self._last = (int(match[1]), int(match[2])) if match else (0, -1)
         self._folder = folder
         self._running = False
+        self._open = contextlib.ExitStack()
 
     def before(self, step: int) -> None:
         """Starts the trace if update number `step`, which has not started, is the first to trace."""
         if self._first <= step <= self._last and not self._running:
-            jax.profiler.start_trace(str(self._folder))
+            # The profiler writes to local folders only.
+            folder = self._open.enter_context(made_in(self._folder))
+            self._open.callback(jax.profiler.stop_trace)
+            jax.profiler.start_trace(str(folder))
             self._running = True
 
     def after(self, step: int) -> bool:
@@ -40,5 +46,5 @@ class Profile:
     def close(self) -> None:
         """Writes the trace if one is running."""
         if self._running:
-            jax.profiler.stop_trace()
             self._running = False
+            self._open.close()

@@ -3,18 +3,17 @@
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from cnx2_jax.errors import RunError
-from cnx2_jax.files import write_text
+from cnx2_jax.files import Rows, write_text
+from cnx2_jax.observe.pictures import encode
 from cnx2_jax.observe.progress import LINE_SECONDS, say
 from cnx2_jax.observe.tensorboard import EventWriter
 from cnx2_jax.types import Metrics
@@ -28,6 +27,9 @@ class NoReport:
 
     def log(self, step: int, split: str, metrics: Metrics) -> None:
         """Called with the metrics of a step."""
+
+    def settle(self) -> None:
+        """Called before a checkpoint is saved."""
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Called with a uint8 picture `[H, W, 3]`."""
@@ -61,7 +63,7 @@ class Report(NoReport):
         kept = [row for row in read_metrics(self._path) if row["step"] <= start_step]
         with self._writing():
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-            self._file = self._path.open("a")
+            self._rows = Rows(self._path)
             self._board = EventWriter(workdir / "tensorboard")
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -75,11 +77,9 @@ class Report(NoReport):
         self._bar.update(step - self._bar.n)
 
     def log(self, step: int, split: str, metrics: Metrics) -> None:
-        """Writes one row. It is on disk when this returns, so no checkpoint is newer than its rows."""
+        """Writes one row."""
         with self._writing():
-            self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._rows.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
             for name, value in metrics.items():
                 self._board.scalar(f"{split}/{name}", value, step)
             self._board.flush()
@@ -97,19 +97,25 @@ class Report(NoReport):
                 f"{rate:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} left"
             )
 
+    def settle(self) -> None:
+        """Returns when the rows cannot be lost any more; called before a checkpoint, so none is newer."""
+        with self._writing():
+            self._rows.settle()
+
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a uint8 image `[H, W, 3]` to `NAME/STEP.png` and to TensorBoard."""
         with self._writing():
             path = self._workdir / name / f"{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
-            Image.fromarray(image).save(path)
+            png = encode(image, path)
+            path.write_bytes(png)
             height, width, _ = image.shape
-            self._board.image(name, path.read_bytes(), width, height, step)
+            self._board.image(name, png, width, height, step)
             self._board.flush()
 
     def close(self) -> None:
         self._bar.close()
-        with self._writing(), contextlib.closing(self._file):  # even if the next line fails
+        with self._writing(), contextlib.closing(self._rows):  # even if the next line fails
             self._board.close()
 
     @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import jax
@@ -21,6 +20,7 @@ from cnx2_jax.evaluation import classification, metrics
 from cnx2_jax.evaluation.metrics import Collected
 from cnx2_jax.evaluation.outcomes import Outcomes, Reporter, outcome_report, worst_mistakes
 from cnx2_jax.evaluation.report import Report
+from cnx2_jax.files import to_path
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import Params
 from cnx2_jax.observe.grid import draw_sheet
@@ -96,7 +96,7 @@ class Classify(Task, name="classify"):
     def start(self, arrays: Params) -> Params:
         if not self.config.init_from:
             return arrays
-        return weights.starting_params(Path(self.config.init_from), self.config, arrays, self.class_names)
+        return weights.starting_params(to_path(self.config.init_from), self.config, arrays, self.class_names)
 
     def prepare(self, batch: Batch, key: jax.Array) -> Batch:
         """Mixes the images by `mixup` and `cutmix`, and makes targets of their labels."""

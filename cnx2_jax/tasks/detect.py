@@ -23,6 +23,7 @@ from cnx2_jax.evaluation.coco import AveragePrecision
 from cnx2_jax.evaluation.detections import Detections, write_results
 from cnx2_jax.evaluation.metrics import Collected, Metric
 from cnx2_jax.evaluation.report import Report, class_report
+from cnx2_jax.files import to_path
 from cnx2_jax.models import MaskRCNN
 from cnx2_jax.models.mask_rcnn import Truth
 from cnx2_jax.models.state import Params, merge, split
@@ -119,7 +120,7 @@ class Detect(Task, name="detect"):
         if not self.config.init_from:
             return arrays
         return weights.starting_params(
-            Path(self.config.init_from),
+            to_path(self.config.init_from),
             self.config,
             arrays,
             self.class_names,

@@ -1,7 +1,6 @@
 """Multi-label classification: any number of classes per image."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -19,6 +18,7 @@ from cnx2_jax.evaluation.labels import MultiLabelScores
 from cnx2_jax.evaluation.metrics import Collected, Mean, Metric
 from cnx2_jax.evaluation.outputs import ANY_CLASSES
 from cnx2_jax.evaluation.report import Report, class_report
+from cnx2_jax.files import to_path
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import Params
 from cnx2_jax.tasks import models, weights
@@ -97,7 +97,7 @@ class Multilabel(Task, name="multilabel"):
     def start(self, arrays: Params) -> Params:
         if not self.config.init_from:
             return arrays
-        return weights.starting_params(Path(self.config.init_from), self.config, arrays, self.class_names)
+        return weights.starting_params(to_path(self.config.init_from), self.config, arrays, self.class_names)
 
     def adopt(self, metadata: Mapping[str, Any]) -> None:
         self.threshold = metadata.get("threshold", THRESHOLD)

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from cnx2_jax.evaluation.labels import RegressionErrors, regression_report
 from cnx2_jax.evaluation.metrics import Collected, Mean, Metric
 from cnx2_jax.evaluation.outputs import VALUES
 from cnx2_jax.evaluation.report import Report
+from cnx2_jax.files import to_path
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.tasks import models, weights
@@ -112,7 +112,7 @@ class Regress(Task, name="regress"):
         """Returns the starting weights; a head of the same targets is adapted to these images' standards."""
         if not self.config.init_from:
             return arrays
-        path = Path(self.config.init_from)
+        path = to_path(self.config.init_from)
         arrays = weights.starting_params(path, self.config, arrays, self.class_names)
         metadata = checkpoint.read_metadata(checkpoint.find(path))
         if metadata["config"]["task"] != self.name or metadata["class_names"] != list(self.class_names):

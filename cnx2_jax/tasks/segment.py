@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -20,6 +19,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.metrics import Collected, ConfusionMatrix, Mean, Metric
 from cnx2_jax.evaluation.report import Report, class_report
 from cnx2_jax.evaluation.windows import average_over_windows, resized_to
+from cnx2_jax.files import to_path
 from cnx2_jax.models.convnextv2 import check_size
 from cnx2_jax.models.resampling import resize
 from cnx2_jax.models.state import Params, merge, split
@@ -135,7 +135,7 @@ class Segment(Task, name="segment"):
         if not self.config.init_from:
             return arrays
         return weights.starting_params(
-            Path(self.config.init_from),
+            to_path(self.config.init_from),
             self.config,
             arrays,
             self.class_names,

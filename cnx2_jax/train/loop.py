@@ -1,9 +1,7 @@
 """The training loop, the same for every task."""
 
 import contextlib
-import fcntl
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from cnx2_jax.cluster.agree import from_first
 from cnx2_jax.cluster.hang import HangWatch
 from cnx2_jax.cluster.stopping import StopAskedError, StopRequest
 from cnx2_jax.errors import RunError, UserError
+from cnx2_jax.files import locked
 from cnx2_jax.models.state import Params, merge
 from cnx2_jax.observe import flops
 from cnx2_jax.observe.profile import Profile
@@ -95,9 +94,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                         # If it is interrupted, it is done when the run resumes, before the next update.
                         evaluated = _evaluate(task, program.graph, state, mesh, stop, report, step)
                         evaluations.append(evaluated)
-                        saved = (
-                            -1
-                        )  # a checkpoint that was saved without its evaluation is saved again, with it
+                        saved = -1  # a checkpoint without this evaluation is saved again, with it
                     asked = stop.reached()
                 if evaluated is not None and not last:
                     stalled = from_first(early.reached(evaluations))
@@ -106,6 +103,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     # A checkpoint must not hold an update that is not known to be finite.
                     flight.land()
                     with observer.paused():
+                        report.settle()
                         checkpoints.save(step, saved_items(state), task.metadata(), _values(evaluated))
                     saved = step
                 if last or stalled or asked:
@@ -167,7 +165,7 @@ def _headline(task: Task, mesh: Mesh, total: int, step: int, like: TrainState) -
 
 @contextlib.contextmanager
 def only_run_in(workdir: Path) -> Iterator[None]:
-    """Locks a workdir for this run; the lock is released when the process ends, however it ends.
+    """Locks a workdir for this run; see `files.locked`.
 
     Raises:
       UserError: another process trains in it.
@@ -175,16 +173,13 @@ def only_run_in(workdir: Path) -> Iterator[None]:
     if not processes.is_first():  # process 0 locks it for all
         yield
         return
-    folder = os.open(workdir, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        with locked(workdir):
+            yield
     except BlockingIOError:
         raise UserError(
             f"workdir '{workdir}' is in use by another training process; stop it or choose another --workdir"
         ) from None
-    finally:
-        os.close(folder)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from cnx2_jax.data.sources.scenes import open_scenes
 from cnx2_jax.data.sources.synthetic import open_synthetic
 from cnx2_jax.data.sources.tfds import open_tfds, val_spec
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.files import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,8 @@ def open_source(data: Any, split: str, seed: int, wanted: str = "label") -> Sour
     """
     if data.train_per_class < 0:
         raise UserError(f"data.train_per_class {data.train_per_class} is negative; 0 keeps all")
+    for key in ("root", "labels"):
+        local_path(data.get(key, ""))
     kind, detail = _kind(data.source, "data.source", KINDS)
     if data.get("labels", ""):
         source = open_labelled(data, split, wanted)
