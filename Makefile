@@ -6,25 +6,27 @@
 #   make lint         ruff: rules and format                make format   let ruff repair what it can
 #   make types        mypy                                  make golden   remake all golden files
 #   make times        all tests, with processor seconds     make hooks    let git run ruff before each commit
-#   make clean        remove .venv and runs
+#   make test-newest  the fast tests with the newest JAX    make clean    remove .venv and runs
 #
 # EXTRAS asks for more of setup.cfg's extras: make test EXTRAS=test,parity
 
 PYTHON ?= python3
 EXTRAS ?= test
 BIN := .venv/bin
+# JAX from 0.11 on needs Python 3.12.
+CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints%s.txt" % ("-py312" * (sys.version_info >= (3, 12))))')
 # One stamp per set of extras, so that a target that needs more installs more.
 INSTALLED := .venv/installed-
 # A file's tests share its fixtures, so one worker runs them all. `pytest` alone starts no workers.
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: install demo demo-segment test test-fast times lint format types golden hooks clean
+.PHONY: install demo demo-segment test test-fast test-newest times lint format types golden hooks clean
 
 install: $(INSTALLED)$(EXTRAS)
 
-$(INSTALLED)%: setup.cfg pyproject.toml constraints.txt
+$(INSTALLED)%: setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$*]'
 	touch $@
 
 demo: install
@@ -38,6 +40,10 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not processes"
+
+# Needs root and debootstrap.
+test-newest:
+	.ci/newest runs/newest --numprocesses=auto --dist=loadfile -m "not slow and not processes"
 
 times: install
 	$(BIN)/python -m pytest $(PARALLEL) -p cpu_seconds
