@@ -20,7 +20,7 @@ from cnx2_jax.observe.progress import say, watched
 from cnx2_jax.tasks import Task, make_task, models, weights
 from cnx2_jax.tasks.base import TTA, TTA_HELP, use_tta
 from cnx2_jax.train import sharding
-from cnx2_jax.train.loop import AVERAGED
+from cnx2_jax.train.task import AVERAGED
 from cnx2_jax.types import Metrics
 from cnx2_jax.workdir import read_config
 

@@ -10,6 +10,8 @@ from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError
 from cnx2_jax.files import local_path
 from cnx2_jax.launch import results, runs
+from cnx2_jax.tasks import TASKS
+from cnx2_jax.train.task import ranked_by
 
 TAKES_OVERRIDES = True
 TAKES_COMMAND = True
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=count, default=1, metavar="N", help="runs at a time; %(default)s by default"
     )
     parser.add_argument(
-        "--metric", help="of an evaluation, to rank by; by default accuracy, or loss for pretraining"
+        "--metric", help="of an evaluation, to rank by; by default the one that chooses the best checkpoint"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands without running them")
     parser.add_argument(
@@ -55,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     planned = runs.expand(args.config, args.sweep, overrides, args.out)
-    metric = args.metric or results.default_metric(load_config(args.config, overrides))
+    config = load_config(args.config, overrides)
+    metric = args.metric or ranked_by(TASKS[config.task], config)[0]
     commands = {
         one.name: runs.launch_command(one, args.out, args.command) if args.command else one.command
         for one in planned

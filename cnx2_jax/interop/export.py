@@ -107,7 +107,9 @@ def of_weights(naming: str) -> Format:
 
 FORMATS = {
     "safetensors": of_weights("huggingface"),
-    "stablehlo": of_model("a file for JAX on CPU, GPU and TPU", "stablehlo", "jax", "jax"),
+    "stablehlo": of_model(
+        "a file for JAX on CPU, GPU and TPU, in versions within 6 months", "stablehlo", "jax", "jax"
+    ),
     "savedmodel": of_model("a folder for TensorFlow", "savedmodel", "tensorflow", "tensorflow"),
     "onnx": of_model("a file for ONNX runtimes", "onnx", "onnx", "onnxruntime", "onnx"),
 }

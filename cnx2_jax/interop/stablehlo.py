@@ -1,8 +1,11 @@
 """StableHLO: one file for every platform and batch size, which needs only JAX.
 
-`jax.export.deserialize(path.read_bytes()).call(images)` runs it, in the same or a later JAX version.
+`jax.export.deserialize(path.read_bytes()).call(images)` runs it, in the same JAX version and in those of the
+six months that follow; JAX 0.11.1 and newer refuse an older file. In the other direction JAX promises three
+weeks. `fun_name` of what `deserialize` returns names the versions that wrote the file.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -34,8 +37,12 @@ def write(path: Path, model: InferenceModel) -> None:
         )
     (batch,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, *model.shape), model.dtype)
-    forward = jax.jit(lambda images: model.apply(model.params, images))
-    path.write_bytes(export.export(forward, platforms=PLATFORMS)(images).serialize())
+
+    def forward(images: jax.Array) -> Results:
+        return model.apply(model.params, images)
+
+    forward.__name__ = f"cnx2_jax_{version('cnx2_jax')}_with_jax_{version('jax')}_jaxlib_{version('jaxlib')}"
+    path.write_bytes(export.export(jax.jit(forward), platforms=PLATFORMS)(images).serialize())
 
 
 def run(path: Path, images: Shaped[np.ndarray, "b h w c"]) -> Results:

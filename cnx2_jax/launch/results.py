@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from cnx2_jax.errors import UserError, nearest
 from cnx2_jax.files import replacing, write_text
 from cnx2_jax.launch.runs import Run
@@ -18,10 +16,9 @@ from cnx2_jax.observe.tables import markdown_table
 Row = dict[str, Any]
 
 
-def default_metric(config: ConfigDict) -> str:
-    """Returns the metric that ranks a task's runs; that of the averaged weights if the config keeps them."""
-    metric = "loss" if config.task == "pretrain" else "accuracy"
-    return f"ema_{metric}" if config.ema_decay else metric
+def smaller_is_better(metric: str) -> bool:
+    """Returns whether a metric is an error, by its name, such as `ema_loss` or `rmse_age`."""
+    return metric.removeprefix("ema_").partition("_")[0] in {"loss", "mae", "rmse"}
 
 
 def collect(runs: Sequence[Run], metric: str) -> list[Row]:
@@ -32,7 +29,7 @@ def collect(runs: Sequence[Run], metric: str) -> list[Row]:
 
     Args:
       runs: the runs of a sweep.
-      metric: a metric of `metrics.jsonl`, split val; lower is better for a loss, higher for anything else.
+      metric: a metric of `metrics.jsonl`, split val; lower is better if it is an error (`smaller_is_better`).
 
     Raises:
       UserError: there are evaluations, but none has this metric.
@@ -58,7 +55,7 @@ def collect(runs: Sequence[Run], metric: str) -> list[Row]:
             f"no evaluation has a metric '{metric}'{nearest(metric, known)} (known: "
             f"{', '.join(sorted(known))})"
         )
-    sign = 1 if metric.endswith("loss") else -1
+    sign = 1 if smaller_is_better(metric) else -1
     return sorted(rows, key=lambda row: (row[metric] is None, sign * (row[metric] or 0)))
 
 

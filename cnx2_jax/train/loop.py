@@ -28,11 +28,9 @@ from cnx2_jax.train.flight import Flight
 from cnx2_jax.train.optimizer import updates_made
 from cnx2_jax.train.program import make_program
 from cnx2_jax.train.state import TrainState, saved_items
-from cnx2_jax.train.task import Task
+from cnx2_jax.train.task import AVERAGED, Task, ranked_by
 from cnx2_jax.types import Metrics
 from cnx2_jax.workdir import make_workdir, record_config
-
-AVERAGED = "ema_"  # before the metrics of averaged parameters
 
 
 def fit(task: Task, workdir: Path) -> Metrics | None:
@@ -62,8 +60,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         HangWatch(config.hang_seconds, workdir, jax.process_index()) as hang,
         StopRequest(hang.progressed) as stop,
     ):
-        metric, end = task.best
-        metric = AVERAGED + metric if config.ema_decay else metric
+        metric, end = ranked_by(task, config)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=(metric, end))
         state = starting.first_state(task, program.transform, checkpoints, like, mesh)
         with hang.suspended():

@@ -12,6 +12,17 @@ from cnx2_jax.models.state import Params
 from cnx2_jax.train.terms import Terms
 from cnx2_jax.types import Batch, HostBatch, Metrics
 
+AVERAGED = "ema_"  # before the metrics of averaged parameters
+
+
+def ranked_by(task: "Task | type[Task]", config: ConfigDict) -> tuple[str, Literal["max", "min"]]:
+    """Returns the metric that decides between evaluations, and whether its maximum or minimum is best.
+
+    That of the averaged parameters if the config keeps them.
+    """
+    name, end = task.best
+    return (AVERAGED + name if config.ema_decay else name), end
+
 
 class Data(Protocol):
     """Where a task's batches come from. A batch is a dict of arrays with the sample as first axis."""

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from jax import export
@@ -34,6 +35,7 @@ def test_one_file_serves_every_batch_size_and_platform(inference_model, example,
         assert error(stablehlo.run(tmp_path / "file", images[:batch]), expected[:batch]) < 1e-5
     loaded = export.deserialize(bytearray((tmp_path / "file").read_bytes()))
     assert loaded.platforms == ("cpu", "cuda", "tpu")
+    assert f"with_jax_{jax.__version__}" in loaded.fun_name and "cnx2_jax_" in loaded.fun_name
     assert str(loaded.in_avals[0].shape) == "(b, 32, 64, 3)"
     # What the CPU does by shifts, the others do by convolution: both are there, to be chosen between.
     module = loaded.mlir_module()
