@@ -52,8 +52,6 @@ def storage_path(text: str) -> Path:
 @functools.cache
 def _prepare() -> None:
     """Sets how epath, through which Orbax and TensorFlow Datasets work too, reaches the bucket."""
-    # One client for all. TensorFlow's takes 8 s to import.
-    os.environ["EPATH_USE_TF"] = "false"
     # TensorStore, other processes and other hosts write objects that a cached listing would not show.
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 
