@@ -15,6 +15,7 @@ VERBS = {
     "data": "look at training images, and check and time their pipeline",
     "train": "train a model as a config says, or resume a workdir's run",
     "evaluate": "evaluate a checkpoint on its run's images or on other sets",
+    "analyse": "measure and draw what the channels of every layer do",
     "predict": "name the top classes of image files",
     "reconstruct": "mask images and draw the reconstructions of a pretrained model",
     "convert": "take weights from PyTorch, timm or Hugging Face, as a checkpoint",
