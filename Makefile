@@ -13,8 +13,9 @@
 PYTHON ?= python3
 EXTRAS ?= test
 BIN := .venv/bin
-# JAX from 0.11 on needs Python 3.12.
-CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints%s.txt" % ("-py312" * (sys.version_info >= (3, 12))))')
+# JAX from 0.11 on needs Python 3.12. The environment's Python counts, once there is one.
+CONSTRAINTS := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
+	'import sys; print("constraints%s.txt" % ("-py312" * (sys.version_info >= (3, 12))))')
 # One stamp per set of extras, so that a target that needs more installs more.
 INSTALLED := .venv/installed-
 # A file's tests share its fixtures, so one worker runs them all. `pytest` alone starts no workers.

@@ -49,7 +49,12 @@ class Multilabel(Task, name="multilabel"):
     prepare_normalises = True
     wanted = "labels"
     outputs = ANY_CLASSES
-    ranges: ClassVar = {}
+    ranges: ClassVar = {
+        "model.head_init_scale": (0, 1e9),
+        "label_smoothing": (0, 0.999),
+        "mixup": (0, 1e6),
+        "cutmix": (0, 1e6),
+    }
 
     @classmethod
     def add_keys(cls, config: ConfigDict) -> None:

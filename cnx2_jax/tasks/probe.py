@@ -21,7 +21,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.classification import class_scores
 from cnx2_jax.evaluation.features import all_features
 from cnx2_jax.evaluation.metrics import evaluate
-from cnx2_jax.files import replacing
+from cnx2_jax.files import local_path, replacing
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.tasks.classify import Classify
@@ -99,7 +99,7 @@ class FeatureData:
         def features(source: "Source") -> Features:
             if not self._config.data.feature_cache:
                 return all_features(model, config, source, mesh)
-            path = Path(self._config.data.feature_cache) / f"{_name(encoder, source, config)}.npz"
+            path = local_path(self._config.data.feature_cache) / f"{_name(encoder, source, config)}.npz"
             return _kept(path, lambda: all_features(model, config, source, mesh))
 
         self._hold(features(self.images.train), features(self.images.val))
