@@ -173,6 +173,7 @@ def parse_argument(argument: str, names: Iterable[str], **options: float | str) 
         except ValueError:
             kind = type(options[key]).__name__
             raise UserError(f"config argument '{pair}': '{value}' is not of type {kind}") from None
-        if isinstance(values[key], float | int) and not 0 < values[key] < math.inf:
+        number = values[key]
+        if not isinstance(number, str) and not 0 < number < math.inf:
             raise UserError(f"config argument '{pair}': {value} must be above 0")
     return name, values

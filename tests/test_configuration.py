@@ -304,6 +304,7 @@ def test_free_keys_may_change_and_are_recorded(tmp_path):
         "log_steps": 1,
         "profile_steps": "2:3",
         "eval_epochs": 2.0,
+        "early_stopping_patience": 4,
         "checkpoint_steps": 3,
         "keep_checkpoints": 5,
         "on_nonfinite": "skip",

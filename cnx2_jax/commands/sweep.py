@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     planned = runs.expand(args.config, args.sweep, overrides, args.out)
     config = load_config(args.config, overrides)
-    metric = args.metric or ranked_by(TASKS[config.task], config)[0]
+    metric = args.metric or ranked_by(TASKS[config.task].best, config)[0]
     commands = {
         one.name: runs.launch_command(one, args.out, args.command) if args.command else one.command
         for one in planned

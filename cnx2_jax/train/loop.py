@@ -60,7 +60,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         HangWatch(config.hang_seconds, workdir, jax.process_index()) as hang,
         StopRequest(hang.progressed) as stop,
     ):
-        metric, end = ranked_by(task, config)
+        metric, end = ranked_by(task.best, config)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=(metric, end))
         state = starting.first_state(task, program.transform, checkpoints, like, mesh)
         with hang.suspended():

@@ -262,7 +262,7 @@ def test_bad_arguments(sweep, tmp_path, name, arguments, said):
 )
 def test_runs_are_ranked_by_what_chooses_their_best_checkpoint(recipe, metric, smaller):
     config = load_config(recipe)
-    name, end = ranked_by(TASKS[config.task], config)
+    name, end = ranked_by(TASKS[config.task].best, config)
     assert (name, end) == (metric, "min" if smaller else "max")
     assert results.smaller_is_better(metric) is smaller
     assert results.smaller_is_better(f"{metric}_age") is smaller  # of one target
