@@ -96,6 +96,13 @@ def test_links_and_named_files_exist(path):
         assert (ROOT / name).exists() or re.search("[A-Z]{2}", name), name
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_lists_follow_an_empty_line(path):
+    # The repository's web view needs none, but MkDocs takes such a list for part of the paragraph.
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^(?![-#]|\d+\. |  ).+\n- .*", text, re.MULTILINE) == []
+
+
 def anchors(text):
     """Returns the anchors of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
