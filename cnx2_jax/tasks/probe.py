@@ -217,10 +217,10 @@ class Probe(Classify, name="probe"):
     def add_keys(cls, config: ConfigDict) -> None:
         config.init_from = ""  # a checkpoint whose encoder is frozen; empty: a random one
         config.init_bands = ""  # how its stem fits images of other bands: mean, tile, map:R,G,B or fresh
-        config.model.head_init_scale = 1.0
+        config.model.head_init_scale = 1.0  # factor on the initial weights of the head
         config.data.labels = config.data.classes = ""  # as for the task classify
         config.data.feature_cache = ""  # a folder where runs keep the features for each other
-        config.optimizer.trainable = "^head\\."
+        config.optimizer.trainable = "^head\\."  # the head alone
 
     def check_data(self) -> None:
         super().check_data()
