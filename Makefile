@@ -6,21 +6,23 @@
 #   make lint         ruff: rules and format                make format   let ruff repair what it can
 #   make types        mypy                                  make golden   remake all golden files
 #   make times        all tests, with processor seconds     make hooks    let git run ruff before each commit
-#   make test-newest  the fast tests with the newest JAX    make clean    remove .venv and runs
+#   make docs         the documentation, as a site          make clean    remove .venv and runs
+#   make test-newest  the fast tests with the newest JAX
 #
 # EXTRAS asks for more of setup.cfg's extras: make test EXTRAS=test,parity
 
 PYTHON ?= python3
 EXTRAS ?= test
 BIN := .venv/bin
-# JAX from 0.11 on needs Python 3.12.
-CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints%s.txt" % ("-py312" * (sys.version_info >= (3, 12))))')
+# JAX from 0.11 on needs Python 3.12. The environment's Python counts, once there is one.
+CONSTRAINTS := $(shell $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
+	'import sys; print("constraints%s.txt" % ("-py312" * (sys.version_info >= (3, 12))))')
 # One stamp per set of extras, so that a target that needs more installs more.
 INSTALLED := .venv/installed-
 # A file's tests share its fixtures, so one worker runs them all. `pytest` alone starts no workers.
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: install demo demo-segment test test-fast test-newest times lint format types golden hooks clean
+.PHONY: install demo demo-segment test test-fast test-newest times lint format types docs golden hooks clean
 
 install: $(INSTALLED)$(EXTRAS)
 
@@ -58,6 +60,10 @@ format: $(INSTALLED)dev
 
 types: $(INSTALLED)dev
 	$(BIN)/mypy
+
+# The variable leaves out Material's notice of its successor.
+docs: $(INSTALLED)docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 golden: $(INSTALLED)parity $(INSTALLED)test
 	$(BIN)/python tests/make_recipe_golden.py

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.files import to_path
 
 # What batches hold: dtypes of at most 16 bits as they are, all others as float32.
 BATCH_DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
@@ -143,7 +144,7 @@ def take_statistics(data: Any) -> None:
     """
     if not data.statistics:
         return
-    path = Path(data.statistics).expanduser()
+    path = to_path(data.statistics).expanduser()
     found = read_statistics(path)
     names = split_names(data.bands, "data.bands")
     if names and names != found.names:

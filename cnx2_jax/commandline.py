@@ -36,9 +36,3 @@ def run(main: Callable[[], int | None], name: str = "cnx2") -> int:
             raise
         print(f"{name}: error: '{error.filename}': {error.strerror}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if not str(error.filename).startswith("gs://"):
-            raise
-        # Object storage that does not answer: another try may succeed, so launchers should make one.
-        print(f"{name}: stopped: '{error.filename}': {error.strerror}", file=sys.stderr)
-        return 1

@@ -79,18 +79,18 @@ def defaults(task: str) -> ConfigDict:
     """
     check_task(task)
     config = ConfigDict()
-    config.task = task
-    config.seed = 0
+    config.task = task  # the job, such as pretrain; fixed by the config file
+    config.seed = 0  # of weights, order, augmentation, masks and dropout; the same seed repeats a run
     config.batch_size = 256  # images per update, over all devices, hosts and accumulation steps
-    config.accumulation_steps = 1
+    config.accumulation_steps = 1  # parts that a batch is computed in, one after another, to save memory
     config.image_size = (224, 224)  # height, width; one number makes a square
-    config.total_epochs = 100.0
+    config.total_epochs = 100.0  # passes over the training images
     config.total_steps = 0  # replaces total_epochs unless 0
-    config.log_steps = 50
+    config.log_steps = 50  # updates from one line of metrics to the next
     config.profile_steps = ""  # FIRST:LAST writes a trace of these updates to the workdir's profile/
-    config.eval_epochs = 10.0
+    config.eval_epochs = 10.0  # from one evaluation to the next; 0: only at the end
     config.early_stopping_patience = 0  # end after this many evaluations without a better one; 0: never
-    config.checkpoint_steps = 1000
+    config.checkpoint_steps = 1000  # updates from one checkpoint to the next
     config.keep_checkpoints = 2  # the latest ones; the best one is kept as well
     config.on_nonfinite = "stop"  # or skip: leave out non-finite updates and count them in the metrics
     config.max_nonfinite = 10  # the run stops after this many skipped updates in a row
@@ -99,11 +99,11 @@ def defaults(task: str) -> ConfigDict:
 
     model = config.model = ConfigDict()
     model.variant = "tiny"  # or "custom", with depths and dims
-    model.depths = ()
-    model.dims = ()
-    model.in_chans = 3
+    model.depths = ()  # blocks in each of the four stages, for custom
+    model.dims = ()  # channels of each of the four stages, for custom
+    model.in_chans = 3  # channels, or bands, of the images
     model.patch_size = 4  # of the stem; the total stride is 8 times as large
-    model.drop_path = 0.0
+    model.drop_path = 0.0  # the last block's probability of stochastic depth; rises linearly from 0
     model.dtype = "float32"  # of the computation; parameters are always float32
     model.remat = "none"  # what the backward pass recomputes to save memory: none, dots or block
     model.scan = "auto"  # compile one block per stage and loop over the parameters: on, off or auto
@@ -112,11 +112,11 @@ def defaults(task: str) -> ConfigDict:
     data.source = "folder"  # or arrays, tfds:NAME[/CONFIG]:SPLIT, synthetic[:RECORDS[:CLASSES]], digits
     data.root = ""  # the folder of images, folder or file of arrays, or TFDS's data_dir if not the default
     data.val_source = ""  # another source for the validation images
-    data.val_root = ""
+    data.val_root = ""  # the same as root for val_source
     data.val_fraction = 0.1  # held out if the source has no validation images
     data.train_per_class = 0  # train on only this many images of each class; 0: on all
     data.crop_scale = (0.08, 1.0)  # the share of the image's area that a random crop covers
-    data.crop_ratio = (3 / 4, 4 / 3)
+    data.crop_ratio = (3 / 4, 4 / 3)  # the crop's least and greatest width over height
     data.flip = True  # mirror half of the training images left to right; false for spectrograms and digits
     data.vflip = False  # mirror half of them top to bottom
     data.quarter_turns = False  # turn them by 0, 90, 180 or 270 degrees; image_size must be a square
@@ -124,13 +124,13 @@ def defaults(task: str) -> ConfigDict:
     data.random_erasing = 0.0  # the probability that a box of the image becomes noise
     data.time_masks = 0  # SpecAugment: bars of columns that become the mean; 0: none
     data.time_mask_width = 0  # the most columns that one covers, of image_size
-    data.frequency_masks = 0  # the same for rows
-    data.frequency_mask_width = 0
+    data.frequency_masks = 0  # SpecAugment: bars of rows that become the mean; 0: none
+    data.frequency_mask_width = 0  # the most rows that one covers, of image_size
     data.unreadable = "error"  # or skip: use another image instead and count it in the metrics
     data.max_unreadable = 0.01  # the run stops if a larger share of all images is skipped
-    data.eval_crop = 0.875
+    data.eval_crop = 0.875  # the side of the centre crop, over the shorter side of the resized image
     data.mean = (0.485, 0.456, 0.406)  # of ImageNet, for pixels from 0 to 1; raw values unless uint8
-    data.std = (0.229, 0.224, 0.225)
+    data.std = (0.229, 0.224, 0.225)  # the standard deviations that go with mean
     data.statistics = ""  # a file of `cnx2 data --statistics`: sets bands, dtype, mean and std
     data.dtype = "uint8"  # of batches of images; others for arrays
     data.layout = "channels_last"  # of .npy, .npz and zarr; or channels_first, also of TIFFs of several pages
@@ -142,22 +142,22 @@ def defaults(task: str) -> ConfigDict:
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.base_learning_rate = 1.5e-4  # for a batch of 256; scales with batch_size
-    optimizer.min_learning_rate = 0.0
+    optimizer.min_learning_rate = 0.0  # at the end of cosine and poly; does not scale with batch_size
     optimizer.schedule = "cosine"  # or poly: linear in the step; or step: a tenth after 3/4 and 11/12 of it
-    optimizer.warmup_epochs = 0.0
+    optimizer.warmup_epochs = 0.0  # in which the learning rate rises linearly
     optimizer.warmup_steps = 0  # replaces warmup_epochs unless 0
-    optimizer.weight_decay = 0.05
+    optimizer.weight_decay = 0.05  # of kernels; see decay_grn
     optimizer.decay_grn = False  # also decay GRN and the mask token, as the official pretraining code does
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.999
-    optimizer.clip_norm = 0.0  # 0: no clipping
+    optimizer.b1 = 0.9  # AdamW's decay of the mean of gradients
+    optimizer.b2 = 0.999  # AdamW's decay of the mean of squared gradients
+    optimizer.clip_norm = 0.0  # the greatest norm of a gradient, over all parameters; 0: no clipping
     optimizer.layer_decay = 1.0  # multiplies the learning rate once per layer below the head
     optimizer.layer_decay_type = "single"  # what a layer is: single, group, layer_wise or stage
     optimizer.trainable = ""  # a regular expression: train only parameters whose names contain a match
 
     mesh = config.mesh = ConfigDict()
-    mesh.data = -1  # -1: all devices that fsdp leaves
-    mesh.fsdp = 1
+    mesh.data = -1  # groups of devices that each hold a copy of the parameters; -1: all that fsdp leaves
+    mesh.fsdp = 1  # devices over which each copy of the parameters is divided
 
     TASK_KEYS[task](config)
     return config

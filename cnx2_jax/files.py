@@ -145,7 +145,7 @@ class Rows:
             os.fsync(self._file.fileno())
 
     def settle(self) -> None:
-        """Returns when everything written is where the end of the process cannot take it away."""
+        """Uploads the rows that are not in the bucket yet; on a disk all are there already."""
         if self._remote:
             self._file.upload()  # type: ignore[attr-defined]
 
@@ -178,7 +178,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def client_errors(path: Path) -> tuple[type[Exception], ...]:
-    """Returns what libraries raise, besides OSError, where a path is in object storage."""
+    """Returns the exception types, besides OSError, that libraries raise for a path in object storage."""
     if not is_remote(path):
         return ()
     from cnx2_jax import storage

@@ -156,7 +156,7 @@ def parse_argument(argument: str, names: Iterable[str], **options: float | str) 
       The name, and all options with their values.
 
     Raises:
-      UserError: a name or key is unknown, or a value has the wrong type.
+      UserError: a name or key is unknown, a value has the wrong type, or a number is not above 0.
     """
     name, *pairs = argument.split(",")
     names = list(names)
@@ -173,4 +173,7 @@ def parse_argument(argument: str, names: Iterable[str], **options: float | str) 
         except ValueError:
             kind = type(options[key]).__name__
             raise UserError(f"config argument '{pair}': '{value}' is not of type {kind}") from None
+        number = values[key]
+        if not isinstance(number, str) and not 0 < number < math.inf:
+            raise UserError(f"config argument '{pair}': {value} must be above 0")
     return name, values

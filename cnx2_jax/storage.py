@@ -8,6 +8,7 @@ and nothing can be appended to, locked or memory-mapped.
 
 import contextlib
 import errno
+import fnmatch
 import functools
 import importlib.util
 import io
@@ -25,7 +26,7 @@ from typing import Any, cast
 import fsspec
 from etils.epath.gpath import PosixGPath
 
-from cnx2_jax.errors import UserError
+from cnx2_jax.errors import RunError, UserError
 
 UPLOAD_SECONDS = 30  # an object that grows is written again at most this often
 UPLOAD_RATE = 2**20  # and never faster than this many bytes per second, on average
@@ -88,8 +89,10 @@ class StoragePath(PosixGPath):
             return iter(list(super().iterdir()))
 
     def glob(self, pattern: str) -> Iterator["StoragePath"]:
-        with _errors(self):
-            return iter(list(super().glob(pattern)))
+        """Yields the paths directly below this one whose names match."""
+        # Not the client's own, for which this path would be a pattern too.
+        with contextlib.suppress(FileNotFoundError):
+            yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
         """Does nothing: a folder exists as long as something is in it."""
@@ -119,7 +122,7 @@ class StoragePath(PosixGPath):
         return self.write_bytes(data.encode(encoding or "utf-8", errors or "strict"))
 
     def open(self, mode: str = "r", *, encoding: str | None = None, **options: Any) -> Any:
-        """Opens the object, of which reading takes the whole and writing makes an `Upload`."""
+        """Opens the object: for reading it is fetched whole, for writing this gives an `Upload`."""
         if "r" not in mode:
             return Upload(self, mode)
         content = io.BytesIO(self.read_bytes())
@@ -140,7 +143,7 @@ class Upload:
     """A file that is written or appended to: a local copy, which becomes the object again and again.
 
     Args:
-      path: of the object.
+      path: the object.
       mode: `w` or `a`, with `b` for bytes.
 
     Raises:
@@ -177,7 +180,7 @@ class Upload:
 
 
 def errors() -> tuple[type[Exception], ...]:
-    """Returns what the client libraries raise, for callers of Orbax, which lets it through."""
+    """Returns the exception types of the client libraries, which Orbax lets through."""
     from aiohttp import ClientError
     from gcsfs.retry import HttpError
     from google.api_core.exceptions import GoogleAPIError
@@ -188,14 +191,23 @@ def errors() -> tuple[type[Exception], ...]:
 
 @contextlib.contextmanager
 def _errors(path: PurePath) -> Iterator[None]:
-    """Turns what the client libraries raise into an OSError like those of a disk."""
+    """Turns what the client libraries raise into the OSErrors of a disk, or a RunError; see `_as_oserror`."""
     try:
         yield
+    except (UserError, RunError, BlockingIOError):
+        raise
     except Exception as error:  # they have four families of exceptions, some without a common base
         raise _as_oserror(error, str(path)) from error
 
 
 def _as_oserror(error: Exception, path: str) -> OSError:
+    """Returns the OSError for what the user can mend.
+
+    Raises:
+      RunError: anything else, such as a server that does not answer, where another try may succeed.
+    """
+    from google.auth.exceptions import DefaultCredentialsError, RefreshError
+
     if isinstance(error, OSError) and error.filename:
         return error  # of this module itself
     text = (str(error) or type(error).__name__).splitlines()[0]
@@ -204,9 +216,9 @@ def _as_oserror(error: Exception, path: str) -> OSError:
         if isinstance(error, kind):
             return kind(number, os.strerror(number), path)
     refused = getattr(error, "code", None) in (401, 403) or text.startswith("Forbidden")
-    if refused or type(error).__module__ == "google.auth.exceptions":
+    if refused or isinstance(error, (DefaultCredentialsError, RefreshError)):
         return PermissionError(errno.EACCES, f"permission denied ({text})", path)
-    return OSError(errno.EIO, text, path)
+    raise RunError(f"'{path}': {text}") from error
 
 
 @functools.cache
@@ -225,8 +237,8 @@ def leased(folder: Path) -> Iterator[None]:
       BlockingIOError: another process renews the lock.
       OSError: the bucket cannot be written to.
     """
-    lease = _Lease(folder / "lock")
     with _errors(folder):
+        lease = _Lease(folder / "lock")
         lease.take()
     ended = threading.Event()
     renewing = threading.Thread(target=lease.renew_until, args=(ended,), daemon=True, name="cnx2-lease")
@@ -247,7 +259,7 @@ class _Lease:
 
         self._path = path
         bucket, _, name = str(path).removeprefix("gs://").partition("/")
-        self._object = storage.Client().bucket(bucket).blob(name)
+        self._object = storage.Client(project=None).bucket(bucket).blob(name)  # objects need no project
         self._token = f"{uuid.uuid4().hex}\n"
 
     def take(self) -> None:
@@ -272,12 +284,12 @@ class _Lease:
         while not ended.wait(LEASE_SECONDS / 4):
             try:
                 kept = self._write(self._generation_held)
-            except errors() as error:
+            except Exception as error:  # of several libraries; the run goes on while the lock may be its own
                 print(f"cannot renew '{self._path}', trying again: {error}", file=sys.stderr)
                 continue
             if not kept:
-                line = f"cnx2: stopped: another run has taken over '{self._path}'"
-                print(f"{line}; only one may write to its folder", file=sys.stderr, flush=True)
+                line = f"cnx2: stopped: '{self._path}' was taken over by another run, or deleted"
+                print(f"{line}; only one run may write to its folder", file=sys.stderr, flush=True)
                 os._exit(1)
 
     def release(self) -> None:
@@ -300,7 +312,9 @@ class _Lease:
         from google.api_core.exceptions import PreconditionFailed
 
         try:
-            self._object.upload_from_string(self._token, if_generation_match=replaced)
+            self._object.upload_from_string(
+                self._token, if_generation_match=replaced, timeout=LEASE_SECONDS / 4
+            )
         except PreconditionFailed:
             # The client repeats a request whose answer was lost, and then meets its own object.
             if not self._generation() or self._object.download_as_text() != self._token:

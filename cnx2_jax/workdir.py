@@ -10,7 +10,10 @@ from cnx2_jax.configuration import flatten, from_json
 from cnx2_jax.errors import UserError
 from cnx2_jax.files import is_remote, try_to_write, write_text
 
-# A run may resume with other values of these keys: they change where and how it computes, not what.
+RESULT = "result.json"  # marks a run as finished
+
+# A run may resume with other values of these keys: they change where and how it computes, when it evaluates
+# and how long it goes on, but not what an update does.
 FREE_KEYS = (
     "mesh.",
     "model.layout",
@@ -19,6 +22,7 @@ FREE_KEYS = (
     "log_steps",
     "profile_steps",
     "eval_epochs",
+    "early_stopping_patience",
     "checkpoint_steps",
     "keep_checkpoints",
     "on_nonfinite",

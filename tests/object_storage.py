@@ -80,6 +80,5 @@ def serving():
         yield {
             "STORAGE_EMULATOR_HOST": address,  # gcsfs and google-cloud-storage
             "TENSORSTORE_GCS_HTTP_URL": address,
-            "GOOGLE_CLOUD_PROJECT": "project",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it asks another API, by gRPC
         }

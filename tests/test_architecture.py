@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "sweeps": {"errors"},
     "workdir": {"configuration", *BOTTOM},
     "configuration": {"bands", "errors"},
-    "bands": {"errors"},
+    "bands": {*BOTTOM},
     "commandline": {"errors"},
     "files": {"storage", "errors"},
     "storage": {"errors"},

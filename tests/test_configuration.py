@@ -304,6 +304,7 @@ def test_free_keys_may_change_and_are_recorded(tmp_path):
         "log_steps": 1,
         "profile_steps": "2:3",
         "eval_epochs": 2.0,
+        "early_stopping_patience": 4,
         "checkpoint_steps": 3,
         "keep_checkpoints": 5,
         "on_nonfinite": "skip",
@@ -455,7 +456,7 @@ def test_small_recipes_change_steadily_with_the_number_of_images(start):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("tiny,images=-5", "images=-5 must be at least 1: the number of training images"),
+        ("tiny,images=-5", "config argument 'images=-5': -5 must be above 0"),
         ("tiny,from=scrach", "unknown start 'from=scrach'; did you mean 'scratch'"),
         ("tiny,images=1.5", "'images=1.5': '1.5' is not of type int"),
     ],

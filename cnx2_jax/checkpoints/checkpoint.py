@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cnx2_jax.checkpoints.metadata import COMMITTED, METADATA_ITEM, check_format
-from cnx2_jax.errors import UserError
-from cnx2_jax.files import check_new, client_errors, creating, is_remote
+from cnx2_jax.checkpoints.metadata import METADATA_ITEM, check_format, is_saved
+from cnx2_jax.errors import RunError, UserError
+from cnx2_jax.files import check_new, client_errors, creating
 from cnx2_jax.models.state import Params
 
 FOREIGN = (".pt", ".pth", ".bin", ".safetensors")  # files that `cnx2 convert` reads
@@ -54,12 +54,6 @@ def _result_step(path: Path) -> int | None:
         return json.loads(path.read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def is_saved(path: Path) -> bool:
-    """Whether Orbax has finished saving the checkpoint of a step."""
-    # On a disk it renames the finished folder. In object storage it writes this mark last.
-    return (path / COMMITTED).exists() if is_remote(path) else path.is_dir()
 
 
 def read_metadata(path: Path) -> dict:
@@ -104,15 +98,19 @@ def _read_arrays(path: Path, item: str) -> Params:
         dtype = np.float32 if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=device)
 
-    damage = OSError, ValueError, KeyError, AttributeError, TypeError
-    expected: tuple[type[Exception], ...] = (*damage, *client_errors(path))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata
             return checkpointer.restore(folder, {name: place(leaf) for name, leaf in dict(tree).items()})
-    except expected as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except client_errors(path) as error:
+        raise RunError(f"the parameters in '{path}' cannot be read: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = _first_line(error)
         raise UserError(f"the parameters in '{path}' cannot be read: {reason}{_others(path)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _others(path: Path) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import tensorstore as ts
 
-from cnx2_jax.checkpoints.metadata import COMMITTED, METADATA_ITEM
+from cnx2_jax.checkpoints.metadata import METADATA_ITEM, is_saved
 from cnx2_jax.errors import UserError
-from cnx2_jax.files import exists, is_remote
+from cnx2_jax.files import exists
 from cnx2_jax.observe.progress import say
 
 ASIDE = "damaged-"
@@ -29,7 +29,9 @@ def latest_whole(directory: Path, items: Iterable[str]) -> int | None:
     Raises:
       UserError: there were checkpoints, but all are damaged: a run must not silently start from step 0.
     """
-    steps = sorted((int(path.name) for path in directory.glob("*") if path.name.isdigit()), reverse=True)
+    # What is not saved, Orbax removes.
+    found = [path for path in directory.glob("*") if path.name.isdigit() and is_saved(path)]
+    steps = sorted((int(path.name) for path in found), reverse=True)
     for step in steps:
         reason = flaw(directory / str(step), items)
         if reason is None:
@@ -49,8 +51,6 @@ def latest_whole(directory: Path, items: Iterable[str]) -> int | None:
 def flaw(checkpoint: Path, items: Iterable[str]) -> str | None:
     """Returns the reason why a checkpoint folder is damaged, or None if it is complete."""
     try:
-        if is_remote(checkpoint):
-            (checkpoint / COMMITTED).read_bytes()
         json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())
         json.loads((checkpoint / METADATA_ITEM / "metadata").read_text())
         for item in items:

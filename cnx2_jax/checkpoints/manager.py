@@ -1,6 +1,7 @@
 """Saves, restores and keeps the checkpoints of one run, with Orbax."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ ITEMS = ("params", "opt_state", "ema", "skipped", "variables")
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saving is asynchronous, and a folder appears only when it is complete.
+    """The checkpoints of one run. Saving is asynchronous; see `metadata.is_saved` for when one is complete.
 
     Every process of a run creates one and calls it at the same steps; all see the same folder.
 
@@ -33,8 +34,10 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int, best: tuple[str, Literal["max", "min"]]):
         metric, end = best
 
+        worst = math.inf if end == "min" else -math.inf
+
         def value(metrics: dict[str, float]) -> float:
-            return metrics[metric]
+            return worst if math.isnan(metrics[metric]) else metrics[metric]
 
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
@@ -98,9 +101,17 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         return {name: restored[name] for name in like}
 
+    def was_evaluated(self, step: int) -> bool:
+        """Returns whether the checkpoint of a step was saved with metrics."""
+        return step in self._manager.all_steps() and bool(self._manager.metrics(step))
+
     def best(self) -> Path:
-        """Returns the folder of the best checkpoint, or of the latest if none was evaluated."""
-        return self.directory / str(self._manager.best_step())
+        """Returns the folder of the best checkpoint, the latest of equal ones.
+
+        That of the latest checkpoint if none was evaluated.
+        """
+        step = self._manager.best_step()
+        return self.directory / str(self._manager.latest_step() if step is None else step)
 
     def close(self) -> None:
         """Waits until everything is saved; raises the errors of saving that were not raised before."""
@@ -117,6 +128,6 @@ class Checkpoints:
         except expected as error:
             reason = (str(error) or type(error).__name__).splitlines()[0].partition(" [")[0]
             raise RunError(
-                f"cannot save to '{self.directory}': {reason}; checkpoints saved before are complete; free "
-                "space and give the same command to resume"
+                f"cannot save to '{self.directory}': {reason}; checkpoints saved before are complete; when "
+                "it can be written to again, the same command resumes"
             ) from error

@@ -6,10 +6,17 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from cnx2_jax.errors import UserError
+from cnx2_jax.files import is_remote
 
 METADATA_ITEM = "card"  # the folder of the metadata inside a checkpoint, as format 1 names it
 COMMITTED = "commit_success.txt"  # Orbax's mark in object storage
 FORMAT = 1  # raised when an older cnx2_jax would misread what a newer one writes
+
+
+def is_saved(path: Path) -> bool:
+    """Whether Orbax has finished saving the checkpoint of a step."""
+    # On a disk it renames the finished folder. In object storage it writes this mark last.
+    return (path / COMMITTED).exists() if is_remote(path) else path.is_dir()
 
 
 def make_metadata(config: ConfigDict, class_names: tuple[str, ...]) -> dict:

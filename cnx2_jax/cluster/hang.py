@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cnx2_jax.errors import RunError
 from cnx2_jax.files import replacing
 
 STDERR = 2  # the file descriptor: sys.stderr may have been replaced
@@ -68,12 +69,14 @@ class HangWatch:
 
     def _end(self, idle: float) -> None:
         line = f"cnx2: stopped: no progress for {idle:.0f} s (hang_seconds {self._seconds:g})"
+        faulthandler.dump_traceback(STDERR)
+        print(f"{line}; stacks are above and in '{self._path}'", file=sys.stderr, flush=True)
+        # Writing the file may hang for the same reason as the run.
+        faulthandler.dump_traceback_later(GRACE_SECONDS, exit=True, file=STDERR)
         try:
             with replacing(self._path) as partial, partial.open("w") as file:
                 print(line, file=file, flush=True)
                 faulthandler.dump_traceback(file)
-        except OSError as error:
-            print(f"cannot write '{self._path}': {error.strerror}", file=sys.stderr)
-        faulthandler.dump_traceback(STDERR)
-        print(f"{line}; stacks are above and in '{self._path}'", file=sys.stderr, flush=True)
+        except (OSError, RunError) as error:
+            print(f"cannot write '{self._path}': {error}", file=sys.stderr)
         os._exit(1)

@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         type=to_path,
-        help="a checkpoints/STEP or an exported checkpoint; the run's latest by default",
+        help="a checkpoints/STEP or an exported checkpoint; by default that of the run's result, or its "
+        "latest",
     )
     parser.add_argument(
         "--set",

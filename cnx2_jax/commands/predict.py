@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation import feature_file
-from cnx2_jax.files import check_new, creating, to_path
+from cnx2_jax.files import check_new, creating, local_path, to_path
 from cnx2_jax.observe.progress import say
 from cnx2_jax.tasks import Task, models, weights
 from cnx2_jax.tasks.base import TTA, TTA_HELP, use_tta
@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images",
         nargs="+",
+        type=local_path,
         metavar="IMAGE",
         help="JPEG, PNG or WebP files (for a run on arrays: .npy, .npz, .tif or .png), or folders: all such "
         "files in them and their sub-folders, sorted",

@@ -3,7 +3,7 @@
 import argparse
 
 from cnx2_jax.errors import UserError
-from cnx2_jax.files import to_path
+from cnx2_jax.files import local_path, to_path
 from cnx2_jax.models import FCMAE
 from cnx2_jax.observe.pictures import check_picture, write_picture
 from cnx2_jax.tasks import make_task, weights
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images",
         nargs="*",
-        type=to_path,
+        type=local_path,
         metavar="IMAGE",
         help="JPEG, PNG or WebP files, or arrays; by default some of the run's validation images",
     )

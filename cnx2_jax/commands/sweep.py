@@ -20,7 +20,7 @@ EXAMPLES = """\
 A sweep NAME is a function sweep_NAME() of the config's file. Each run has its workdir in the folder --out.
 The same command again resumes the runs that broke off and skips those that have finished. With a backend of
 `cnx2 launch` and its options after --, each run is launched as a job of its own. The printed table,
-results.csv, results.json and results.png show each run's latest evaluation, best first.
+results.csv, results.json and results.png show each run's result, or its latest evaluation, best first.
 
   cnx2 sweep --config finetune:digits --sweep lr --out runs/lr --workers 2
   cnx2 sweep --config finetune:tiny --sweep lr --out /shared/lr -- slurm --nodes 4 --time 24:00:00
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     planned = runs.expand(args.config, args.sweep, overrides, args.out)
     config = load_config(args.config, overrides)
-    metric = args.metric or ranked_by(TASKS[config.task], config)[0]
+    metric = args.metric or ranked_by(TASKS[config.task].best, config)[0]
     commands = {
         one.name: runs.launch_command(one, args.out, args.command) if args.command else one.command
         for one in planned

@@ -8,6 +8,7 @@ from cnx2_jax.configuration import load_config
 from cnx2_jax.files import to_path, write_text
 from cnx2_jax.tasks import make_task
 from cnx2_jax.train.loop import fit
+from cnx2_jax.workdir import RESULT
 
 TAKES_OVERRIDES = True
 
@@ -35,5 +36,5 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         metrics = fit(make_task(load_config(args.config, overrides)), args.workdir)
         if metrics is not None and processes.is_first():
             line = json.dumps(metrics)
-            write_text(args.workdir / "result.json", f"{line}\n")  # marks the run as finished
+            write_text(args.workdir / RESULT, f"{line}\n")  # marks the run as finished
             print(line)

@@ -22,10 +22,10 @@ def add_segmentation_keys(data: ConfigDict) -> None:
     data.ignore = 255  # the value in masks of pixels that have no class
     data.images = "images"  # folder in data.root
     data.masks = "masks"  # folder in data.root, of PNGs with the names of the images
-    data.resize_long = 2048  # training images are resized to fit this longer and this shorter side,
-    data.resize_short = 512  # both times a random ratio, before image_size is cropped from them
-    data.ratio_range = (0.5, 2.0)
+    data.resize_long = 2048  # the longer side that training images are resized to fit
+    data.resize_short = 512  # the shorter one; an image fits both, and keeps its shape
+    data.ratio_range = (0.5, 2.0)  # a random ratio that scales both, before image_size is cropped
     data.class_share = 0.75  # a crop is redrawn, up to 10 times, if one class has more of it; 1: never
-    data.eval_long = 2048  # evaluation images are resized to fit this longer and this shorter side
-    data.eval_short = 512
-    data.eval_scales = (1.0,)  # times each of these; predictions are averaged over them
+    data.eval_long = 2048  # the longer side that evaluation images are resized to fit
+    data.eval_short = 512  # the shorter one
+    data.eval_scales = (1.0,)  # evaluation sizes, times the two sides; predictions are averaged over them

@@ -1,7 +1,7 @@
 """SpecAugment's masks (Park et al. 2019, arXiv 1904.08779): bars of time and of frequency become the mean.
 
 Rows of a spectrogram are frequencies and its columns are time. The paper's time warp is left out: its
-authors found it the dearest and least influential of the three, the first to drop.
+authors found it the most expensive and least influential of the three, the first to drop.
 """
 
 import dataclasses

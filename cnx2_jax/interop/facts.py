@@ -30,7 +30,7 @@ class Facts:
       mean, std: per channel, for pixels from 0 to 1; in the data's unit if `dtype` is not uint8.
       eval_sides: the longer and the shorter side that a detector's images are resized to fit in evaluation;
         empty for other models.
-      dtype: of the images.
+      dtype: the images' dtype in files.
       bands: the name of each channel of arrays that are not uint8; empty for other images.
     """
 

@@ -98,7 +98,7 @@ class Report(NoReport):
             )
 
     def settle(self) -> None:
-        """Returns when the rows cannot be lost any more; called before a checkpoint, so none is newer."""
+        """Makes all rows durable. Called before a checkpoint is saved, so none is newer than the rows."""
         with self._writing():
             self._rows.settle()
 
@@ -126,7 +126,7 @@ class Report(NoReport):
             reason = error.strerror or error
             raise RunError(
                 f"cannot write to workdir '{self._workdir}': {reason}; checkpoints saved before are "
-                "complete: free some space and give the same command again"
+                "complete: when it can be written to again, the same command resumes"
             ) from error
 
 

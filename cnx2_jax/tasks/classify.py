@@ -59,12 +59,11 @@ class Classify(Task, name="classify"):
     def add_keys(cls, config: ConfigDict) -> None:
         config.init_from = ""  # a checkpoint to start from; empty: from scratch
         config.init_bands = ""  # how its stem fits images of other bands: mean, tile, map:R,G,B or fresh
-        config.model.head_init_scale = 1.0
-        config.label_smoothing = 0.0
-        # Alphas of the beta distributions that mixing coefficients are drawn from; 0: none. With both, each
-        # batch draws which.
-        config.mixup = 0.0
-        config.cutmix = 0.0
+        config.model.head_init_scale = 1.0  # factor on the initial weights of the head
+        config.label_smoothing = 0.0  # the share of the target that is spread over all classes
+        # With both mixup and cutmix, each batch draws which.
+        config.mixup = 0.0  # alpha of the beta distribution of blending coefficients; 0: none
+        config.cutmix = 0.0  # alpha of the beta distribution of pasted boxes' areas; 0: none
         config.class_weights = "none"  # or balanced: every class has the same weight in the loss
         config.eval_flip = False  # average probabilities with the mirrored image
         config.data.labels = ""  # a CSV file with the class of each image in data.root; empty: sub-folders

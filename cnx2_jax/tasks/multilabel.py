@@ -49,18 +49,22 @@ class Multilabel(Task, name="multilabel"):
     prepare_normalises = True
     wanted = "labels"
     outputs = ANY_CLASSES
-    ranges: ClassVar = {}
+    ranges: ClassVar = {
+        "model.head_init_scale": (0, 1e9),
+        "label_smoothing": (0, 0.999),
+        "mixup": (0, 1e6),
+        "cutmix": (0, 1e6),
+    }
 
     @classmethod
     def add_keys(cls, config: ConfigDict) -> None:
         config.init_from = ""  # a checkpoint to start from; empty: from scratch
         config.init_bands = ""  # how its stem fits images of other bands: mean, tile, map:R,G,B or fresh
-        config.model.head_init_scale = 1.0
+        config.model.head_init_scale = 1.0  # factor on the initial weights of the head
         config.label_smoothing = 0.0  # moves the targets 0 and 1 by half of this towards each other
-        # Alphas of the beta distributions that mixing coefficients are drawn from; 0: none. With both, each
-        # batch draws which.
-        config.mixup = 0.0
-        config.cutmix = 0.0
+        # With both mixup and cutmix, each batch draws which.
+        config.mixup = 0.0  # alpha of the beta distribution of blending coefficients; 0: none
+        config.cutmix = 0.0  # alpha of the beta distribution of pasted boxes' areas; 0: none
         config.positive_weights = "none"  # or balanced: a class's negatives per positive, at most 20
         config.eval_flip = False  # average probabilities with the mirrored image
         config.data.labels = ""  # a CSV file of the classes of each image in data.root

@@ -42,12 +42,11 @@ class Pretrain(Task, name="pretrain"):
 
     @classmethod
     def add_keys(cls, config: ConfigDict) -> None:
-        # How the masked map is held: masked, gathered, or whichever is faster on the platform.
-        config.model.layout = "auto"
-        config.model.mask_ratio = 0.6
+        config.model.layout = "auto"  # of the masked map: masked, gathered, or auto: the faster one
+        config.model.mask_ratio = 0.6  # the share of patches that is hidden
         config.model.mask_patch = 0  # side of the hidden squares in pixels; 0: the total stride
-        config.model.decoder_dim = 512
-        config.model.decoder_depth = 1
+        config.model.decoder_dim = 512  # channels of the decoder
+        config.model.decoder_depth = 1  # blocks of the decoder
 
     def check(self) -> None:
         super().check()

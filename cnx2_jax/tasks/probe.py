@@ -21,7 +21,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.evaluation.classification import class_scores
 from cnx2_jax.evaluation.features import all_features
 from cnx2_jax.evaluation.metrics import evaluate
-from cnx2_jax.files import replacing
+from cnx2_jax.files import local_path, replacing
 from cnx2_jax.models import ConvNeXtV2
 from cnx2_jax.models.state import Params, merge, split
 from cnx2_jax.tasks.classify import Classify
@@ -99,7 +99,7 @@ class FeatureData:
         def features(source: "Source") -> Features:
             if not self._config.data.feature_cache:
                 return all_features(model, config, source, mesh)
-            path = Path(self._config.data.feature_cache) / f"{_name(encoder, source, config)}.npz"
+            path = local_path(self._config.data.feature_cache) / f"{_name(encoder, source, config)}.npz"
             return _kept(path, lambda: all_features(model, config, source, mesh))
 
         self._hold(features(self.images.train), features(self.images.val))
@@ -217,10 +217,10 @@ class Probe(Classify, name="probe"):
     def add_keys(cls, config: ConfigDict) -> None:
         config.init_from = ""  # a checkpoint whose encoder is frozen; empty: a random one
         config.init_bands = ""  # how its stem fits images of other bands: mean, tile, map:R,G,B or fresh
-        config.model.head_init_scale = 1.0
+        config.model.head_init_scale = 1.0  # factor on the initial weights of the head
         config.data.labels = config.data.classes = ""  # as for the task classify
         config.data.feature_cache = ""  # a folder where runs keep the features for each other
-        config.optimizer.trainable = "^head\\."
+        config.optimizer.trainable = "^head\\."  # the head alone
 
     def check_data(self) -> None:
         super().check_data()

@@ -60,7 +60,7 @@ class Regress(Task, name="regress"):
     def add_keys(cls, config: ConfigDict) -> None:
         config.init_from = ""  # a checkpoint to start from; empty: from scratch
         config.init_bands = ""  # how its stem fits images of other bands: mean, tile, map:R,G,B or fresh
-        config.model.head_init_scale = 1.0
+        config.model.head_init_scale = 1.0  # factor on the initial weights of the head
         config.regression_loss = "squared"  # or huber: linear in errors above huber_delta
         config.huber_delta = 1.0  # in deviations of the target
         config.eval_flip = False  # average predictions with the mirrored image

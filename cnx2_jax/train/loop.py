@@ -30,7 +30,7 @@ from cnx2_jax.train.program import make_program
 from cnx2_jax.train.state import TrainState, saved_items
 from cnx2_jax.train.task import AVERAGED, Task, ranked_by
 from cnx2_jax.types import Metrics
-from cnx2_jax.workdir import make_workdir, record_config
+from cnx2_jax.workdir import RESULT, make_workdir, record_config
 
 
 def fit(task: Task, workdir: Path) -> Metrics | None:
@@ -60,7 +60,7 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         HangWatch(config.hang_seconds, workdir, jax.process_index()) as hang,
         StopRequest(hang.progressed) as stop,
     ):
-        metric, end = ranked_by(task, config)
+        metric, end = ranked_by(task.best, config)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, best=(metric, end))
         state = starting.first_state(task, program.transform, checkpoints, like, mesh)
         with hang.suspended():
@@ -68,11 +68,14 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
         step = saved = begun = int(state.step)
         early = EarlyStopping(metric, end, config.early_stopping_patience)
         # Process 0 reads for all. A checkpoint of this step exists, so these are on disk.
-        evaluations = from_first(read_evaluations(workdir / "metrics.jsonl", step))
+        first = processes.is_first()
+        evaluations = from_first(read_evaluations(workdir / "metrics.jsonl", step) if first else None)
         # The evaluation at `step`, None while it was not done.
         evaluated = evaluations[-1] if evaluations and evaluations[-1]["step"] == step else None
+        if evaluated is not None and not checkpoints.was_evaluated(step):
+            saved = -1  # the run died between the evaluation and saving the checkpoint with it
         report = NoReport()
-        if processes.is_first():
+        if first:
             # Not earlier: after a wrong init_from, the workdir is still free for the corrected command.
             record_config(config, workdir)
             report = Report(workdir, start_step=step, total_steps=total, batch_size=config.batch_size)
@@ -107,6 +110,8 @@ def fit(task: Task, workdir: Path) -> Metrics | None:
                     best = checkpoints.best()
                     break
 
+                if step == begun and first:
+                    (workdir / RESULT).unlink(missing_ok=True)  # of a run that ended earlier
                 profile.before(step + 1)
                 with observer.waiting():
                     batch = next(batches)

@@ -15,12 +15,17 @@ from cnx2_jax.types import Batch, HostBatch, Metrics
 AVERAGED = "ema_"  # before the metrics of averaged parameters
 
 
-def ranked_by(task: "Task | type[Task]", config: ConfigDict) -> tuple[str, Literal["max", "min"]]:
+Best = tuple[str, Literal["max", "min"]]
+
+
+def ranked_by(best: Best, config: ConfigDict) -> Best:
     """Returns the metric that decides between evaluations, and whether its maximum or minimum is best.
 
-    That of the averaged parameters if the config keeps them.
+    Args:
+      best: the task's; see `tasks.base.Task.best`.
+      config: if it keeps averaged parameters, their metric decides.
     """
-    name, end = task.best
+    name, end = best
     return (AVERAGED + name if config.ema_decay else name), end
 
 
@@ -58,7 +63,7 @@ class Task(Protocol):
     def data(self) -> Data: ...
 
     @property
-    def best(self) -> tuple[str, Literal["max", "min"]]: ...
+    def best(self) -> Best: ...
 
     def init(self, rngs: nnx.Rngs) -> nnx.Module: ...
 

@@ -18,6 +18,7 @@ from cnx2_jax.train.state import TrainState, saved_items
 
 METADATA = {"format": "cnx2_jax 1", "class_names": ["a", "b"], "config": {"task": "classify"}}
 MAX, MIN = ("accuracy", "max"), ("loss", "min")
+NAN = float("nan")
 
 
 def make_state(seed=0, step=0):
@@ -77,6 +78,9 @@ def exported(run, tmp_path_factory):
         (MAX, "accuracy", [0.1, 0.2, 0.3, 0.4, 0.5], [4, 5]),
         (MIN, "loss", [0.1, 0.9, 0.5, 0.8, 0.7], [1, 4, 5]),
         (MIN, "loss", [0.9, 0.8, 0.1, 0.4, 0.5], [3, 4, 5]),
+        (MAX, "accuracy", [0.1, NAN, 0.9, 0.2, 0.1, NAN], [3, 5, 6]),
+        (MIN, "loss", [0.9, 0.1, NAN, 0.4, 0.5], [2, 4, 5]),
+        (MAX, "accuracy", [0.9, 0.9, 0.2, 0.1], [2, 3, 4]),  # the latest of equal ones
     ],
 )
 def test_keeps_the_latest_and_the_best(tmp_path, best, name, values, kept):
@@ -88,6 +92,18 @@ def test_keeps_the_latest_and_the_best(tmp_path, best, name, values, kept):
 def test_steps_without_evaluation_are_never_the_best(tmp_path):
     save(tmp_path / "c", {1: None, 2: {"accuracy": 0.1}, 3: None, 4: None}, keep=1)
     assert steps_in(tmp_path / "c") == [2, 4]
+
+
+def test_without_any_evaluation_the_latest_is_best(tmp_path):
+    save(tmp_path / "c", {1: None, 2: None})
+    ours = Checkpoints(tmp_path / "c", keep=2, best=MAX)
+    assert ours.best() == tmp_path / "c" / "2"
+    assert not ours.was_evaluated(2)
+    ours.save(3, saved_items(make_state(3, 3)), METADATA, {"accuracy": 0.5})
+    ours.close()
+    ours = Checkpoints(tmp_path / "c", keep=2, best=MAX)
+    assert ours.best() == tmp_path / "c" / "3" and ours.was_evaluated(3) and not ours.was_evaluated(9)
+    ours.close()
 
 
 def test_the_best_is_known_after_a_restart(tmp_path):

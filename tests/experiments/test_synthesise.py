@@ -1,18 +1,18 @@
 """The made-up data of docs/audio.md and docs/arrays.md: what it promises, and the same at every call."""
 
-import sys
-
 import numpy as np
 import tifffile
 
 from experiments import synthesise
 
 
-def test_sounds_and_fields_are_arrays_of_labelled_folders(tmp_path, monkeypatch):
+def test_sounds_and_fields_are_arrays_of_labelled_folders(tmp_path, capsys):
     for data in ("sounds", "fields"):
-        arguments = ["synthesise", data, "--out", str(tmp_path / data), "--train", "2", "--val", "1"]
-        monkeypatch.setattr(sys, "argv", arguments)
-        synthesise.main()
+        arguments = [data, "--out", str(tmp_path / data), "--train", "2", "--val", "1"]
+        assert synthesise.main(arguments) == 0
+    assert synthesise.main(arguments) == 2
+    assert "exists already; nothing was overwritten" in capsys.readouterr().err
+    assert synthesise.main([*arguments, "--train", "x"]) == 2
     sounds = sorted((tmp_path / "sounds").glob("*/*/*.npy"))
     assert len(sounds) == 3 * len(synthesise.KINDS)
     for path in sounds:

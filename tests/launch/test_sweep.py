@@ -15,8 +15,11 @@ from PIL import Image
 
 from cnx2_jax import cli
 from cnx2_jax.commands import launch
+from cnx2_jax.configuration import load_config
 from cnx2_jax.errors import RunError
-from cnx2_jax.launch import job, runs
+from cnx2_jax.launch import job, results, runs
+from cnx2_jax.tasks import TASKS
+from cnx2_jax.train.task import ranked_by
 
 pytestmark = pytest.mark.processes
 
@@ -243,6 +246,26 @@ def test_bad_arguments(sweep, tmp_path, name, arguments, said):
     assert status == 2 and out == ""
     assert said in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "metric", "smaller"),
+    [
+        ("pretrain:digits", "loss", True),
+        ("finetune:tiny", "ema_accuracy", False),
+        ("multilabel:digits", "map", False),
+        ("regress:digits", "rmse", True),
+        ("regress:tiny", "ema_rmse", True),
+        ("segment:digits", "miou", False),
+        ("detect:digits", "box_ap", False),
+    ],
+)
+def test_runs_are_ranked_by_what_chooses_their_best_checkpoint(recipe, metric, smaller):
+    config = load_config(recipe)
+    name, end = ranked_by(TASKS[config.task].best, config)
+    assert (name, end) == (metric, "min" if smaller else "max")
+    assert results.smaller_is_better(metric) is smaller
+    assert results.smaller_is_better(f"{metric}_age") is smaller  # of one target
 
 
 def test_an_unknown_metric_is_named(sweep, made_up):

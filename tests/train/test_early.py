@@ -107,6 +107,25 @@ def test_a_run_that_broke_off_ends_where_an_undisturbed_one_does(undisturbed, br
         np.testing.assert_array_equal(ours[name], theirs[name])
 
 
+def test_an_evaluation_that_its_checkpoint_lacks_still_chooses_the_best(tmp_path):
+    """The run died after it wrote the evaluation and before it saved the checkpoint again, with it."""
+
+    def breaks(step):
+        if step == 4:
+            raise InterruptedError
+
+    task = TinyTask("checkpoint_steps=3", "keep_checkpoints=1")
+    task.data.before = breaks
+    with pytest.raises(InterruptedError):
+        fit(task, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "split": "val", "loss": -1.0}) + "\n")
+    (tmp_path / "result.json").write_text('{"step": 3}')  # left by an earlier run
+    assert fit(TinyTask("checkpoint_steps=3", "keep_checkpoints=1"), tmp_path)["step"] == 12
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["12", "3"]
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_a_signal_after_an_evaluation_does_not_end_the_run(tmp_path, capsys):
     task = TinyTask("eval_epochs=0.1666")
     evaluate = task.evaluate
