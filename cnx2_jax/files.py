@@ -178,7 +178,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def client_errors(path: Path) -> tuple[type[Exception], ...]:
-    """Returns the exception types, besides OSError, that libraries raise for a path in object storage."""
+    """Returns the types of a storage client's errors that are no OSError; none for a local path."""
     if not is_remote(path):
         return ()
     from cnx2_jax import storage

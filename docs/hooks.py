@@ -1,4 +1,4 @@
-"""What MkDocs does besides rendering docs/: the README becomes the first page, the code the reference."""
+"""Adds pages to the site: the README as the first one, and the reference, which is made from the code."""
 
 import re
 from pathlib import Path

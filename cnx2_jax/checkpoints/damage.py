@@ -29,7 +29,7 @@ def latest_whole(directory: Path, items: Iterable[str]) -> int | None:
     Raises:
       UserError: there were checkpoints, but all are damaged: a run must not silently start from step 0.
     """
-    # What is not saved, Orbax removes.
+    # Orbax removes checkpoints whose saving was interrupted.
     found = [path for path in directory.glob("*") if path.name.isdigit() and is_saved(path)]
     steps = sorted((int(path.name) for path in found), reverse=True)
     for step in steps:

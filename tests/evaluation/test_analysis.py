@@ -139,7 +139,7 @@ def test_all_measures_equal_literal_numpy(measured, maps, images):
 def test_planted_channels_are_counted(measured):
     layer = measured["stages.1.1"]
     assert (layer.dead, layer.saturated) == (1, 1)
-    # Of four channels two are equal, one is dead and one hardly changes.
+    # Of the four channels, two are equal, one is dead, and one hardly changes.
     assert layer.effective_rank < 1.5
     assert layer.selectivity[0] == layer.selectivity[1] and layer.selectivity[2] == 0
 
