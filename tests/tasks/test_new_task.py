@@ -26,8 +26,8 @@ class Ink(Task, name="ink"):
 
     @classmethod
     def add_keys(cls, config):
-        config.ink_scale = 1.0
-        config.model.head_init_scale = 1.0
+        config.ink_scale = 1.0  # what a wholly white image counts
+        config.model.head_init_scale = 1.0  # factor on the initial weights of the head
 
     def init(self, rngs) -> ConvNeXtV2:
         return build(self.config, 1, rngs, self.platform)
