@@ -6,6 +6,7 @@ machine does. A fixture counts for the first test that asks for it. `make times`
 
 import collections
 import os
+import sys
 
 import pytest
 
@@ -16,7 +17,8 @@ _last = 0.0
 
 def _spent() -> float:
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    forked = getattr(sys.modules.get("forked"), "spent", 0.0)
+    return times.user + times.system + times.children_user + times.children_system + forked
 
 
 def pytest_runtest_logstart() -> None:

@@ -1,15 +1,13 @@
 """Evaluation in several real processes and on several devices counts each image once."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forked import Process
 
 from cnx2_jax.data.images import preprocess_files
 from cnx2_jax.models.pixels import normalise
@@ -76,20 +74,10 @@ def free_port() -> int:
 
 
 def evaluate(folder, devices, processes) -> list[dict]:
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(folder),
-    }
+    flags = f"--xla_force_host_platform_device_count={devices}"
     address = f"127.0.0.1:{free_port()}"
     running = [
-        subprocess.Popen(
-            [sys.executable, folder / "program.py", address, str(processes), str(index)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Process([folder / "program.py", address, processes, index], XLA_FLAGS=flags)
         for index in range(processes)
     ]
     results = []
