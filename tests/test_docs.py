@@ -8,6 +8,7 @@ from make_recipe_golden import recipes
 
 from cnx2_jax.cli import VERBS, main
 from cnx2_jax.configuration import defaults, flatten
+from cnx2_jax.data.sources import KINDS
 from cnx2_jax.launch.backends import BACKENDS
 from cnx2_jax.tasks import TASKS
 from docs import reference
@@ -113,6 +114,11 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     listed = re.findall(r"(\S+\.md)$", navigation, re.MULTILINE)
     assert sorted(listed) == sorted([*(page.name for page in PAGES), "index.md", *reference.pages()])
+
+
+def test_every_source_is_on_the_page_about_data():
+    text = (ROOT / "docs" / "data.md").read_text()
+    assert [kind for kind in KINDS if not re.search(rf"^\| `{kind}\b", text, re.MULTILINE)] == []
 
 
 def test_the_citation_has_the_version():

@@ -91,6 +91,8 @@ def read(folder: Path) -> Job | None:
     path = folder / "job.json"
     try:
         values = json.loads(path.read_text())
+        if values["name"] != folder.name:  # a checked name; commands on this machine and others contain it
+            raise ValueError(f"it is of job {values['name']!r}")
         return Job(**{**values, "folder": Path(values["folder"]), "repository": Path(values["repository"])})
     except FileNotFoundError:
         return None

@@ -1,6 +1,7 @@
 """Arrays in, equal arrays out: every dtype, layout and kind of file against NumPy and tifffile."""
 
 import builtins
+import json
 import os
 import re
 from pathlib import Path
@@ -305,6 +306,18 @@ def test_arrays_of_other_kinds(tmp_path):
     (tmp_path / "a.npy").rename(tmp_path / "c.npz")
     with pytest.raises(UserError, match=r"array '.*c.npz' does not end in .npy, as '.*b.npy' does"):
         open_paths([str(tmp_path)], config().data)
+
+
+@pytest.mark.parametrize("codecs", [{"compressor": {"id": "pickle"}}, {"filters": [{"id": "pickle"}]}])
+def test_pickles_in_a_zarr_are_not_read(tmp_path, codecs):
+    # Zarr 3.0 with numcodecs 0.15 would execute the chunks; newer versions refuse them too.
+    path = tmp_path / "a.zarr"
+    path.mkdir()
+    stated = {"zarr_format": 2, "shape": [1, 4, 4, 3], "chunks": [1, 4, 4, 3], "dtype": "|u1", "order": "C"}
+    stated |= {"fill_value": 0, "filters": None, "compressor": None, **codecs}
+    (path / ".zarray").write_text(json.dumps(stated))
+    with pytest.raises(UserError, match=r"a.zarr' holds pickles, which could run any code when"):
+        open_source(config(path).data, "train", 0)
 
 
 @pytest.mark.parametrize(("library", "path"), [("tifffile", "a.tif"), ("zarr", "a.zarr")])

@@ -1,6 +1,7 @@
 """Arrays of any bands and depth: folders of files, or one file that holds many images."""
 
 import functools
+import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -155,11 +156,30 @@ def _open_npy(path: str) -> tuple[Any, Callable[[int], bytes]]:
 
 def _open_zarr(path: str) -> tuple[Any, Callable[[int], bytes]]:
     zarr = array_files.import_extra("zarr")
+    if _has_pickles(path):
+        raise UserError(
+            f"'{path}' holds pickles, which could run any code when they are read; write the array anew "
+            "without the codec 'pickle'"
+        )
     try:
         images = zarr.open_array(path, mode="r")
     except Exception as error:  # zarr raises all kinds for wrong metadata.
         raise UserError(f"'{path}' is not the folder of one zarr array: {error}") from None
     return images, lambda index: np.ascontiguousarray(images[index]).tobytes()
+
+
+def _has_pickles(path: str) -> bool:
+    """Whether an array in zarr's format 2 states the codec that unpickles; format 3 has none.
+
+    False of wrong metadata, which zarr refuses.
+    """
+    try:
+        with open(os.path.join(path, ".zarray"), "rb") as file:
+            stated = json.load(file)
+        # Written again, because a string may be escaped in the file.
+        return "pickle" in json.dumps([stated.get("filters"), stated.get("compressor")])
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _labels(path: str, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
