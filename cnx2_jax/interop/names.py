@@ -1,9 +1,12 @@
 """Converts our arrays to state dicts of other libraries and back, and checks all names and shapes."""
 
 import dataclasses
+import functools
 import math
 import re
+import types
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -276,30 +279,31 @@ def _count_blocks(names: Iterable[str], pattern: str) -> tuple[int, ...]:
     return tuple(max(1, sum(stage == str(s) for stage, _ in found)) for s in range(STAGES))
 
 
-def _model_shapes(model: Imported) -> dict[str, tuple[int, ...]]:
+def _model_shapes(model: Imported) -> Mapping[str, tuple[int, ...]]:
     """Returns the shapes of our arrays by name, from the model itself."""
     config = EncoderConfig(model.depths, model.dims, in_chans=model.in_chans, patch_size=model.patch_size)
 
-    def build() -> ConvNeXtV2 | FCMAE | UperNet | MaskRCNN:
-        rngs = nnx.Rngs(0)
-        if model.detector:
-            widths = dataclasses.asdict(model.detector)
-            return MaskRCNN(config, num_classes=max(1, model.num_classes), **widths, rngs=rngs)
-        if model.heads:
-            return UperNet(
-                config,
-                num_classes=model.num_classes,
-                channels=model.heads.channels,
-                auxiliary_channels=model.heads.auxiliary_channels,
-                pool_scales=(1,) * model.heads.pools,
-                rngs=rngs,
-            )
-        if model.has_decoder:
-            decoder: dict = {"decoder_dim": model.decoder_dim, "decoder_depth": model.decoder_depth}
-            return FCMAE(config, **decoder, rngs=rngs)
-        return ConvNeXtV2(config, num_classes=model.num_classes, rngs=rngs)
+    if model.detector:
+        widths = dataclasses.asdict(model.detector)
+        return _shapes(MaskRCNN, config, num_classes=max(1, model.num_classes), **widths)
+    if model.heads:
+        return _shapes(
+            UperNet,
+            config,
+            num_classes=model.num_classes,
+            channels=model.heads.channels,
+            auxiliary_channels=model.heads.auxiliary_channels,
+            pool_scales=(1,) * model.heads.pools,
+        )
+    if model.has_decoder:
+        return _shapes(FCMAE, config, decoder_dim=model.decoder_dim, decoder_depth=model.decoder_depth)
+    return _shapes(ConvNeXtV2, config, num_classes=model.num_classes)
 
-    return {name: leaf.shape for name, leaf in split(nnx.eval_shape(build))[1].items()}
+
+@functools.lru_cache(maxsize=8)  # two seconds for a deep model, and an export reads back what it wrote
+def _shapes(kind: type, config: EncoderConfig, **options: Any) -> Mapping[str, tuple[int, ...]]:
+    model = nnx.eval_shape(lambda: kind(config, **options, rngs=nnx.Rngs(0)))
+    return types.MappingProxyType({name: leaf.shape for name, leaf in split(model)[1].items()})
 
 
 def _check(

@@ -100,6 +100,7 @@ def native(x: Array, kernel: Array, pads: Pads) -> Array:
     )
 
 
+@partial(jax.jit, static_argnames="pads")  # traced once for each set of shapes
 def _shifts_once(x: Array, kernel: Array, pads: Pads) -> Array:
     """Computes the shifts once, although XLA would repeat them in every operation that uses the result.
 
@@ -114,16 +115,21 @@ def _shifts_once(x: Array, kernel: Array, pads: Pads) -> Array:
 
 
 def _shifts(padded: Array, kernel: Array) -> Array:
+    # By lax: tracing a jnp function takes far longer than an operation, and there are five for each tap.
     batch, height, width, channels = padded.shape
-    height, width = height - kernel.shape[0] + 1, width - kernel.shape[1] + 1
+    rows, columns, _ = kernel.shape
+    shape = (batch, height - rows + 1, width - columns + 1, channels)
     dtype = _accumulator(padded)
-    kernel = kernel.astype(dtype)
-    total = jnp.zeros((batch, height, width, channels), dtype)
-    for row in range(kernel.shape[0]):
-        for column in range(kernel.shape[1]):
-            window = padded[:, row : row + height, column : column + width]
-            total += window.astype(dtype) * kernel[row, column]
-    return total.astype(padded.dtype)
+    kernel = lax.convert_element_type(kernel, dtype)
+    total = lax.full(shape, 0, dtype)
+    for row in range(rows):
+        for column in range(columns):
+            start = (0, row, column, 0)
+            window = lax.slice(padded, start, (batch, row + shape[1], column + shape[2], channels))
+            tap = lax.slice(kernel, (row, column, 0), (row + 1, column + 1, channels))
+            factor = lax.broadcast_in_dim(tap, shape, (1, 2, 3))
+            total = lax.add(total, lax.mul(lax.convert_element_type(window, dtype), factor))
+    return lax.convert_element_type(total, padded.dtype)
 
 
 def native_kernel_gradient(x: Array, gradient: Array, pads: Pads) -> Array:
@@ -163,6 +169,7 @@ def _kernel_gradient_product(x: Array, gradient: Array, pads: Pads) -> Array:
     )
 
 
+@partial(jax.jit, static_argnames="pads")  # traced once for each set of shapes
 def _kernel_gradient_by_rows(x: Array, gradient: Array, pads: Pads) -> Array:
     """Loops over image rows with `[KW][KH, W * C]` sums that stay in cache, and reduces over W at the end.
 
@@ -181,10 +188,12 @@ def _kernel_gradient_by_rows(x: Array, gradient: Array, pads: Pads) -> Array:
         image, row = index // height, index % height
         window = lax.dynamic_slice(padded, (image, row, 0), (1, rows, padded.shape[2]))[0].astype(dtype)
         line = lax.dynamic_slice(gradient, (image, row, 0), (1, 1, length))[0].astype(dtype)
-        return tuple(
-            total + window[:, column * channels : column * channels + length] * line
-            for column, total in enumerate(sums)
-        )
+        line = lax.broadcast_in_dim(line, (rows, length), (0, 1))
+
+        def product(start):
+            return lax.mul(lax.slice(window, (0, start), (rows, start + length)), line)
+
+        return tuple(lax.add(total, product(column * channels)) for column, total in enumerate(sums))
 
     zeros = tuple(jnp.zeros((rows, length), dtype) for _ in range(columns))
     sums = lax.fori_loop(0, batch * height, add_row, zeros)

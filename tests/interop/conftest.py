@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -93,9 +94,10 @@ SMALL = EncoderConfig((1, 2, 1, 1), (8, 16, 24, 40))
 def numbered(build) -> dict[str, np.ndarray]:
     """Returns the parameters of `build()` by our names, with different consecutive bytes in each."""
     state = nnx.to_flat_state(nnx.state(nnx.eval_shape(build), nnx.Param))
-    pool = np.arange(251, dtype=np.uint8)
+    most = max(math.prod(leaf.shape) for _, leaf in state)
+    pool = np.resize(np.arange(251, dtype=np.uint8), 251 + most)
     return {
-        ".".join(map(str, path)): np.resize(np.roll(pool, index), leaf.shape)
+        ".".join(map(str, path)): pool[index % 251 :][: math.prod(leaf.shape)].reshape(leaf.shape)
         for index, (path, leaf) in enumerate(state)
     }
 

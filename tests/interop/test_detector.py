@@ -72,20 +72,19 @@ def test_the_results_are_worth_comparing(inference, expected):
 
 
 @pytest.mark.slow
-def test_an_export_gives_what_predict_gives(model, inference, tmp_path, capsys):
+def test_an_export_gives_what_predict_gives(stored, inference, tmp_path, capsys):
     """Boxes within 0.01 pixels and scores within 1e-4, of images of the size that evaluation takes."""
     images = inference.some_images(3)  # as in the check, so that one program serves both
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image).save(path)
-    folder = store(model, tmp_path / "stored")
     out = tmp_path / "out"
     options = ["--input", "uint8", "--out", str(out)]
-    assert main(["export", "--checkpoint", str(folder), "--format", "stablehlo", *options]) == 0
+    assert main(["export", "--checkpoint", str(stored), "--format", "stablehlo", *options]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["format"] == "stablehlo" and result["alike"] == 1 and result["objects"] > 0
     found = FORMATS["stablehlo"].run(out, images)
-    assert main(["predict", "--checkpoint", str(folder), "--json", *map(str, paths)]) == 0
+    assert main(["predict", "--checkpoint", str(stored), "--json", *map(str, paths)]) == 0
     for row, line in enumerate(capsys.readouterr().out.splitlines()):
         objects = json.loads(line)["objects"]
         assert len(objects) == found["count"][row] > 0
@@ -208,21 +207,23 @@ def test_what_does_not_fit_is_refused(arrays, build):
 # Commands.
 
 
-def store(model, folder):
-    """Writes a checkpoint of the network and returns its folder."""
+@pytest.fixture(scope="module")
+def stored(model, tmp_path_factory):
+    """The folder of a checkpoint of the network."""
     keys = [f"model.{name}={value}" for name, value in OPTIONS.items()]
     keys += ["model.depths=(1,1,2,1)", "model.dims=(4,6,8,10)", "model.patch_size=4", "image_size=(96,)"]
     config = load_config("detect:digits", [f"--config.{each}" for each in keys])
     config.data.mean, config.data.std = MEAN, STD
     config.data.eval_short, config.data.eval_long = 64, 96
+    folder = tmp_path_factory.mktemp("detector") / "stored"
     checkpoint.write(folder, split(model)[1], make_metadata(config, NAMES))
     return folder
 
 
-def test_weights_out_and_in_again(model, tmp_path, capsys):
+def test_weights_out_and_in_again(model, stored, tmp_path, capsys):
     """In mmdetection's names; every bit of the converted network is the same, and so are its facts."""
-    folder, out, converted = store(model, tmp_path / "stored"), tmp_path / "out", tmp_path / "converted"
-    command = ["export", "--checkpoint", str(folder), "--format", "safetensors"]
+    out, converted = tmp_path / "out", tmp_path / "converted"
+    command = ["export", "--checkpoint", str(stored), "--format", "safetensors"]
     assert main([*command, "--out", str(out)]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["runtime"] is None and "read back bit for bit" in captured.err
@@ -263,8 +264,8 @@ def test_a_file_of_mmdetection_alone(arrays, tmp_path, capsys):
         ("--format orbax --image-size 64", "--image-size is for --format stablehlo, savedmodel, onnx"),
     ],
 )
-def test_mistakes_are_one_line(options, message, model, tmp_path, capsys):
-    folder, out = store(model, tmp_path / "stored"), tmp_path / "out"
-    assert main(["export", "--checkpoint", str(folder), "--out", str(out), *options.split()]) == 2
+def test_mistakes_are_one_line(options, message, stored, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", "--checkpoint", str(stored), "--out", str(out), *options.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not out.exists()

@@ -10,6 +10,8 @@ import pytest
 from cnx2_jax.kernels import bottleneck
 from cnx2_jax.kernels.bottleneck import Weights, inverted_bottleneck
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CHANNELS, HIDDEN = 6, 10
 # Positions per sample: GRN's factor goes into the second layer's weights from as many as channels on.
 POSITIONS = {"folded": 15, "just folded": CHANNELS, "not folded": CHANNELS - 1, "one position": 1}
@@ -76,22 +78,24 @@ def compare(dtype, positions, some_hidden, bound, error):
         assert error(array, expected[name]) < bound, name
 
 
-@pytest.mark.parametrize("some_hidden", [False, True])
-@pytest.mark.parametrize("positions", POSITIONS)
+BOTH = [(positions, hidden) for positions in ("folded", "not folded") for hidden in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("positions", "some_hidden"), [*BOTH, ("just folded", True), ("one position", False)]
+)
 def test_float64(positions, some_hidden, error):
     """Value and every gradient, to rounding."""
     with jax.enable_x64(True):
         compare(jnp.float64, positions, some_hidden, 1e-12, error)
 
 
-@pytest.mark.parametrize("some_hidden", [False, True])
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize(("positions", "some_hidden"), [("folded", True), ("not folded", False)])
 def test_float32(positions, some_hidden, error):
     compare(jnp.float32, positions, some_hidden, 1e-5, error)
 
 
-@pytest.mark.parametrize("some_hidden", [False, True])
-@pytest.mark.parametrize("positions", [64, 20])
+@pytest.mark.parametrize(("positions", "some_hidden"), [(64, True), (20, False)])
 def test_bfloat16_tracks_float32(positions, some_hidden, error):
     """Weights' gradients are float32, and off by no more than a few roundings of products' operands.
 
@@ -124,7 +128,7 @@ def test_dead_hidden_channel_has_finite_gradients(positions):
     """Where GELU gives zero everywhere, GRN's root is of zero: only the epsilon keeps it finite."""
     x, _, weights, gradient = example(positions, jnp.float32, False)
     weights = weights._replace(kernel1=weights.kernel1.at[:, 3].set(0), bias1=weights.bias1.at[3].set(-60))
-    found = results(inverted_bottleneck, x, None, weights, gradient)
+    found = jax.jit(lambda *data: results(inverted_bottleneck, x, None, *data))(weights, gradient)
     for name, array in found.items():
         assert jnp.isfinite(array).all(), name
 

@@ -1,6 +1,7 @@
 """FCMAE: masks, what the encoder may see, the target, the loss, pasting, and one golden step."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.models import FCMAE, EncoderConfig
 from cnx2_jax.models.fcmae import LAYOUTS, paste, patch_statistics, random_mask, visible_count
 from cnx2_jax.models.layouts import Dense
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 ENCODER = EncoderConfig((1, 1, 1, 1), (4, 6, 8, 10), patch_size=1)  # total stride 8
 SMALL = {"decoder_dim": 12}
@@ -25,6 +28,7 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+@functools.cache
 def abstract(patch_size=1, **options):
     """Returns a model without weights, which can draw masks and raise errors."""
     config = dataclasses.replace(ENCODER, patch_size=patch_size)
@@ -209,9 +213,9 @@ def literal_target(image, patch):
     return target
 
 
-@pytest.mark.parametrize("channels", [3, 5])
-def test_loss_is_the_literal_one(channels, build, error):
+def test_loss_is_the_literal_one(build, error):
     """Mean squared error over the masked patches of each sample, against loops."""
+    channels = 5
     model = build(FCMAE, dataclasses.replace(ENCODER, in_chans=channels), **SMALL)
     images = normal(2, 16, 24, channels) * jnp.arange(1, 25)[:, None] / 9 + 2
     images = images.at[0, :8, :8].set(0.3)  # a flat patch: only the epsilon keeps it finite
@@ -231,8 +235,8 @@ def test_loss_is_the_literal_one(channels, build, error):
         assert float(output.loss[sample]) == pytest.approx(total / hidden, rel=2e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"mask_patch": 16, "mask_ratio": 0.5}, {"mask_ratio": 0.0}], ids=str)
-def test_predicting_masked_patches_alone_changes_nothing(options, build, parameters, compile_quickly):
+@pytest.mark.parametrize("options", [{}, {"mask_patch": 16, "mask_ratio": 0.5}], ids=str)
+def test_predicting_masked_patches_alone_changes_nothing(options, build, parameters):
     """Losses and gradients of `loss` are those of `__call__`, which predicts all patches; in float64."""
     with jax.enable_x64(True):
         model = build(FCMAE, dataclasses.replace(ENCODER, dtype=jnp.float64), **SMALL | options)
@@ -269,6 +273,7 @@ def test_loss_without_masked_patches_is_zero(example, jitted):
     model, images, masked, _ = example
     loss = jitted(model, images, jnp.zeros_like(masked))[-1]
     np.testing.assert_array_equal(loss, 0)
+    np.testing.assert_array_equal(abstract(mask_ratio=0.0).loss(images, keys(2)), [0, 0])
 
 
 def test_paste_of_the_truth_is_the_image():

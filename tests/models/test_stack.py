@@ -47,11 +47,16 @@ def with_gradients(run, blocks, x, factors):
 
 @pytest.mark.parametrize("kind", [Dense, Masked, Gathered])
 def test_scan_and_remat_change_nothing(kind, build, error, quickly_compiled):
-    """Against blocks called one after another, in float64: the result and every gradient, factors' too."""
-    factors = [[1.0, 1.3], [0.0, 0.7], [2.0, 1.1]]
+    """Against blocks called one after another, in float64: the result and every gradient, factors' too.
+
+    With every policy where a layout holds most, and otherwise once scanned and once unrolled.
+    """
+    ways = [(remat, scan) for remat in REMAT for scan in (False, True)]
+    ways = ways if kind is Gathered else [("block", False), ("dots", True)]
+    factors = [[0.0, 1.3], [2.0, 0.7]]
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        blocks = build(stack(3, dtype=jnp.float64), fill_dtype=np.float64)
+        blocks = build(stack(2, dtype=jnp.float64), fill_dtype=np.float64)
         factors = jnp.asarray(factors)
         masked = jnp.asarray(MASKED)
         layouts = {
@@ -68,30 +73,28 @@ def test_scan_and_remat_change_nothing(kind, build, error, quickly_compiled):
             return layout.leave(x)
 
         expected = jax.tree.leaves(with_gradients(one_by_one, blocks, x, factors))
-        assert len(expected) == 3 * 10 + 3
-        for remat in REMAT:
-            for scan in (False, True):
+        assert len(expected) == 2 * 10 + 3
+        for remat, scan in ways:
 
-                def run(blocks, x, factors, remat=remat, scan=scan):
-                    return layout.leave(run_blocks(blocks, x, layout, factors, remat=remat, scan=scan))
+            def run(blocks, x, factors, remat=remat, scan=scan):
+                return layout.leave(run_blocks(blocks, x, layout, factors, remat=remat, scan=scan))
 
-                found = jax.tree.leaves(with_gradients(run, blocks, x, factors))
-                for a, b in zip(found, expected, strict=True):
-                    assert a.dtype == jnp.float64 and error(a, b) < 1e-12, (remat, scan)
+            found = jax.tree.leaves(with_gradients(run, blocks, x, factors))
+            for a, b in zip(found, expected, strict=True):
+                assert a.dtype == jnp.float64 and error(a, b) < 1e-12, (remat, scan)
 
 
 def test_without_factors(build, error):
     """As with ones; also when there is but one block, which is not scanned."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 5)), jnp.float32)
-    for depth in (1, 3):
+    for depth, scan in ((1, True), (2, True), (2, False)):
         blocks = build(stack(depth))
-        for scan in (False, True):
-            run = lambda factors: run_blocks(blocks, x, Dense(), factors, remat="none", scan=scan)  # noqa: B023, E731
-            assert error(run(None), run(jnp.ones((depth, 2)))) < 1e-6
+        run = lambda factors: run_blocks(blocks, x, Dense(), factors, remat="none", scan=scan)  # noqa: B023, E731
+        assert error(run(None), run(jnp.ones((depth, 2)))) < 1e-6
 
 
 def test_networks_change_nothing(build, parameters, error, quickly_compiled):
-    """A whole FCMAE while training, with stochastic depth: scanned, unrolled, and with remat."""
+    """A whole FCMAE while training, with stochastic depth: unrolled, and scanned with remat."""
     images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 16, 24, 3)), jnp.float32)
     keys = jax.random.split(jax.random.key(1), 4)
 
@@ -107,11 +110,10 @@ def test_networks_change_nothing(build, parameters, error, quickly_compiled):
 
     gradients, loss = differentiate(scan=False)
     expected = parameters(gradients)
-    for options in ({"scan": True, "remat": "block"}, {"scan": False, "remat": "dots"}):
-        found, found_loss = differentiate(**options)
-        np.testing.assert_allclose(found_loss, loss, rtol=1e-6)
-        for name, gradient in parameters(found).items():
-            assert error(gradient[...], expected[name][...]) < 2e-5, (options, name)
+    found, found_loss = differentiate(scan=True, remat="block")
+    np.testing.assert_allclose(found_loss, loss, rtol=1e-6)
+    for name, gradient in parameters(found).items():
+        assert error(gradient[...], expected[name][...]) < 2e-5, name
 
 
 # What it costs.
@@ -132,13 +134,14 @@ def lowered(depth, gradient, **options):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_scanned_program_hardly_grows_with_depth(gradient):
-    """From 4 to 12 blocks the unrolled program doubles; the scanned one has its parameters to stack."""
-    scanned, unrolled = ([lowered(d, gradient, scan=s) for d in (4, 12)] for s in (True, False))
+    """From 2 to 6 blocks the scanned program has more parameters to stack, the unrolled one more products."""
+    scanned, unrolled = ([lowered(d, gradient, scan=s) for d in (2, 6)] for s in (True, False))
     lines = [len(text.splitlines()) for text in scanned]
     assert lines[0] < lines[1] < 1.05 * lines[0]
     products = [text.count("stablehlo.dot_general") for text in scanned]
     assert products[0] == products[1] > 0
-    assert len(unrolled[1].splitlines()) > 1.8 * len(unrolled[0].splitlines())
+    products = [text.count("stablehlo.dot_general") for text in unrolled]
+    assert products[1] > 1.5 * products[0]
 
 
 def gradient_memory(remat, depth=12):
@@ -171,7 +174,7 @@ def test_remat_computes_anew():
 # Options.
 
 
-@pytest.mark.parametrize("kind", [Encoder, ConvNeXtV2, FCMAE])
+@pytest.mark.parametrize("kind", [ConvNeXtV2, FCMAE])
 def test_parameters_do_not_depend_on_how_they_are_run(kind, parameters):
     """Names, shapes and dtypes: a checkpoint of one is a checkpoint of the other."""
 
@@ -181,8 +184,9 @@ def test_parameters_do_not_depend_on_how_they_are_run(kind, parameters):
         return {name: (value.shape, value.dtype) for name, value in parameters(model).items()}
 
     prefix = "encoder." if kind is FCMAE else ""
-    assert f"{prefix}stages.1.2.dwconv.kernel" in tree(scan=False)
-    assert tree(scan=False) == tree(scan=True) == tree(scan=True, remat="block")
+    unrolled = tree(scan=False)
+    assert f"{prefix}stages.1.2.dwconv.kernel" in unrolled
+    assert unrolled == tree(scan=True) == tree(scan=True, remat="block")
 
 
 @pytest.mark.parametrize(("wrong", "right"), [("blocks", "block"), ("dot", "dots"), ("nine", "none")])

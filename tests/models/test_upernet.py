@@ -44,6 +44,12 @@ def quickly_compiled(monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, **_: default(*arrays))
 
 
+@jax.jit
+def run(model, x, keys=None):
+    """Traced once for all tests that give it equal models; all of them are `quickly_compiled`."""
+    return model(x, keys)
+
+
 def small(build, **options):
     heads = {name: options.pop(name, value) for name, value in {**HEADS, "dropout": 0.1}.items()}
     return build(UperNet, EncoderConfig((1, 1, 2, 1), (4, 6, 8, 10), **options), **heads)
@@ -65,9 +71,13 @@ def test_outputs_are_those_of_hugging_face(upernet_reference, error):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant(variant, parameters):
-    """Parameters as in transformers, and the shapes of the results; nothing is computed."""
+    """Parameters as in transformers; nothing is computed."""
     model = nnx.eval_shape(lambda: create_model(f"upernet_{variant}", num_classes=150, rngs=nnx.Rngs(0)))
     assert sum(math.prod(p.shape) for p in parameters(model).values()) == PARAMETERS[variant]
+
+
+def test_shapes_of_the_results():
+    model = nnx.eval_shape(lambda: create_model("upernet_atto", num_classes=150, rngs=nnx.Rngs(0)))
     found = nnx.eval_shape(lambda model, x: (*model(x), model.segment(x)), model, images(64, 96))
     assert [x.shape for x in found] == [(2, 16, 24, 150), (2, 4, 6, 150), (2, 64, 96, 150)]
     assert {x.dtype for x in found} == {jnp.dtype("float32")}
@@ -117,7 +127,6 @@ def test_initial_weights():
 
 
 def test_bfloat16_is_close_to_float32(build, error, quickly_compiled):
-    run = jax.jit(lambda model, x: model(x))
     wide = run(small(build), images(64, 64))
     narrow = run(small(build, dtype=jnp.bfloat16), images(64, 64))
     for found, expected in zip(narrow, wide, strict=True):
@@ -130,7 +139,7 @@ def test_remat_and_scan_change_nothing(build, error, quickly_compiled):
     """With stochastic depth and dropout, in training: the results and a gradient through all blocks."""
     keys = jax.random.split(jax.random.key(0), 2)
 
-    def run(graph, arrays, x):
+    def gradient(graph, arrays, x):
         def scalar(x):
             logits = nnx.merge(graph, arrays, copy=True)(x, keys, train=True)
             return sum(jnp.sin(y).sum() for y in logits), logits
@@ -140,7 +149,7 @@ def test_remat_and_scan_change_nothing(build, error, quickly_compiled):
     results = []
     for remat, scan in (("none", True), ("block", False)):
         graph, arrays = nnx.split(small(build, drop_path=0.4, remat=remat, scan=scan))
-        results.append(jax.jit(run, static_argnums=0)(graph, arrays, images(64, 64)))
+        results.append(jax.jit(gradient, static_argnums=0)(graph, arrays, images(64, 64)))
     for found, expected in zip(*map(jax.tree.leaves, results), strict=True):
         assert error(found, expected) < 1e-5
 
@@ -160,10 +169,9 @@ def test_dropout_drops_channels():
 
 def test_only_keys_switch_dropout_on(build, quickly_compiled):
     """Both heads draw; no keys, or rate 0, is the plain network."""
-    run = jax.jit(lambda model, x, keys: model(x, keys))
-    x, keys = images(32, 32), jax.random.split(jax.random.key(0), 2)
+    x, keys = images(64, 64), jax.random.split(jax.random.key(0), 2)
     model = small(build)
-    plain, dropped = run(model, x, None), run(model, x, keys)
+    plain, dropped = run(model, x), run(model, x, keys)
     assert all((a != b).any() for a, b in zip(plain, dropped, strict=True))
     off = run(small(build, dropout=0.0), x, keys)
     for a, b in zip(plain, off, strict=True):
@@ -176,12 +184,12 @@ def test_only_training_changes_the_running_averages(build, quickly_compiled):
     averages = {name for name in before if name.endswith((".mean", ".var"))}
     assert len(averages) == 2 * (2 + 1 + 3 + 3 + 1 + 1)
 
-    def run(model, x, train):
+    def arrays_after(model, x, train):
         model(x, train=train)
         return split(model)[1]
 
     for train in (False, True):
-        arrays = jax.jit(run, static_argnums=2)(model, images(64, 64), train)
+        arrays = jax.jit(arrays_after, static_argnums=2)(model, images(64, 64), train)
         changed = {name for name, value in arrays.items() if (value != before[name]).any()}
         assert changed == (averages if train else set())
 

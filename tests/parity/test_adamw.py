@@ -13,6 +13,8 @@ from cnx2_jax.train.optimizer import learning_rate_schedule, make_optimizer
 
 torch = pytest.importorskip("torch")
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 DEPTHS = (1, 2, 4, 1)
 DECAY, CLIP, WEIGHT_DECAY = 0.7, 0.5, 0.3
 
@@ -52,8 +54,9 @@ def groups(parameters, kind, rate):
     return list(found.values())
 
 
-@pytest.mark.parametrize("kind", ["single", "group"])
-def test_steps_equal_torchs(kind, build):
+@pytest.fixture(scope="module")
+def network(build):
+    """The parameters of a network, and a function of parameters that returns their gradient."""
     model = build(ConvNeXtV2, EncoderConfig(DEPTHS, (8, 8, 16, 16), patch_size=2), num_classes=5)
     graph, params = split(model)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32, 32, 3)), jnp.float32)
@@ -67,6 +70,12 @@ def test_steps_equal_torchs(kind, build):
 
         return jax.grad(loss)(params)
 
+    return params, gradient
+
+
+@pytest.mark.parametrize("kind", ["single", "group"])
+def test_steps_equal_torchs(kind, network):
+    params, gradient = network
     config = defaults("classify").optimizer
     config.update(
         {"weight_decay": WEIGHT_DECAY, "clip_norm": CLIP, "layer_decay": DECAY, "layer_decay_type": kind}

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def run_on_eight_devices(program, **environment):
     """Runs a program on eight virtual CPU devices and returns the JSON that it prints last."""
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **environment},

@@ -52,9 +52,9 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def steps(on_eight_devices):
+def steps(on_eight_devices, compile_quickly):
     """Of the train step on several meshes: bytes of parameters that are split or whole; its collectives."""
-    return on_eight_devices(STEP, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    return on_eight_devices(STEP)
 
 
 def sent(step, kind):
