@@ -86,7 +86,8 @@ def limit_file_size():
 def test_a_full_disk_is_an_error_of_the_log_that_meets_it(tmp_path, limit_file_size):
     report = Report(tmp_path, start_step=0, total_steps=4, batch_size=1)
     limit_file_size(200)  # a row of metrics.jsonl is shorter, its events are longer
-    with pytest.raises(RunError, match=r"cannot write to workdir .*: File too large; .*same command resumes") as raised:
+    message = r"cannot write to workdir .*: File too large; .*same command resumes"
+    with pytest.raises(RunError, match=message) as raised:
         report.log(1, "train", {"loss": 1.0, "grad_norm": 2.0, "learning_rate": 0.1})
     assert "\n" not in str(raised.value)
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
