@@ -15,8 +15,13 @@ BoxOf: TypeAlias = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 # EXIF data is at the start of a file, after a few bytes of JFIF; its first directory has the orientation.
 _EXIF_STARTS_WITHIN = 64
 _EXIF_WITHIN = 4096
-_EXIF = b"Exif\x00\x00"
+_EXIF_ROWS = 1 + _EXIF_WITHIN // 12
 _ORIENTATION = 0x0112
+
+
+def _traced_once(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Traces a function of a scalar string once per process, not once for every pipeline that calls it."""
+    return tf.function(function, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
 
 
 def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
@@ -36,6 +41,11 @@ def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     Raises:
       tf.errors.OpError: when it runs, if the bytes are not an image.
     """
+    return _with_channels(_decode_colour(encoded), channels)
+
+
+@_traced_once
+def _decode_colour(encoded: tf.Tensor) -> tf.Tensor:
     image = tf.case(
         [
             (tf.io.is_jpeg(encoded), lambda: _upright(_decode_jpeg(encoded), _orientation(encoded))),
@@ -43,7 +53,8 @@ def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
         ],
         default=lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
     )
-    return _with_channels(image, channels)
+    image.set_shape([None, None, 3])
+    return image
 
 
 def decode_crop(encoded: tf.Tensor, channels: int, box_of: BoxOf) -> tuple[tf.Tensor, tf.Tensor]:
@@ -216,6 +227,7 @@ def _decode_webp(encoded: tf.Tensor) -> tf.Tensor:
     )
 
 
+@_traced_once
 def _orientation(encoded: tf.Tensor) -> tf.Tensor:
     """Returns the EXIF orientation of a JPEG, int32: 1 (upright) to 8; 1 if the file has none."""
     start = tf.strings.substr(encoded, 0, _EXIF_STARTS_WITHIN)
@@ -228,25 +240,30 @@ def _orientation(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _read_orientation(start: tf.Tensor) -> tf.Tensor:
-    """Looks up the tag in EXIF's first directory (TIFF 6.0: header, count, entries of 12 bytes)."""
-    raw = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int32)
-    last = tf.size(raw) - len(_EXIF)
-    same = [raw[i : last + i] == byte for i, byte in enumerate(_EXIF)]
-    header = tf.argmax(tf.reduce_all(tf.stack(same), axis=0), output_type=tf.int32) + len(_EXIF)
-    big_endian = raw[header] == ord("M")
+    """Looks up the tag in EXIF's first directory (TIFF 6.0: header, count, entries of 12 bytes).
 
-    def number(at: tf.Tensor, size: int) -> tf.Tensor:
-        places = tf.minimum(at[..., None] + tf.range(size), tf.size(raw) - 1)
-        digits = tf.gather(raw, tf.maximum(places, 0))
-        digits = tf.where(big_endian, digits, tf.reverse(digits, [-1]))
-        return tf.reduce_sum(digits * 256 ** tf.range(size - 1, -1, -1), axis=-1)
+    Reads the directory as a table with six 16-bit numbers per row: tag, type, two of a count, two of a value.
+    Its first row ends with the number of entries. What lies beyond `start` reads as 0xffff.
+    """
+    tiff = tf.strings.regex_replace(start, rb"\A\C{4,50}?Exif\x00\x00", b"", replace_global=False)
+    big_endian = tf.strings.substr(tiff, 0, 1) == b"M"
 
-    directory = header + tf.clip_by_value(number(header + 4, 4), 0, _EXIF_WITHIN)
-    count = tf.minimum(number(directory, 2), _EXIF_WITHIN // 12)
-    entries = directory + 2 + 12 * tf.range(count)
-    found = tf.boolean_mask(entries, number(entries, 2) == _ORIENTATION)
-    values = tf.concat([number(found + 8, 2), [1]], axis=0)
-    return tf.where((values[0] >= 1) & (values[0] <= 8), values[0], 1)
+    def numbers(content: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+        big, little = (tf.io.decode_raw(content, dtype, little_endian=little) for little in (False, True))
+        return tf.where(big_endian, big, little)
+
+    offset = tf.reshape(numbers(tf.strings.substr(tiff, 4, 4), tf.int32), [])
+    offset = tf.clip_by_value(offset, 0, _EXIF_WITHIN)
+    # The ten bytes before the number of entries fill the first row.
+    padded = tf.strings.join([b"\xff" * 10, tiff, b"\xff" * (_EXIF_WITHIN + 12 * _EXIF_ROWS)])
+    table = numbers(tf.strings.substr(padded, offset, 12 * _EXIF_ROWS), tf.uint16)
+    tags, _, _, _, values, counts = tf.unstack(tf.reshape(tf.cast(table, tf.int32), [_EXIF_ROWS, 6]), axis=1)
+    places = np.arange(_EXIF_ROWS, dtype=np.int32)
+    places[0] = 2**16  # the first row is not an entry: more than any number of them
+    found = (tags == _ORIENTATION) & (places <= counts[0])
+    first = tf.argmax(found)
+    value = tf.gather(values, first)
+    return tf.where(tf.gather(found, first) & (value >= 1) & (value <= 8), value, 1)
 
 
 def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:

@@ -75,6 +75,7 @@ class InferenceModel:
         self.encoder_prefix = model.encoder_prefix
         self.pool_scales = model.pool_scales if isinstance(model, UperNet) else ()
         self.outputs = _outputs(model, size)
+        self._compiled = jax.jit(self.apply)
         self.network: Network = nnx.eval_shape(lambda: _for_inference(model))
         leaves = nnx.to_flat_state(nnx.state(model))
         self.params = {".".join(map(str, path)): np.asarray(leaf.get_value()) for path, leaf in leaves}
@@ -98,7 +99,7 @@ class InferenceModel:
     def reference(self, images: Shaped[np.ndarray, "b height width c"]) -> Results:
         """Returns the results of the network on the CPU, to which those of an exported one are compared."""
         with jax.default_device(cpu()):
-            return jax.tree.map(np.asarray, jax.jit(self.apply)(self.params, images))
+            return jax.tree.map(np.asarray, self._compiled(self.params, images))
 
     def some_images(self, count: int) -> Shaped[np.ndarray, "b height width c"]:
         """Returns images of noise, the same at every call; for a detector with squares of colour."""

@@ -19,7 +19,7 @@ from cnx2_jax.errors import UserError
 from cnx2_jax.observe.report import read_metrics
 from cnx2_jax.observe.timing import TIMED
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_quickly")]
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "runs_0_1.tar.gz"
 RECIPES = {"classify": "finetune:digits", "pretrain": "pretrain:digits"}

@@ -1,7 +1,6 @@
 """`cnx2 evaluate` on ImageNet's other sets, by nearest neighbours, and on data of other classes."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,6 @@ from cnx2_jax.models.state import split
 from cnx2_jax.recipes import use_digits
 from cnx2_jax.tasks import defaults, models, weights
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ("n01", "n02", "n03")
 
 
@@ -31,12 +29,14 @@ def run(*arguments):
         return end.code
 
 
-def config():
-    values = defaults("classify")
+def config(task="classify"):
+    values = defaults(task)
     use_digits(values)
     values.image_size = (16, 16)
     values.batch_size = 8
     values.model.depths, values.model.dims = (1, 1, 1, 1), (4, 4, 8, 8)
+    if task == "pretrain":
+        values.model.decoder_dim = 8
     return values
 
 
@@ -148,18 +148,16 @@ def test_unreadable_images_are_left_out_and_counted(stored, tmp_path, capfd):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, random_params):
-    """Workdirs of a short pretraining on digits and of a classifier."""
-    pretrain, classify = (tmp_path_factory.mktemp("runs") / name for name in ("pretrain", "classify"))
-    small = ["total_steps=4", "batch_size=8", "eval_epochs=0", "image_size=16", "model.decoder_dim=8"]
-    small += ["model.variant=custom", "model.depths=(1,1,1,1)", "model.dims=(4,4,8,8)"]
-    arguments = ["train", "--config", f"{CONFIGS / 'pretrain.py'}:digits", "--workdir", str(pretrain)]
-    assert main([*arguments, *(f"--config.{one}" for one in small)]) == 0
-    classes = tuple("0123456789")
-    empty = nnx.eval_shape(lambda: models.build(config(), len(classes), nnx.Rngs(0)))
-    _, params = split(random_params(empty, 0))
-    checkpoint.write(classify / "checkpoints" / "4", params, make_metadata(config(), classes))
-    (classify / "config.json").write_text(json.dumps(config().to_dict()))
-    return {"pretrain": pretrain, "classify": classify}
+    """Workdirs of pretraining on digits and of a classifier, both with random parameters."""
+    found = {}
+    for task, classes in (("pretrain", ()), ("classify", tuple("0123456789"))):
+        found[task] = workdir = tmp_path_factory.mktemp("runs") / task
+        values = config(task)
+        empty = nnx.eval_shape(lambda: models.build(values, len(classes), nnx.Rngs(0)))  # noqa: B023 - called here
+        _, params = split(random_params(empty, 0))
+        checkpoint.write(workdir / "checkpoints" / "4", params, make_metadata(values, classes))
+        (workdir / "config.json").write_text(json.dumps(values.to_dict()))
+    return found
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "classify"])

@@ -1,5 +1,6 @@
 """`cnx2 export`: every format in its runtime, and one line for every mistake."""
 
+import functools
 import importlib.util
 import json
 import sys
@@ -127,6 +128,16 @@ def in_onnxruntime(path, x):
 RUNTIMES = {"stablehlo": in_stablehlo, "savedmodel": in_tensorflow, "onnx": in_onnxruntime}
 
 
+@functools.cache
+def in_float32(folder):
+    """The results of a checkpoint for `images(2)`, computed in float32."""
+    model, config, names = weights.load(folder)
+    config.model.dtype = "float32"
+    fine = nnx.eval_shape(lambda: models.build(config, len(names), nnx.Rngs(0)))
+    nnx.update(fine, nnx.state(model))
+    return jax.jit(lambda model, x: model(x))(models.without_decoder(fine), normal(images(2)))
+
+
 @pytest.mark.parametrize("uint8", [False, True], ids=["float32", "uint8"])
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_every_format_gives_what_the_checkpoint_gives(name, uint8, stored, tmp_path, capfd, error):
@@ -146,13 +157,7 @@ def test_every_format_gives_what_the_checkpoint_gives(name, uint8, stored, tmp_p
     assert 0 <= result["max_difference"] < 1e-5 * result["largest"]
     assert list(out.parent.iterdir()) == [out]
 
-    # The checkpoint's own results, in float32.
-    model, config, names = weights.load(stored / task)
-    config.model.dtype = "float32"
-    fine = models.build(config, len(names), nnx.Rngs(0))
-    nnx.update(fine, nnx.state(model))
-    pictures = images(2)
-    expected = jax.jit(lambda model, x: model(x))(models.without_decoder(fine), normal(pictures))
+    expected, pictures = in_float32(stored / task), images(2)
     found = RUNTIMES[name](out, pictures if uint8 else normal(pictures))
     assert error(found, expected) < 1e-5
 

@@ -151,6 +151,33 @@ def test_exif_without_jfif_and_with_nonsense(photo, in_tf_data):
         assert in_tf_data(lambda value: decode(value, 3), nonsense).shape == (32, 48, 3)
 
 
+@pytest.mark.parametrize("order", ["big", "little"])
+def test_the_orientation_may_be_anywhere_in_the_directory(photo, order):
+    def entry(tag, value):
+        return b"".join(n.to_bytes(size, order) for n, size in ((tag, 2), (3, 2), (1, 4), (value, 2), (0, 2)))
+
+    def with_directory(start, entries, count=None):
+        directory = (len(entries) if count is None else count).to_bytes(2, order) + b"".join(entries)
+        tiff = {"big": b"MM\x00*", "little": b"II*\x00"}[order] + start.to_bytes(4, order)
+        body = b"Exif\x00\x00" + tiff + bytes(start - 8) + directory + bytes(4)
+        plain = encoded(photo.resize((48, 32)), "JPEG")
+        return plain[:20] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + plain[20:]
+
+    other, found = entry(0x010F, 8), entry(0x0112, 6)
+    for content, height in (
+        (with_directory(8, [found]), 48),
+        (with_directory(9, [other] * 40 + [found, entry(0x0112, 1)]), 48),  # the first counts
+        (with_directory(8, [entry(0x0112, 0), found]), 32),
+        (with_directory(1000, [other, found], count=2), 48),
+        (with_directory(1000, [other, found], count=1), 32),  # after the end of the directory
+        (with_directory(8, [other, found], count=65535), 48),
+        (with_directory(4054, [found]), 48),  # the last that fits into what is read
+        (with_directory(4056, [found]), 32),
+        (with_directory(30000, [found]), 32),
+    ):
+        assert decode(content, 3).shape == (height, 80 - height, 3)
+
+
 @pytest.mark.parametrize("encoding", ["jpeg", "jpeg progressive", "jpeg grey", "jpeg 4:4:4", "png", "webp"])
 def test_part_equals_the_part_of_the_whole(photo, encoding, in_tf_data):
     content = ENCODINGS[encoding](photo)

@@ -75,7 +75,7 @@ def orders(num_records, seed, *, first=0, count=1) -> np.ndarray:
     return next(records.batch(count * num_records).as_numpy_iterator()).reshape(count, num_records)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     num_records=st.integers(1, 300),
     first=st.integers(0, 10**7),
@@ -149,7 +149,7 @@ def test_the_whole_recipe_depends_on_nothing_but_seed_and_position(textured):
     assert (plain["image"] != whole[0]["image"]).any()
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(step=st.integers(0, 50), seed=st.integers(-5, 5))
 def test_starting_at_a_step_equals_skipping_to_it(textured, step, seed):
     data = ImageData(config(textured, seed=seed))
@@ -157,8 +157,8 @@ def test_starting_at_a_step_equals_skipping_to_it(textured, step, seed):
     assert_equal(take(data.train_batches(step), 2), skipped)
 
 
-@settings(max_examples=4, deadline=None)
-@given(step=st.integers(0, 10**9), hosts=st.sampled_from([2, 4, 8]))
+@settings(max_examples=3, deadline=None)
+@given(step=st.integers(0, 10**9), hosts=st.sampled_from([2, 4]))
 def test_hosts_partition_the_global_batch(textured, step, hosts):
     data = ImageData(config(textured, batch_size=16))
     whole = take(data.train_batches(step), 2)
@@ -194,8 +194,8 @@ def test_digits_in_one_channel_and_a_rectangle():
     assert next(data.eval_batches())["image"].shape == (12, 16, 24, 1)
 
 
-@pytest.mark.parametrize("hosts", [1, 3])
-@pytest.mark.parametrize("batch_size", [3, 6, 9, 12, 30])  # of 10 images
+# 10 images: a last batch of one, which a host has or has not, and batches larger than the set.
+@pytest.mark.parametrize(("batch_size", "hosts"), [(6, 1), (12, 1), (3, 3), (9, 3), (30, 3)])
 def test_evaluation_counts_every_image_once(folder, hosts, batch_size):
     data = ImageData(config(folder, batch_size=batch_size))
     shards = [list(data.eval_batches(process_index=i, process_count=hosts)) for i in range(hosts)]
@@ -232,7 +232,6 @@ def test_no_val_images_no_batches(textured):
             "is not a readable JPEG, PNG or WebP image",
         ),
         (lambda path: path.write_bytes(path.read_bytes()[:-40]), "is not a readable JPEG"),
-        (lambda path: path.write_bytes(b""), "is not a readable JPEG"),
         (lambda path: path.unlink(), "does not exist"),
     ],
 )

@@ -17,9 +17,22 @@ from cnx2_jax.models import create_model
 FACTS = Facts(tuple(f"name {i}" for i in range(1000)), (224, 224), 0.875, (0.5,) * 3, (0.25,) * 3)
 
 
+@pytest.fixture(scope="module")
+def shared(inference_model):
+    return inference_model()
+
+
 @pytest.fixture
-def job(inference_model, tmp_path):
-    return Job(tmp_path / "unused", inference_model(), FACTS)
+def job(shared, tmp_path):
+    return Job(tmp_path / "unused", shared, FACTS)
+
+
+@pytest.fixture(scope="module")
+def atto(build):
+    """The function `atto(uint8)`: the network for images of 224 pixels, one for all formats."""
+    network = build(functools.partial(create_model, "convnextv2_atto"), seed=1)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return functools.cache(lambda uint8: InferenceModel(network, (224, 224), mean=mean, std=std, uint8=uint8))
 
 
 def of(change):
@@ -34,13 +47,10 @@ def of(change):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_atto_at_224(name, build, tmp_path):
+def test_atto_at_224(name, atto, tmp_path):
     pytest.importorskip(FORMATS[name].writer)
     pytest.importorskip(FORMATS[name].runtime)
-    model = build(functools.partial(create_model, "convnextv2_atto"), seed=1)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    uint8 = name != "safetensors"  # which are weights alone
-    job = Job(tmp_path, InferenceModel(model, (224, 224), mean=mean, std=std, uint8=uint8), FACTS)
+    job = Job(tmp_path, atto(uint8=name != "safetensors"), FACTS)  # which are weights alone
     result = export.export(tmp_path / "out", FORMATS[name], job)
     assert result["runtime"].startswith(FORMATS[name].runtime + " ")
     assert 0 <= result["max_difference"] < 1e-5 * result["largest"]

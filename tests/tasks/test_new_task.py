@@ -44,6 +44,11 @@ class Ink(Task, name="ink"):
         return {"loss": error**2, "absolute_error": jax.numpy.abs(error)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_compile_quickly(compile_quickly):
+    """Nothing here runs long."""
+
+
 def make_config(*arguments):
     config = defaults("ink")
     use_digits(config)
@@ -93,5 +98,5 @@ def test_batch_shapes_are_those_of_its_batches():
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()} == {
         name: (value.shape, value.dtype) for name, value in batch.items()
     }
-    assert isinstance(task.init(nnx.Rngs(0)), ConvNeXtV2)
+    assert isinstance(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))), ConvNeXtV2)
     assert np.asarray(batch["image"]).dtype == np.uint8

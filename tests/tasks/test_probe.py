@@ -1,5 +1,6 @@
 """The linear probe: features computed once, a head that learns, and a checkpoint like any classifier's."""
 
+import functools
 import itertools
 
 import jax
@@ -39,10 +40,22 @@ def small(*arguments, task="probe"):
     return override(config, [f"--config.{argument}" for argument in arguments])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_compile_quickly(compile_quickly):
+    """Nothing here runs long."""
+
+
+@functools.cache
+def initial(seed):
+    """The arrays that a probe on digits starts with; all probes here have the same shapes."""
+    task = make_task(small())
+    return jax.jit(lambda key: split(task.init(nnx.Rngs(key)))[1])(jax.random.key(seed))
+
+
 def begun(*arguments):
     """A probe that has its features, as after the start of a run."""
     task = make_task(small(*arguments))
-    task.start(split(task.init(nnx.Rngs(task.config.seed)))[1])
+    task.start(initial(task.config.seed))
     return task
 
 

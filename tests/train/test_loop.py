@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_task import TinyTask
 
 from cnx2_jax.checkpoints import checkpoint
 from cnx2_jax.cli import main
@@ -72,15 +73,8 @@ def test_a_pretraining_run_leaves_what_the_readme_says(tmp_path, capsys, monkeyp
 
 
 def test_the_best_checkpoint_outlives_later_ones(tmp_path):
-    # A rate that grows until the loss does: the first evaluations are the best.
-    task = small(
-        "pretrain.py:digits",
-        "--config.eval_epochs=0.022",  # every 2 steps
-        "--config.keep_checkpoints=1",
-        "--config.optimizer.warmup_epochs=0.1",
-        "--config.optimizer.base_learning_rate=60",
-    )
-    fit(task, tmp_path)
+    # The evaluation of the tiny task is best before it has learnt anything. Every two steps:
+    fit(TinyTask("total_steps=8", "eval_epochs=0.1666", "keep_checkpoints=1"), tmp_path)
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["split"] == "val"]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     best = min(rows, key=lambda row: row["loss"])["step"]
@@ -89,16 +83,15 @@ def test_the_best_checkpoint_outlives_later_ones(tmp_path):
     assert kept == [best, 8]
 
 
-@pytest.mark.parametrize("recipe", ["pretrain.py:digits", "finetune.py:digits"])
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpoint(recipe, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpoint(tmp_path):
     overrides = [
-        "--config.optimizer.base_learning_rate=1e39",
-        "--config.optimizer.warmup_epochs=0",
-        "--config.total_steps=20",
-        "--config.checkpoint_steps=1",
+        "optimizer.base_learning_rate=1e39",
+        "optimizer.warmup_epochs=0",
+        "total_steps=20",
+        "checkpoint_steps=1",
     ]
     with pytest.raises(RunError, match=r"(loss|grad_norm|update_norm) is (nan|inf) at step (\d+)") as stopped:
-        fit(small(recipe, *overrides), tmp_path)
+        fit(TinyTask(*overrides), tmp_path)
     step = int(str(stopped.value).partition("at step ")[2].partition(";")[0])
     assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path / "metrics.jsonl"))
     for folder in (tmp_path / "checkpoints").iterdir():
@@ -109,7 +102,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_a_checkpoint(
     # The same command meets the same end, and leaves what is there alone.
     before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     with pytest.raises(RunError):
-        fit(small(recipe, *overrides), tmp_path)
+        fit(TinyTask(*overrides), tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
 
 
@@ -119,11 +112,11 @@ def test_only_one_process_trains_in_a_workdir(tmp_path):
     )
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match="is in use by another training process"):
-        fit(small("pretrain.py:digits"), tmp_path)
+        fit(TinyTask(), tmp_path)
     assert not list(tmp_path.iterdir())
     holder.kill()
     holder.wait()
-    assert fit(small("pretrain.py:digits"), tmp_path)["step"] == 8
+    assert fit(TinyTask(), tmp_path)["step"] == 12
 
 
 HOLD = """
@@ -137,7 +130,7 @@ with only_run_in(Path(sys.argv[1])):
 
 
 def test_a_stop_during_an_evaluation_keeps_the_best_checkpoint_known(tmp_path, monkeypatch):
-    task = small("pretrain.py:digits")
+    task = TinyTask()
     evaluate = task.evaluate
 
     def interrupted(model, batches):
@@ -146,16 +139,14 @@ def test_a_stop_during_an_evaluation_keeps_the_best_checkpoint_known(tmp_path, m
 
     monkeypatch.setattr(task, "evaluate", interrupted)
     assert fit(task, tmp_path) is None
-    assert (tmp_path / "checkpoints" / "8").is_dir()
-    assert not (tmp_path / "checkpoints" / "8" / "metrics").exists()
-    assert fit(small("pretrain.py:digits"), tmp_path)["loss"] > 0
-    assert (tmp_path / "checkpoints" / "8" / "metrics").exists()
+    assert (tmp_path / "checkpoints" / "12").is_dir()
+    assert not (tmp_path / "checkpoints" / "12" / "metrics").exists()
+    assert fit(TinyTask(), tmp_path)["loss"] > 0
+    assert (tmp_path / "checkpoints" / "12" / "metrics").exists()
 
 
 def test_averaged_parameters_have_an_evaluation_of_their_own(tmp_path, capsys):
-    task = small(
-        "finetune.py:digits", "--config.ema_decay=0.5", "--config.eval_epochs=0.0445"
-    )  # every 4 steps
+    task = small("finetune.py:digits", "--config.ema_decay=0.5", "--config.total_steps=4")
     metrics = fit(task, tmp_path)
     assert {"accuracy", "loss", "ema_accuracy", "ema_loss"} <= metrics.keys()
     assert metrics["ema_loss"] != metrics["loss"]
@@ -176,8 +167,8 @@ def test_averaged_parameters_have_an_evaluation_of_their_own(tmp_path, capsys):
 
 
 def test_a_trace_of_some_updates(tmp_path):
-    fit(small("pretrain.py:digits", "--config.profile_steps=3:4"), tmp_path)
+    fit(TinyTask("profile_steps=3:4"), tmp_path)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     with pytest.raises(UserError, match="profile_steps '4:3' must be FIRST:LAST"):
-        fit(small("pretrain.py:digits", "--config.profile_steps=4:3"), tmp_path / "other")
+        fit(TinyTask("profile_steps=4:3"), tmp_path / "other")
     assert not (tmp_path / "other").exists()
