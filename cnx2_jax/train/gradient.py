@@ -82,6 +82,8 @@ def make_gradient(task: Task, graph: nnx.GraphDef, like: TrainState, mesh: Mesh)
         (gradients,) = pullback({n: terms.inverse(weights[n]).astype(total[n].dtype) for n in total})
         return total, aux, gradients, weights
 
+    traced_part = jax.jit(of_part)  # traced once, although `accumulated` asks for its shapes first
+
     def accumulated(trained: Params, params: Params, state: Params, batch: Batch, keys: jax.Array):
         def divide(x: jax.Array) -> jax.Array:
             return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
@@ -96,12 +98,12 @@ def make_gradient(task: Task, graph: nnx.GraphDef, like: TrainState, mesh: Mesh)
 
         def add(carry, part):
             state, before = carry
-            total, aux, gradients, _ = of_part(trained, params, state, *part, weights=weights)
+            total, aux, gradients, _ = traced_part(trained, params, state, *part, weights=weights)
             return (aux.variables, jax.tree.map(jnp.add, before, (total, aux.metrics, gradients))), None
 
         first = jax.tree.map(lambda x: x[0], in_parts)
         total, aux, gradients, _ = jax.eval_shape(
-            lambda part: of_part(trained, params, state, *part, weights=weights), first
+            traced_part, trained, params, state, *first, weights=weights
         )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, aux.metrics, gradients))
         (state, (total, metrics, gradients)), _ = jax.lax.scan(add, (state, zeros), in_parts)
