@@ -48,15 +48,15 @@ def repository(tmp_path):
 
 @pytest.fixture
 def wait_for():
-    """The function `wait_for(condition)` that returns its first value that is true, within two minutes."""
+    """The function `wait_for(condition)` that returns its first value that is true, within five minutes."""
 
     def wait(condition):
-        for _ in range(12_000):
+        for _ in range(30_000):
             value = condition()
             if value:
                 return value
             time.sleep(0.01)
-        raise AssertionError("nothing happened for two minutes")
+        raise AssertionError("nothing happened for five minutes")
 
     return wait
 

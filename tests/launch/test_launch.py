@@ -60,7 +60,7 @@ def launch(repository, start_launch):
 
 
 def finish(process, status=0):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == status, err
     return out, err
 

@@ -47,11 +47,11 @@ def finish(process):
 
 
 def wait_until(condition, process):
-    for _ in range(60_000):
+    for _ in range(150_000):
         if condition() or process.poll() is not None:
             return
         time.sleep(0.002)
-    raise AssertionError("nothing happened for two minutes")
+    raise AssertionError("nothing happened for five minutes")
 
 
 def rows(workdir):
