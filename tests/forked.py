@@ -97,9 +97,6 @@ class Process:
         if self.poll() is None:
             os.kill(self.pid, number)
 
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
 
 def _server(environment: dict[str, str]) -> socket.socket:
     """Returns the way to the server with these variables; starts it the first time."""

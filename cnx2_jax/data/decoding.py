@@ -46,15 +46,13 @@ def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
 
 @_traced_once
 def _decode_colour(encoded: tf.Tensor) -> tf.Tensor:
-    image = tf.case(
+    return tf.case(
         [
             (tf.io.is_jpeg(encoded), lambda: _upright(_decode_jpeg(encoded), _orientation(encoded))),
             (tf.strings.substr(encoded, 0, 4) == b"RIFF", lambda: _decode_webp(encoded)),
         ],
         default=lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
     )
-    image.set_shape([None, None, 3])
-    return image
 
 
 def decode_crop(encoded: tf.Tensor, channels: int, box_of: BoxOf) -> tuple[tf.Tensor, tf.Tensor]:

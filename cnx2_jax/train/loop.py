@@ -155,9 +155,8 @@ def _headline(task: Task, mesh: Mesh, total: int, step: int, like: TrainState) -
     config = task.config
     count = sum(math.prod(leaf.shape) for leaf in like.params.values())
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    begin = f"resuming after step {step:,}"
-    if not step:
-        begin = f"from {config.get('init_from') or 'random weights'}, compiling the first"
+    start = config.get("init_from") or "random weights"
+    begin = f"resuming after step {step:,}" if step else f"from {start}, compiling the first"
     kept = jax.config.values["jax_compilation_cache_dir"]
     keeping = f"; compiled programs are kept in {kept}" if kept else ""
     return (

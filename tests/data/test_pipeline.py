@@ -158,7 +158,7 @@ def test_starting_at_a_step_equals_skipping_to_it(textured, step, seed):
 
 
 @settings(max_examples=3, deadline=None)
-@given(step=st.integers(0, 10**9), hosts=st.sampled_from([2, 4]))
+@given(step=st.integers(0, 10**9), hosts=st.sampled_from([2, 4, 8]))
 def test_hosts_partition_the_global_batch(textured, step, hosts):
     data = ImageData(config(textured, batch_size=16))
     whole = take(data.train_batches(step), 2)

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.usefixtures("compile_quickly"), pytest.mark.slow]
 
 
 def without_weights(variant):
-    """Returns transformers' classifier, of which only names and shapes exist."""
+    """Returns transformers' classifier with its names and shapes but without numbers."""
     chosen = VARIANTS[variant]
     config = transformers.ConvNextV2Config(
         depths=list(chosen.depths), hidden_sizes=list(chosen.dims), num_labels=10, layer_norm_eps=1e-6
