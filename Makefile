@@ -1,7 +1,7 @@
 # Each target works from a fresh clone by itself: it installs what it needs into .venv first.
 #
 #   make demo         install, pretrain, fine-tune and look at the result
-#   make demo-segment the same for semantic segmentation
+#   make demo-segment segment made-up scenes                make demo-detect  detect objects in them
 #   make test-fast    the tests that take seconds           make test     all tests
 #   make lint         ruff: rules and format                make format   let ruff repair what it can
 #   make types        mypy                                  make golden   remake all golden files
@@ -22,7 +22,7 @@ INSTALLED := .venv/installed-
 # A file's tests share its fixtures, so one worker runs them all. `pytest` alone starts no workers.
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: install demo demo-segment test test-fast test-newest times lint format types docs golden hooks clean
+.PHONY: install demo demo-segment demo-detect test test-fast test-newest times lint format types docs golden hooks clean
 
 install: $(INSTALLED)$(EXTRAS)
 
@@ -34,8 +34,8 @@ $(INSTALLED)%: setup.cfg pyproject.toml $(CONSTRAINTS)
 demo: install
 	$(BIN)/python -m experiments.demo
 
-demo-segment: install
-	$(BIN)/python -m experiments.demo_segment
+demo-segment demo-detect: demo-%: install
+	$(BIN)/python -m experiments.demo_scenes $*
 
 test: install
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -53,8 +53,8 @@ def get_config(argument="tiny"):
     if name == "digits":
         use_scenes(config)
         config.batch_size = 16
-        config.total_epochs = options["epochs"] or 12.0
-        config.eval_epochs = 3.0
+        config.total_epochs = options["epochs"] or 3.0
+        config.eval_epochs = 0.75
         config.optimizer.base_learning_rate = 1.6e-2  # 1e-3 for a batch of 16
         config.optimizer.warmup_steps = 50
         config.data.flip = False  # a mirrored 2 is not a 2

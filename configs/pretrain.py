@@ -45,10 +45,10 @@ def get_config(argument="tiny"):
         digits = name == "digits"
         (use_digits if digits else use_scenes)(config)
         config.batch_size = 128
-        config.total_epochs = options["epochs"] or (25.0 if digits else 40.0)
-        config.eval_epochs = 10.0 if digits else 20.0
+        config.total_epochs = options["epochs"] or (25.0 if digits else 10.0)
+        config.eval_epochs = 10.0 if digits else 5.0
         config.optimizer.base_learning_rate = 2e-3
-        config.optimizer.warmup_epochs = 3.0
+        config.optimizer.warmup_epochs = 3.0 if digits else 0.75
         config.optimizer.b2 = 0.95
         config.data.crop_scale = (0.5, 1.0) if digits else (0.4, 1.0)
         config.data.flip = False  # a mirrored 2 is not a 2

@@ -23,7 +23,7 @@ SOURCES = {
     "digits": 1438,
     "digit_rows": 2000,
     "synthetic": 400,
-    "scenes": 2000,
+    "scenes": 8000,
     "ade20k": 20_210,
     "coco": 117_266,
 }

@@ -43,7 +43,7 @@ for module in pkgutil.walk_packages(cnx2_jax.__path__, "cnx2_jax."):
         importlib.import_module(module.name)
     except ImportError as error:
         failed[module.name] = str(error)
-for name in ("steps", "saving", "contestants"):
+for name in ("steps", "saving", "contestants", "pretraining", "segmentation"):
     try:
         importlib.import_module(f"experiments.benchmarks.{name}")
     except ImportError as error:
@@ -80,7 +80,7 @@ from flax import nnx
 from cnx2_jax.models import FCMAE, EncoderConfig
 from cnx2_jax.models.state import split
 from cnx2_jax.train.loop import fit
-from experiments.benchmarks.contestants import train_step
+from experiments.benchmarks.pretraining import train_step
 from tiny_task import TinyTask
 
 workdir = Path(sys.argv[1])

@@ -5,19 +5,24 @@ noise.
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import importlib
 import multiprocessing
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from cnx2_jax.errors import RunError
 
 TRAIN, FORWARD, CLASSIFY = "train step", "forward", "classification forward"
-DENSE = "dense"
 WARMUP = 2
+
+Programs = dict[str, Callable[[], None]]
+Facts = dict[str, dict]  # of some programs: what `Measurement` holds beside the seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +30,16 @@ class Contestant:
     """One way to run a model.
 
     Attributes:
+      build: a module's function that makes the programs, and what is known of them, in a new process.
       library: `jax` or `torch`.
       variant: such as `atto`.
-      mode: for jax the layout, or `dense` to classify; for torch `eager` or `compile`.
+      mode: what `build` distinguishes; for torch `eager` or `compile`.
       batch: images.
       image_size: pixels along both sides.
       programs: some of TRAIN (loss, gradient, AdamW), FORWARD (loss) and CLASSIFY.
     """
 
+    build: Callable[["Contestant"], tuple[Programs, Facts]]
     library: str
     variant: str
     mode: str
@@ -47,7 +54,11 @@ class Contestant:
 
 @dataclasses.dataclass
 class Measurement:
-    """Seconds of every round of one program, and for JAX the compiler's time and figures."""
+    """One program: seconds of every round, the process's memory, and for JAX the compiler's time and figures.
+
+    `peak_bytes` is what the process holds at most while the program runs, beyond what it held before it built
+    the programs; None where the system does not tell.
+    """
 
     contestant: Contestant
     program: str
@@ -55,6 +66,7 @@ class Measurement:
     compile_seconds: float | None = None
     temp_bytes: int | None = None
     flops: float | None = None
+    peak_bytes: int | None = None
 
     @property
     def median(self) -> float:
@@ -64,6 +76,7 @@ class Measurement:
         """Returns the measurement as JSON, with its median and quartiles."""
         low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
         values = dataclasses.asdict(self) | {"median": self.median, "quartiles": [low, high]}
+        del values["contestant"]["build"]
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -120,11 +133,16 @@ def _receive(connection: Connection, contestant: Contestant):
 def _serve(contestant: Contestant, connection: Connection) -> None:
     """Builds the programs and sends their figures, then runs a program per request and sends its time."""
     try:
-        build = _build_jax if contestant.library == "jax" else _build_torch
-        programs, facts = build(contestant)
-        for run in programs.values():
+        importlib.import_module(contestant.library)
+        before = _resident()
+        programs, facts = contestant.build(contestant)
+        for name, run in programs.items():
+            run()
+            _forget_peak()
             for _ in range(WARMUP):
                 run()
+            if before is not None:
+                facts.setdefault(name, {})["peak_bytes"] = _resident("VmHWM") - before
     except ImportError as error:
         connection.send(f"{error}; the extra `parity` installs PyTorch")
         return
@@ -140,110 +158,17 @@ def _serve(contestant: Contestant, connection: Connection) -> None:
             connection.send(time.perf_counter() - begin)
 
 
-def pretraining_loss(graph) -> Callable:
-    """Returns a function of parameters, images and keys that returns the mean loss."""
-    from cnx2_jax.models.state import merge
-
-    return lambda params, images, keys: merge(graph, params).loss(images, keys).mean()
-
-
-def train_step(graph, make_loss: Callable = pretraining_loss) -> tuple:
-    """Returns AdamW and a train step, which returns the new parameters, the new state and the loss.
-
-    Args:
-      graph: the model's structure.
-      make_loss: given `graph`, returns the loss as a function of parameters, images and keys.
-    """
-    import jax
-    import optax
-
-    optimizer = optax.adamw(1e-4, b2=0.95, weight_decay=0.05)
-    loss = make_loss(graph)
-
-    def step(params, state, images, keys):
-        value, gradients = jax.value_and_grad(loss)(params, images, keys)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    return optimizer, step
+def _resident(line: str = "VmRSS") -> int | None:
+    """Returns the bytes that this process holds, or with `VmHWM` the most it has held; None if unknown."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(1024 * int(found.split()[1]) for found in lines if found.startswith(f"{line}:"))
 
 
-def _build_jax(contestant: Contestant) -> tuple[dict[str, Callable], dict[str, dict]]:
-    import jax
-    from flax import nnx
-
-    from cnx2_jax.models import create_model
-    from cnx2_jax.models.state import merge, split
-
-    size = contestant.image_size
-    images = jax.random.normal(jax.random.key(1), (contestant.batch, size, size, 3))
-    keys = jax.random.split(jax.random.key(2), contestant.batch)
-    programs, facts = {}, {}
-
-    def compile_program(name: str, function: Callable, *arguments, donate=()):
-        begin = time.perf_counter()
-        compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
-        memory = compiled.memory_analysis()
-        facts[name] = {
-            "compile_seconds": time.perf_counter() - begin,
-            "temp_bytes": memory.temp_size_in_bytes if memory else None,
-            "flops": (compiled.cost_analysis() or {}).get("flops"),
-        }
-        return compiled
-
-    if contestant.mode == DENSE:
-        graph, params = split(create_model(f"convnextv2_{contestant.variant}", rngs=nnx.Rngs(0)))
-        classify = compile_program(
-            CLASSIFY, lambda params, images: merge(graph, params)(images), params, images
-        )
-        programs[CLASSIFY] = lambda: classify(params, images).block_until_ready()
-        return programs, facts
-
-    model = create_model(f"fcmae_{contestant.variant}", layout=contestant.mode, rngs=nnx.Rngs(0))
-    graph, params = split(model)
-    optimizer, step = train_step(graph)
-
-    if FORWARD in contestant.programs:
-        forward = compile_program(FORWARD, pretraining_loss(graph), params, images, keys)
-        fixed = jax.tree.map(lambda x: x.copy(), params)
-        programs[FORWARD] = lambda: forward(fixed, images, keys).block_until_ready()
-    if TRAIN in contestant.programs:
-        held = [params, optimizer.init(params)]
-        train = compile_program(TRAIN, step, *held, images, keys, donate=(0, 1))
-
-        def run():
-            *held[:], value = train(*held, images, keys)
-            jax.block_until_ready(value)
-
-        programs[TRAIN] = run
-    return programs, facts
-
-
-def _build_torch(contestant: Contestant) -> tuple[dict[str, Callable], dict[str, dict]]:
-    import torch
-
-    from experiments.benchmarks import torch_peer
-
-    torch.manual_seed(0)
-    size = contestant.image_size
-    images = torch.randn(contestant.batch, 3, size, size).to(memory_format=torch.channels_last)
-
-    def prepare(kind):
-        model = kind(contestant.variant).to(memory_format=torch.channels_last)
-        return model, torch.compile(model) if contestant.mode == "compile" else model
-
-    model, compiled = prepare(torch_peer.FCMAE)
-    _, classifier = prepare(torch_peer.Classifier)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
-
-    def train():
-        optimizer.zero_grad(set_to_none=True)
-        compiled(images).backward()
-        optimizer.step()
-
-    programs = {
-        TRAIN: train,
-        FORWARD: torch.no_grad()(lambda: compiled(images)),
-        CLASSIFY: torch.no_grad()(lambda: classifier(images)),
-    }
-    return {name: programs[name] for name in contestant.programs}, {}
+def _forget_peak() -> None:
+    """Gives free memory back, such as what the compiler used, and starts to count the peak anew."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")

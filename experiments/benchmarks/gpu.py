@@ -40,10 +40,10 @@ from cnx2_jax.models.fcmae import LAYOUTS, random_mask, visible_count
 from cnx2_jax.models.layouts import Gathered, Masked
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.observe.tables import markdown_table
-from experiments.benchmarks.contestants import pretraining_loss
 from experiments.benchmarks.gpu_depthwise import FORMS, check_form, measure_depthwise
 from experiments.benchmarks.gpu_steps import THREADS, measure_steps
 from experiments.benchmarks.gpu_timing import jax_seconds, notice
+from experiments.benchmarks.pretraining import pretraining_loss
 
 BATCHES = {"atto": 512, "tiny": 64, "base": 64, "huge": 16}  # images
 SHARES = (0.4, 0.6, 0.8)  # of visible patches

@@ -15,9 +15,9 @@ from cnx2_jax.models.fcmae import LAYOUTS
 from cnx2_jax.models.state import merge, split
 from cnx2_jax.observe.flops import PEAKS, matrix_flops
 from cnx2_jax.observe.tables import markdown_table
-from experiments.benchmarks.contestants import pretraining_loss, train_step
 from experiments.benchmarks.gpu_peers import Peers
 from experiments.benchmarks.gpu_timing import notice, seconds
+from experiments.benchmarks.pretraining import pretraining_loss, train_step
 
 THREADS = 8  # that compile side by side
 

@@ -36,17 +36,9 @@ from cnx2_jax.models.fcmae import stage_kinds
 from cnx2_jax.observe.plots import draw_into
 from cnx2_jax.observe.tables import markdown_table
 from experiments.benchmarks import gradient
-from experiments.benchmarks.contestants import (
-    CLASSIFY,
-    DENSE,
-    FORWARD,
-    TRAIN,
-    Contestant,
-    Measurement,
-    measure,
-    train_step,
-)
+from experiments.benchmarks.contestants import CLASSIFY, FORWARD, TRAIN, Contestant, Measurement, measure
 from experiments.benchmarks.plots import draw_growth, draw_machine
+from experiments.benchmarks.pretraining import DENSE, build_jax, build_torch, train_step
 
 LAYOUTS = ("masked", "gathered", "auto")
 VISIBLE = 19 / 49  # of the patches of 224 pixels, at the paper's mask ratio of 0.6
@@ -146,9 +138,12 @@ def machine(args: argparse.Namespace):
     for name in args.variants:
         options = {"variant": name, "batch": args.batch, "image_size": args.image_size}
         contestants = [
-            *(Contestant("jax", mode=layout, programs=(TRAIN, FORWARD), **options) for layout in LAYOUTS[:2]),
-            Contestant("jax", mode=DENSE, programs=(CLASSIFY,), **options),
-            *(Contestant("torch", mode=peer, **options) for peer in PEERS),
+            *(
+                Contestant(build_jax, "jax", mode=layout, programs=(TRAIN, FORWARD), **options)
+                for layout in LAYOUTS[:2]
+            ),
+            Contestant(build_jax, "jax", mode=DENSE, programs=(CLASSIFY,), **options),
+            *(Contestant(build_torch, "torch", mode=peer, **options) for peer in PEERS),
         ]
         found = measure(contestants, args.rounds, _notice)
         records += [measurement.record() for measurement in found]
@@ -256,7 +251,7 @@ def _compare(found: list[Measurement]) -> tuple[list[str], dict[str, float]]:
 
 def growth(args: argparse.Namespace):
     """Measures time and memory per image of the train step along one axis at a time, and compile time."""
-    base = Contestant("jax", "atto", "auto", programs=(TRAIN,))
+    base = Contestant(build_jax, "jax", "atto", "auto", programs=(TRAIN,))
     records, rows, curves = [], [], {}
     for axis, values in GROWTH.items():
         contestants = [dataclasses.replace(base, **{axis: value}) for value in values]

@@ -17,7 +17,7 @@ from cnx2_jax.data.tensorflow import tf
 from cnx2_jax.errors import UserError
 
 SIDE = 64
-_TRAIN_RECORDS, _VAL_RECORDS = 2000, 400
+_TRAIN_RECORDS, _VAL_RECORDS = 8000, 400
 _MOST_RECORDS = 100_000  # 1.6 GB of pixels
 _SPLITS = ("train", "val")
 
@@ -64,7 +64,7 @@ def open_scenes(records: str, split: str) -> Source:
     The digits are those of the same split of the source `digits`, so no digit of a val scene is in training.
 
     Args:
-      records: what follows `scenes:` in `data.source`: their number; empty for 2,000, or 400 for val.
+      records: what follows `scenes:` in `data.source`: their number; empty for 8,000, or 400 for val.
       split: "train" or "val".
 
     Raises:
