@@ -21,6 +21,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # safe, because no pro
 from jax.experimental import topologies
 
 from cnx2_jax.errors import UserError, nearest
+from cnx2_jax.train.sharding import slice_of
 
 # XLA's description of an H100 SXM (NVIDIA's H100 data sheet and CUDA programming guide, compute 9.0).
 H100 = """
@@ -111,7 +112,7 @@ def topology(name: str, slices: int = 1) -> Topology:
         known = ", ".join([*CHIPS, "h100"])
         raise UserError(f"unknown chip '{kind}' in topology '{name}'{nearest(kind, CHIPS)} (known: {known})")
     devices = tpu_devices(name, slices)
-    per_chip = len(devices) // len({(device.slice_index, *device.coords) for device in devices})
+    per_chip = len(devices) // len({(slice_of(device), *device.coords) for device in devices})
     chip = CHIPS[kind]
     name = name if slices == 1 else f"{slices} x {name}"
     return Topology(name, "tpu", devices, chip.gigabytes * 2**30 // per_chip, chip.clock)

@@ -141,8 +141,9 @@ def _serve(contestant: Contestant, connection: Connection) -> None:
             _forget_peak()
             for _ in range(WARMUP):
                 run()
-            if before is not None:
-                facts.setdefault(name, {})["peak_bytes"] = _resident("VmHWM") - before
+            peak = _resident("VmHWM")
+            if before is not None and peak is not None:
+                facts.setdefault(name, {})["peak_bytes"] = peak - before
     except ImportError as error:
         connection.send(f"{error}; the extra `parity` installs PyTorch")
         return

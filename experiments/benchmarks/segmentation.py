@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cnx2_jax.commandline import Parser, count, run
 from cnx2_jax.errors import RunError, UserError
@@ -69,14 +70,15 @@ def _run(args: argparse.Namespace) -> None:
     found = measure(contestants, args.rounds, lambda line: print(line, file=sys.stderr, flush=True))
     if not found or found[0].contestant.library != "jax":
         raise RunError("the program of JAX could not be built")
-    table = _table(found)
+    text = table(found)
     content = {"arguments": vars(args) | {"out": str(args.out)}, "records": [m.record() for m in found]}
     (args.out / "segmentation.json").write_text(json.dumps(content, indent=1) + "\n")
-    (args.out / "segmentation.md").write_text(table + "\n")
-    print(table)
+    (args.out / "segmentation.md").write_text(text + "\n")
+    print(text)
 
 
-def _table(found: list[Measurement]) -> str:
+def table(found: list[Measurement]) -> str:
+    """Returns times and memory, and both relative to the first contestant, which is ours."""
     ours, *_ = found
     of = ours.contestant
     return markdown_table(
@@ -153,18 +155,18 @@ def build_torch(contestant: Contestant) -> tuple[Programs, Facts]:
 
     torch.manual_seed(0)
     shape = variant(contestant.variant)
-    model = UperNetForSemanticSegmentation(
-        UperNetConfig(
-            backbone_config=ConvNextV2Config(
-                depths=list(shape.depths),
-                hidden_sizes=list(shape.dims),
-                out_features=["stage1", "stage2", "stage3", "stage4"],
-            ),
-            auxiliary_in_channels=shape.dims[2],
-            auxiliary_loss_weight=AUXILIARY_WEIGHT,
-            num_labels=CLASSES,
-        )
-    )
+    backbone: dict[str, Any] = {
+        "depths": list(shape.depths),
+        "hidden_sizes": list(shape.dims),
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    }
+    heads: dict[str, Any] = {
+        "backbone_config": ConvNextV2Config(**backbone),
+        "auxiliary_in_channels": shape.dims[2],
+        "auxiliary_loss_weight": AUXILIARY_WEIGHT,
+        "num_labels": CLASSES,
+    }
+    model = UperNetForSemanticSegmentation(UperNetConfig(**heads))
     model = model.train().to(memory_format=torch.channels_last)
     size = contestant.image_size
     images = torch.randn(contestant.batch, 3, size, size).to(memory_format=torch.channels_last)

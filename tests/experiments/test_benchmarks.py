@@ -1,7 +1,5 @@
 """The benchmarks: contestants take turns, and errors for bad arguments."""
 
-import json
-
 import pytest
 
 from experiments.benchmarks import contestants, segmentation, steps
@@ -36,18 +34,27 @@ def test_bad_arguments(arguments, said, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_segmentation_beside_its_peer(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("transformers")
-    monkeypatch.setattr(segmentation, "PEERS", ("eager",))  # to compile takes minutes
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    assert segmentation.main(["--rounds", "2", "--image-size", "64", "--out", str(tmp_path)]) == 0
-    table = capsys.readouterr().out
-    assert "upernet_atto, batch 2, 64 px" in table and (tmp_path / "segmentation.md").read_text() == table
-    ours, theirs = json.loads((tmp_path / "segmentation.json").read_text())["records"]
-    for record in (ours, theirs):
-        assert len(record["seconds"]) == 2 and record["peak_bytes"] > 0
-    assert ours["temp_bytes"] > 0 and theirs["contestant"]["mode"] == "eager"
+def test_segmentations_table_has_ratios():
+    options = {"batch": 2, "image_size": 64, "programs": (contestants.TRAIN,)}
+    found = [
+        contestants.Measurement(
+            contestants.Contestant(segmentation.build_jax, library, "atto", mode, **options),
+            contestants.TRAIN,
+            seconds,
+            peak_bytes=peak,
+        )
+        for library, mode, seconds, peak in (
+            ("jax", "jit", [0.1, 0.2, 0.3], 2**30),
+            ("torch", "eager", [0.3, 0.5, 0.7], 3 * 2**29),
+            ("torch", "compile", [0.4, 0.4, 0.4], None),
+        )
+    ]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in segmentation.table(found).splitlines()]
+    assert rows[2:] == [
+        ["jax jit", "200 (100 to 300)", "1.00", "1024", "1.00"],
+        ["torch eager", "500 (300 to 700)", "2.50", "1536", "1.50"],
+        ["torch compile", "400 (400 to 400)", "2.00", "-", "-"],
+    ]
 
 
 @pytest.mark.parametrize(

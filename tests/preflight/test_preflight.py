@@ -4,11 +4,13 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from cnx2_jax import cli
+from cnx2_jax.preflight import topologies
 from cnx2_jax.preflight.compile import FINENESS, largest
 
 pytestmark = pytest.mark.slow
@@ -155,6 +157,19 @@ def test_a_compiler_that_is_missing(topology, module, wheel, extra):
     assert done.returncode == 2 and done.stdout == ""
     assert f"the wheel {wheel} is not installed; pip install -e '.[{extra}]' brings it" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_the_memory_of_a_chip_is_shared_by_its_devices(monkeypatch, slices):
+    """libtpu gives devices no slice_index unless there are several slices."""
+    devices = [
+        types.SimpleNamespace(coords=[x, 0, 0], **({"slice_index": number} if slices > 1 else {}))
+        for number in range(slices)
+        for x in (0, 0, 1, 1)
+    ]
+    monkeypatch.setattr(topologies, "tpu_devices", lambda name, slices: devices)
+    found = topologies.topology("v3:2x1", slices)
+    assert found.devices == devices and found.usable_bytes == 16 * 2**30
 
 
 SMALL = ["--config.model.depths=(1,1,1,1)", "--config.image_size=16", "--config.model.scan=on"]
