@@ -85,10 +85,10 @@ def report(results: Results, metrics: Sequence[str], out: Path) -> None:
         final = {arm: [run[-1][metric] for run in runs] for arm, runs in results.items()}
         gains = [ours - theirs for ours, theirs in zip(*(final[arm] for arm in ARMS), strict=True)]
         columns = [summary(values) for values in (*final.values(), gains)]
-        rows.append([metric, *(f"{mean:.3f} ± {error:.3f}" for mean, error in columns)])
-        lines.append(
-            {"metric": metric, **final, "gain": columns[-1][0], "gain_standard_error": columns[-1][1]}
-        )
+        one = len(gains) == 1  # which has no standard error
+        rows.append([metric, *(f"{m:.3f}" if one else f"{m:.3f} ± {error:.3f}" for m, error in columns)])
+        gain, error = columns[-1]
+        lines.append({"metric": metric, **final, "gain": gain, "gain_standard_error": None if one else error})
     table = markdown_table(["last evaluation", *ARMS, "gain, by seed"], rows)
     write_text(out / "table.md", table + "\n")
     write_text(out / "results.json", json.dumps(lines, indent=1) + "\n")

@@ -40,6 +40,11 @@ def test_the_study_compares_its_arms_and_resumes(task, tmp_path, capsys, monkeyp
     monkeypatch.setattr(scenes, "cnx2", lambda *arguments: pytest.fail(f"trains again: {arguments}"))
     assert scenes.main(arguments) == 0
     assert capsys.readouterr().out == printed
+    assert scenes.main(arguments[:-1]) == 0
+    alone = capsys.readouterr().out
+    assert (
+        "±" not in alone and json.loads(alone.splitlines()[-1])["results"][0]["gain_standard_error"] is None
+    )
 
 
 def test_an_unknown_task(tmp_path, capsys):
