@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 from PIL import Image
 
-from cnx2_jax.configuration import load_config
-from cnx2_jax.data.segmentation import SegmentationData
+from cnx2_jax.data.sources.digits import split_digits
+from cnx2_jax.data.sources.scenes import make_scene
 from experiments.demo import cnx2
 from experiments.scenes import METRICS
 
@@ -67,11 +67,10 @@ def main() -> None:
 def scene_files(folder: Path) -> list[Path]:
     """Writes a few validation scenes as PNG files and returns the paths."""
     folder.mkdir()
-    batch = next(iter(SegmentationData(load_config("segment:digits")).eval_batches()))
-    paths = []
-    for index in range(PREDICTED):
-        paths.append(folder / f"scene_{index}.png")
-        Image.fromarray(batch["image"][index]).save(paths[-1])
+    digits = split_digits("val")
+    paths = [folder / f"scene_{index}.png" for index in range(PREDICTED)]
+    for index, path in enumerate(paths):
+        Image.fromarray(make_scene(digits, "val", index).image).save(path)
     return paths
 
 

@@ -30,7 +30,7 @@ from cnx2_jax.observe.tables import markdown_table
 from experiments.demo import cnx2
 from experiments.small_data import summary
 
-# Of each task, the metrics that are compared; the first one is drawn.
+# The metrics to compare, by task; the first one is drawn.
 METRICS = {"segment": ("miou", "pixel_accuracy"), "detect": ("box_ap", "mask_ap50", "mask_ap")}
 ARMS = ("fcmae", "scratch")
 

@@ -72,7 +72,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 
 
 def slice_of(device: jax.Device) -> int:
-    """Returns the index of a device's TPU slice; 0 where there is one, or the platform has none."""
+    """Returns the index of a device's TPU slice; 0 if there is only one, or none."""
     return getattr(device, "slice_index", 0)
 
 

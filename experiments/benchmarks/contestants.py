@@ -19,6 +19,7 @@ from pathlib import Path
 from cnx2_jax.errors import RunError
 
 TRAIN, FORWARD, CLASSIFY = "train step", "forward", "classification forward"
+PEERS = ("eager", "compile")  # modes of PyTorch
 WARMUP = 2
 
 Programs = dict[str, Callable[[], None]]

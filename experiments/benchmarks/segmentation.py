@@ -21,12 +21,11 @@ from cnx2_jax.commandline import Parser, count, run
 from cnx2_jax.errors import RunError, UserError
 from cnx2_jax.models import variant
 from cnx2_jax.observe.tables import markdown_table
-from experiments.benchmarks.contestants import TRAIN, Contestant, Facts, Measurement, Programs, measure
+from experiments.benchmarks.contestants import PEERS, TRAIN, Contestant, Facts, Measurement, Programs, measure
 from experiments.benchmarks.pretraining import compile_with_facts
 
 CLASSES = 150
 AUXILIARY_WEIGHT = 0.4
-PEERS = ("eager", "compile")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +42,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("runs/benchmark_segmentation"), help="folder; %(default)s by default"
     )
     parser.add_argument("--variant", default="atto", help="%(default)s by default")
+    parser.add_argument(
+        "--peers", choices=PEERS, nargs="+", default=PEERS, help="of PyTorch; to compile takes minutes"
+    )
     parser.add_argument("--rounds", type=count, default=11, help="turns; %(default)s by default")
     parser.add_argument("--batch", type=count, default=2, help="images; %(default)s by default")
     parser.add_argument("--image-size", type=count, default=256, help="pixels; %(default)s by default")
@@ -64,7 +66,7 @@ def _run(args: argparse.Namespace) -> None:
     }
     contestants = [
         Contestant(build_jax, "jax", mode="jit", **options),
-        *(Contestant(build_torch, "torch", mode=peer, **options) for peer in PEERS),
+        *(Contestant(build_torch, "torch", mode=peer, **options) for peer in args.peers),
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     found = measure(contestants, args.rounds, lambda line: print(line, file=sys.stderr, flush=True))
@@ -105,7 +107,6 @@ def table(found: list[Measurement]) -> str:
 def build_jax(contestant: Contestant) -> tuple[Programs, Facts]:
     """Builds the train step of `upernet_VARIANT`."""
     import jax
-    import jax.numpy as jnp
     import optax
     from flax import nnx
 
@@ -143,7 +144,7 @@ def build_jax(contestant: Contestant) -> tuple[Programs, Facts]:
 
     def run() -> None:
         *held[:], loss = train(*held, images, maps, key)
-        jnp.asarray(loss).block_until_ready()
+        jax.block_until_ready(loss)
 
     return {TRAIN: run}, {TRAIN: facts}
 

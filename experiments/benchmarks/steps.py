@@ -36,13 +36,20 @@ from cnx2_jax.models.fcmae import stage_kinds
 from cnx2_jax.observe.plots import draw_into
 from cnx2_jax.observe.tables import markdown_table
 from experiments.benchmarks import gradient
-from experiments.benchmarks.contestants import CLASSIFY, FORWARD, TRAIN, Contestant, Measurement, measure
+from experiments.benchmarks.contestants import (
+    CLASSIFY,
+    FORWARD,
+    PEERS,
+    TRAIN,
+    Contestant,
+    Measurement,
+    measure,
+)
 from experiments.benchmarks.plots import draw_growth, draw_machine
 from experiments.benchmarks.pretraining import DENSE, build_jax, build_torch, train_step
 
 LAYOUTS = ("masked", "gathered", "auto")
 VISIBLE = 19 / 49  # of the patches of 224 pixels, at the paper's mask ratio of 0.6
-PEERS = ("eager", "compile")
 GROWTH: dict[str, list] = {
     "batch": [1, 2, 4, 8, 16, 32],
     "image_size": [64, 128, 224, 384],

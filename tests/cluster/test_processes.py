@@ -15,7 +15,7 @@ from cnx2_jax.models.pixels import normalise
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("compile_quickly")]
 
-# Batches of 48 of 359 digits, and of 8 of 20 scenes: neither 8 devices nor the batch divide either.
+# Batches of 48 of 359 digits and of 8 of 20 scenes: neither number is a multiple of the batch or of 8.
 
 PROGRAM = """
 import json, sys
@@ -78,7 +78,7 @@ def random_model(task):
 
 
 def images():
-    # Of different brightness, so that no share of them has the statistics of all.
+    # Each image is brighter than the one before, so no part of them has the statistics of all.
     return np.random.default_rng(0).normal(np.arange(16)[:, None, None], 1, (16, 5, 3)).astype(np.float32)
 
 
